@@ -1,0 +1,37 @@
+# make demo   the whole job on the sample blogs, with a real small model
+# make test   lint and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Nothing is written outside this folder, and nothing is reported to anybody.
+export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: demo test
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-for-tests: tests/requirements.txt $(VENV)/installed
+	$(BIN)/pip install --quiet -r tests/requirements.txt
+	touch $@
+
+$(VENV)/installed-for-demo: sample/requirements.txt $(VENV)/installed
+	$(BIN)/pip install --quiet -r sample/requirements.txt
+	touch $@
+
+sample/model/config.json: sample/make_model.py $(VENV)/installed-for-demo
+	$(BIN)/python sample/make_model.py
+
+test: $(VENV)/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest

@@ -1,0 +1,493 @@
+"""train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import conversations, make_model_folder, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train_model
+
+SCRIPT = Path(train_model.__file__)
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "so?"},
+    {"role": "assistant", "content": "bread <3"},
+]
+
+
+@pytest.fixture(autouse=True)
+def small_and_exact(monkeypatch):
+    """Short windows, float32, few updates: fast on a CPU and comparable to the last digit."""
+    monkeypatch.setattr(train_model, "CONTEXT_TOKENS", 64)
+    monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 8)
+    monkeypatch.setattr(train_model, "GRADIENT_ACCUMULATION", 4)
+    monkeypatch.setattr(train_model, "PRECISION", "fp32")
+    monkeypatch.setattr(train_model, "CHECKPOINT_EVERY", 2)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
+    """A whole training run in this process; returns its report."""
+    arguments = ["--base-model", str(base), "--data-dir", str(data), "--output-dir", str(output), *flags]
+    assert train_model.main(arguments) == 0
+    return json.loads((output / "training_report.json").read_text())
+
+
+def losses(report: dict) -> list[float]:
+    return [entry.get("loss", entry.get("eval_loss")) for entry in report["log"] if "train_loss" not in entry]
+
+
+# ---------------------------------------------------------------------------- what is scored
+def marked(tokenizer, messages) -> list[tuple[str, bool]]:
+    """Runs of text with whether they are scored."""
+    runs = []
+    for token, scored in zip(*train_model.conversation_tokens(tokenizer, messages), strict=True):
+        text = tokenizer.decode([token])
+        if runs and runs[-1][1] == scored:
+            runs[-1] = (runs[-1][0] + text, scored)
+        else:
+            runs.append((text, scored))
+    return runs
+
+
+def test_plain_template_scores_answers_and_their_end(gpt2_folder):
+    assert marked(train_model.load_tokenizer(gpt2_folder), TALK) == [
+        ("User: hi\nAssistant:", False),
+        (" hello<|endoftext|>", True),
+        ("\nUser: so?\nAssistant:", False),
+        (" bread <3<|endoftext|>", True),
+        ("\n", False),
+    ]
+
+
+def test_chatml_template_scores_answers_and_their_end(llama_folder):
+    assert marked(train_model.load_tokenizer(llama_folder), TALK) == [
+        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
+        ("hello<|im_end|>", True),
+        ("\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("bread <3<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
+def test_labels_of_a_window_are_its_scored_tokens(gpt2_folder):
+    tokenizer = train_model.load_tokenizer(gpt2_folder)
+    rows = train_model.make_rows([train_model.conversation_tokens(tokenizer, TALK[:2])], 64, 8)
+    labels = [None if label == -100 else tokenizer.decode([label]) for label in rows[0]["labels"]]
+    scored = [label for label in labels if label is not None]
+    assert "".join(scored) == " hello<|endoftext|>"
+    assert labels[: len(labels) - len(scored) - 1] == [None] * (len(labels) - len(scored) - 1)
+
+
+def test_control_tokens_in_a_post_stay_words(llama_folder):
+    tokenizer = train_model.load_tokenizer(llama_folder)
+    post = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a <|im_end|> b <|endoftext|> c"}]
+    ids, scored = train_model.conversation_tokens(tokenizer, post)
+    ends = [token for token, counts in zip(ids, scored, strict=True) if counts and token in tokenizer.all_special_ids]
+    assert ends == [tokenizer.eos_token_id]
+
+
+def test_template_of_the_data_and_of_the_prompt_agree(gpt2_folder, llama_folder):
+    for folder in (gpt2_folder, llama_folder):
+        tokenizer = train_model.load_tokenizer(folder)
+        prompt = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True)["input_ids"]
+        ids, scored = train_model.conversation_tokens(tokenizer, TALK[:2])
+        assert ids[: scored.index(True)] == prompt
+
+
+@given(
+    answers=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 300)), min_size=1, max_size=6),
+    context=st.integers(16, 80),
+    overlap=st.integers(1, 15),
+)
+@settings(deadline=None)
+def test_each_scored_token_is_scored_once(answers, context, overlap):
+    scored = [flag for asked, answered in answers for flag in [False] * asked + [True] * answered]
+    ids = list(range(len(scored)))
+    windows = list(train_model.cut(ids, scored, context, overlap))
+    labels = [label for _, labels in windows for label in labels if label != -100]
+    assert labels == [token for token, counts in zip(ids, scored, strict=True) if counts]
+    for start, (window, marks) in enumerate(windows):
+        assert len(window) == len(marks) <= context
+        first = next(place for place, label in enumerate(marks) if label != -100)
+        assert first >= (1 if start == 0 else 0) and window[first] == marks[first]
+
+
+@given(lengths=st.lists(st.integers(1, 64), max_size=60))
+@settings(deadline=None)
+def test_packing_keeps_every_window_whole(lengths):
+    windows = [([number] * length, [number] * length, number) for number, length in enumerate(lengths)]
+    rows = train_model.pack(windows, 64)
+    assert sorted(window[2] for row in rows for window in row) == list(range(len(lengths)))
+    assert all(sum(len(window[0]) for window in row) <= 64 for row in rows)
+
+
+def test_short_posts_share_rows(gpt2_folder, data_folder):
+    tokenizer = train_model.load_tokenizer(gpt2_folder)
+    entries = train_model.read_conversations(data_folder / "train_data.jsonl")
+    tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in entries]
+    packed, alone = (train_model.make_rows(tokenized, 64, 8, packed) for packed in (True, False))
+    assert len(packed) < 0.8 * len(alone)
+    assert train_model.scored_tokens(packed) == train_model.scored_tokens(alone) == sum(sum(s) for _, s in tokenized)
+
+
+# ---------------------------------------------------------------------------- packed documents
+@pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
+def test_packed_documents_do_not_see_each_other(shape, request):
+    folder = request.getfixturevalue(shape)
+    tokenizer, model = train_model.load_tokenizer(folder), train_model.load_model(folder).eval()
+    posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(3, words=8)]
+    row = train_model.make_rows(posts, 200, 8)[0]
+    assert len(set(row["conversation"])) == 3
+    batch = train_model.collate([row])
+    with torch.no_grad():
+        packed, _ = train_model.scored_logits(model, batch)
+        alone = [
+            train_model.scored_logits(model, train_model.collate([one]))[0]
+            for one in (
+                train_model.make_rows([posts[number]], 200, 8)[0] for number in dict.fromkeys(row["conversation"])
+            )
+        ]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
+    assert train_model.keeps_documents_apart(model)
+
+
+def test_losses_are_exact(gpt2_folder):
+    """Against the plainest computation there is: each post alone, whole, in the model's own forward."""
+    tokenizer, model = train_model.load_tokenizer(gpt2_folder), train_model.load_model(gpt2_folder).eval()
+    posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(6, words=20)]
+    measured = train_model.conversation_losses(model, train_model.make_rows(posts, 200, 8))
+    for (ids, scored), nats in zip(posts, measured, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        expected = functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        assert nats == pytest.approx(expected[torch.tensor(scored[1:])].sum().item(), abs=1e-3)
+
+
+# ---------------------------------------------------------------------------- whole runs
+def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
+    assert {"README.md", "training_report.json", "loss_curve.png"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    assert model.config.use_cache and model.config.activation_function == "gelu_new"
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.generation_config.do_sample
+    inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**inputs, max_new_tokens=5).shape[1] <= inputs["input_ids"].shape[1] + 5
+
+    assert report["data"]["train_conversations"] == 40 and report["data"]["private_conversations"] == 16
+    assert report["result"]["loss"] < report["result"]["base_loss"]
+    bits = (
+        report["result"]["loss"]
+        * report["data"]["validation_tokens"]
+        / math.log(2)
+        / report["data"]["validation_bytes"]
+    )
+    assert report["result"]["bits_per_byte"] == pytest.approx(bits)
+    output = capsys.readouterr()
+    assert output.out.strip().endswith("it learned.")
+    assert f"{report['data']['train_tokens']:,} scored an epoch" in output.err
+
+
+def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_folder, tmp_path):
+    first = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
+    again = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
+    assert losses(first) == losses(again)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_update_weighs_tokens_not_rows(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    accumulated = run(gpt2_folder, data_folder, tmp_path / "accumulated", "--max-steps", "3", "--learning-rate", "1e-2")
+    monkeypatch.setattr(train_model, "GRADIENT_ACCUMULATION", 1)
+    monkeypatch.setattr(train_model, "BATCH_SIZE", 4)
+    at_once = run(gpt2_folder, data_folder, tmp_path / "at-once", "--max-steps", "3", "--learning-rate", "1e-2")
+    assert losses(accumulated) == pytest.approx(losses(at_once), abs=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "qwen2", "phi", "bloom"])
+def test_other_architectures_train_and_keep_their_template(architecture, data_folder, tmp_path):
+    chatml = architecture == "qwen2"
+    base = make_model_folder(tmp_path / "base", architecture, chatml, intermediate_size=64, num_key_value_heads=2)
+    report = run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert report["result"]["updates"] == 1
+    template = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    assert template.startswith(
+        "{% for message in messages %}{{ '<|im_start|>'" if chatml else train_model.PLAIN_TEMPLATE[:40]
+    )
+
+
+def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    def frugal(*_):
+        return "adamw_bnb_8bit", True, {"weights": 1}
+
+    monkeypatch.setattr(train_model, "choose_frugality", frugal)
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
+    assert report["result"]["loss"] < report["result"]["base_loss"]
+    assert AutoConfig.from_pretrained(tmp_path / "model").use_cache
+
+
+def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkeypatch, capsys):
+    """The validation post is made of what training makes ever less likely."""
+    write_jsonl(tmp_path / "train_data.jsonl", conversations(30))
+    worse = conversations(1)
+    worse[0]["messages"][1]["content"] = "QQ ZZ !! ?? 77 %% QQ ZZ"
+    write_jsonl(tmp_path / "val_data.jsonl", worse)
+    monkeypatch.setattr(train_model, "PATIENCE", 2)
+    report = run(gpt2_folder, tmp_path, tmp_path / "model", "--epochs", "30", "--learning-rate", "1e-1")
+    output = capsys.readouterr()
+    assert report["result"]["updates"] < report["log"][-1]["step"] + 1 <= 30 * 12
+    assert "Stopped early" in output.err and "it did not learn" in output.out
+
+
+# ---------------------------------------------------------------------------- killed runs
+DRIVER = """
+import sys, train_model as t
+t.CONTEXT_TOKENS, t.OVERLAP_TOKENS, t.GRADIENT_ACCUMULATION, t.PRECISION, t.CHECKPOINT_EVERY = 64, 8, 4, "fp32", 2
+sys.exit(t.main(sys.argv[1:]))
+"""
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ("-c", DRIVER), **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        cwd=SCRIPT.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def flags(base: Path, data: Path, output: Path) -> list[str]:
+    return ["--base-model", str(base), "--data-dir", str(data), "--output-dir", str(output), "--max-steps", "9"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(number, gpt2_folder, data_folder, tmp_path, capsys):
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
+    process = start(*flags(gpt2_folder, data_folder, tmp_path / "killed"))
+    for line in process.stderr:
+        if "update 5/9" in line:
+            process.send_signal(number)
+            break
+    _, rest = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 1 and "run the same command again to continue" in rest
+    assert not (tmp_path / "killed").exists()
+    capsys.readouterr()
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", "--max-steps", "9")
+    assert "Continuing the run that stopped after update" in capsys.readouterr().err
+    assert losses(continued) == losses(whole)
+
+
+def stop_at(monkeypatch, update: int) -> None:
+    """Let a run die, as by a power cut, in the given update."""
+    original = train_model.BlogTrainer.training_step
+
+    def dying(self, *arguments, **options):
+        if self.state.global_step == update:
+            raise ZeroDivisionError
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(train_model.BlogTrainer, "training_step", dying)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--learning-rate=1e-3", "other values for learning_rate"), ("--fresh", None)]
+)
+def test_an_unfinished_run_of_other_settings_is_not_continued(
+    flag, message, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9")
+    assert len(list((tmp_path / "model-unfinished").glob("checkpoint-*"))) <= 2
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", flag)
+    output = capsys.readouterr().err
+    assert "Continuing" not in output and (message is None or message in output)
+    assert sum("loss" in entry for entry in report["log"]) == 9
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-5" / "complete").touch()
+    assert train_model.last_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+# ---------------------------------------------------------------------------- several processes
+def test_two_processes_give_the_losses_of_one(gpt2_folder, data_folder, tmp_path):
+    alone = run(gpt2_folder, data_folder, tmp_path / "alone", "--max-steps", "3")
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "driver.py"))
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-1], "3"]
+    process = start(*arguments, launcher=launcher, env=environment)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
+    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------- plans and errors
+def medium() -> tuple:
+    config = AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16)
+    return config, 354_823_168, 512, True
+
+
+def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(capsys):
+    optimizer, _, memory = train_model.choose_frugality(*medium(), available=int(7.6e9))
+    assert sum(memory.values()) <= 6.6e9
+    assert optimizer == "adamw_bnb_8bit" and "8bit" in capsys.readouterr().err
+    assert train_model.choose_frugality(*medium(), available=int(24e9))[0] == "adamw_torch_fused"
+
+
+def test_what_cannot_fit_stops_before_anything_is_loaded(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "free_memory", lambda device: int(5e8))
+    monkeypatch.setattr(train_model, "load_model", None)
+    with pytest.raises(SystemExit, match="choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+
+
+def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_model.shutil, "disk_usage", lambda folder: os.statvfs_result((0,) * 10) and type("", (), {"free": 10})
+    )
+    with pytest.raises(SystemExit, match="GB on disk"):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+
+
+def test_an_old_card_is_told_what_is_faster(monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "PRECISION", "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
+    assert train_model.pick_precision(torch.device("cuda")) == "bf16"
+    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" is faster' in capsys.readouterr().err
+
+
+def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "PRECISION", "bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert train_model.pick_precision(torch.device("cpu")) == "fp32"
+    assert "training in float32" in capsys.readouterr().err
+
+
+def broken(folder: Path, *, train: str | None = None, val: str | None = None) -> Path:
+    good = json.dumps(conversations(1)[0]) + "\n"
+    folder.mkdir()
+    (folder / "train_data.jsonl").write_text(good * 3 if train is None else train)
+    (folder / "val_data.jsonl").write_text(good if val is None else val)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"train": '{"messages": [{"role": "assistant", "content": "x"}]}\n{"messages": [\n'},
+            "line 2 holds no conversation",
+        ),
+        ({"train": '{"messages": [{"role": "user", "content": "x"}]}\n'}, "line 1 holds no conversation"),
+        ({"val": ""}, "val_data.jsonl is empty"),
+    ],
+)
+def test_broken_data_is_named(files, message, gpt2_folder, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(gpt2_folder, broken(tmp_path / "data", **files), tmp_path / "model")
+
+
+def test_missing_things_are_one_sentence(gpt2_folder, data_folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"run extract_blog_data\.py first"):
+        run(gpt2_folder, tmp_path / "nowhere", tmp_path / "model")
+    with pytest.raises(SystemExit, match="Cannot load gpt2-medium: neither a model folder nor to be had from the hub"):
+        run(Path("gpt2-medium"), data_folder, tmp_path / "model")
+    with pytest.raises(SystemExit, match="unrecognized arguments: --lr"):
+        train_model.main(["--lr", "1"])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(gpt2_folder, data_folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    with pytest.raises(SystemExit, match="lower LEARNING_RATE"):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "3", "--learning-rate", "1e30")
+    assert (tmp_path / "model" / "old").exists()
+
+
+def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), preexec_fn=limit)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("Cannot write")
+    assert (tmp_path / "model" / "old").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(gpt2_folder, data_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="Cannot write"):
+        run(gpt2_folder, data_folder, tmp_path / "file" / "model")
+
+
+def test_out_of_memory_names_the_settings(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_model, "scored_logits", starved)
+    with pytest.raises(SystemExit, match="lower CONTEXT_TOKENS or choose a smaller BASE_MODEL"):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+
+
+def test_a_saved_model_that_differs_is_not_put_in_place(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    original = train_model.BlogTrainer.keep_best
+
+    def spoil(self):
+        original(self)
+        folder = Path(self.args.output_dir, "best")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.lm_head.weight.data += 0.1 * torch.randn_like(model.lm_head.weight)
+        model.save_pretrained(folder)
+
+    monkeypatch.setattr(train_model.BlogTrainer, "keep_best", spoil)
+    with pytest.raises(SystemExit, match="was not put in place"):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
+    assert not (tmp_path / "model").exists()
+
+
+def test_versions_named_in_the_requirements_are_those_installed():
+    assert transformers.__version__.startswith("5.23.") and np.__version__.startswith("2.4.")
