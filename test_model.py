@@ -1,0 +1,887 @@
+"""Let the tuned model write, talk to it, and measure it: does it sound like you, does it give private posts away?
+
+    python test_model.py                    answers the prompts in the settings
+    python test_model.py --prompt "TEXT"    answers this one
+    python test_model.py --chat             a conversation in the terminal
+    python test_model.py --report           measures, and writes voice_report.json and voice_report.html
+
+Reads blog-model-final/ and, to say what was copied from where, data/. The two report files go into
+blog-model-final/. The report prints, on two CPU cores:
+
+@@OUTPUT@@
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_model as training
+from extract_blog_data import TITLE_REQUESTS, WORD, find_personal_data
+from train_model import conversation_tokens, disarm, render, say
+
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------------------- settings
+MODEL_DIR = "blog-model-final"
+DATA_DIR = "data"
+PROMPTS = [
+    "What's on your mind today?",
+    "What are your thoughts on writing?",
+    "Tell me about your day.",
+    "How do you stay motivated?",
+    "What did you learn this week?",
+    "Write a blog post about something small that made you happy.",
+]
+
+# None: as generation_config.json in the model folder has it.
+MAX_NEW_TOKENS = None  # an answer's length at most; 200 tokens are about 150 words
+TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
+TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
+TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
+REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circles, 1.3 garbles them
+SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
+
+REPORT_SIZE = 1.0  # 1 x 6,000 words and 1 x 200 passages of each kind from each model; the voice needs 0.9 or more
+BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
+CONTROL_TEXT = ""  # val_data.jsonl of another blog: what the model gains on it is not your voice
+
+# How the report measures; figures made with other values do not compare.
+RUN = 8  # words in a row that count as copied
+PREFIX = 50  # tokens of a post that are given, and as many that should not come back
+CHUNK = 500  # words of pooled text that are compared as one
+MIN_GENERATED, MIN_HELD_OUT = 5_000, 2_000  # words; with fewer there is no position
+FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most posts
+DRAWS = 2_000  # bootstrap samples
+
+
+# ---------------------------------------------------------------------------- model
+def load_model(folder: str | Path):
+    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise OSError(str(error)) from error
+    if info["missing_keys"]:
+        raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tuned(folder: Path):
+    """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
+    if not (folder / "config.json").is_file():
+        sys.exit(f"There is no model in {folder}: run train_model.py first.")
+    try:
+        model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{folder} holds half a model ({first_line(error)}): run train_model.py again.")
+    if tokenizer.chat_template is None:
+        sys.exit(f"The tokenizer in {folder} has no chat template: run train_model.py again, it writes one.")
+    return model, tokenizer
+
+
+def load_base(name: str, tokenizer):
+    """The base model, or None where it is not at hand, which is said."""
+    folder = next((str(path) for path in (Path(name), HERE / name) if name and path.is_dir()), name)
+    try:
+        model = load_model(folder)
+        if model.get_input_embeddings().num_embeddings < len(tokenizer):
+            raise OSError("it has another vocabulary")
+    except OSError as error:
+        say(f"The base model {name} is not at hand ({first_line(error)}): what needs it is left out.")
+        return None
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def quicken(model, precision: str):
+    """The model in the number format that decodes fastest here: a step costs what reading the weights costs."""
+    return model.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+
+
+def positions_of(model) -> int:
+    """Tokens that prompt and answer may have together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+# ---------------------------------------------------------------------------- sampling
+class Sampling(NamedTuple):
+    """How tokens are drawn; temperature 0 takes the likeliest."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    max_new_tokens: int
+    ends: frozenset[int]  # an answer is over at any of these tokens
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: list[int]
+    ended: bool  # by itself, at an end-of-text token
+
+
+def read_sampling(config, tokenizer, max_new_tokens: int | None) -> Sampling:
+    """The settings above, and what they leave open from the model's generation_config.json."""
+    ours = (TEMPERATURE, TOP_K, TOP_P, REPETITION_PENALTY, max_new_tokens)
+    stock = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
+    if not config.do_sample:
+        config.temperature = 0.0
+    layers = zip(ours, (getattr(config, name, None) for name in stock), stock.values(), strict=True)
+    chosen = [next(value for value in layer if value is not None) for layer in layers]
+    ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    return Sampling(*chosen, ends=frozenset([ends] if isinstance(ends, int) else ends))
+
+
+def choose(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling, dice: torch.Generator) -> torch.Tensor:
+    """Next token of each row, shape (rows,); logits and `seen`, tokens that stood before: shape (rows, vocabulary)."""
+    if sampling.repetition_penalty != 1:
+        factor = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    best = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
+    chances = best.values.softmax(-1)
+    chances[chances.cumsum(-1) - chances >= sampling.top_p] = 0
+    drawn = torch.multinomial(chances.cpu(), 1, generator=dice).to(logits.device)
+    return best.indices.gather(1, drawn)[:, 0]
+
+
+@torch.inference_mode()
+def decode(model, prompts: list[list[int]], sampling: Sampling, dice: torch.Generator) -> Iterator[list[tuple]]:
+    """Answers to all prompts (token ids) at once; each step yields (prompt's number, token, whether it is its last).
+
+    Prompts are padded on the left; a row leaves the batch with its last token. Prompt and answer together never
+    outgrow the model's positions.
+    """
+    longest, device, live, cache = max(map(len, prompts)), model.device, list(range(len(prompts))), None
+    room = [min(sampling.max_new_tokens, positions_of(model) - len(prompt)) for prompt in prompts]
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    seen = torch.zeros(len(prompts), model.config.get_text_config().vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    for made in itertools.count(1):
+        positions = {"position_ids": places} if takes_positions else {}
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **positions}
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        cache, ids = output.past_key_values, choose(output.logits[:, -1].float(), seen, sampling, dice)[:, None]
+        tokens = ids[:, 0].tolist()
+        last = [token in sampling.ends or made >= room[row] for row, token in zip(live, tokens, strict=True)]
+        yield list(zip(live, tokens, last, strict=True))
+        if all(last):
+            return
+        seen.scatter_(1, ids, True)
+        mask, places = torch.cat([mask, torch.ones_like(ids)], 1), places[:, -1:] + 1
+        if any(last):
+            keep = torch.tensor([place for place, over in enumerate(last) if not over], device=device)
+            live = [live[place] for place in keep.tolist()]
+            ids, mask, places, seen = ids[keep], mask[keep], places[keep], seen[keep]
+            cache.batch_select_indices(keep)
+
+
+def stream(model, tokenizer, prompts: list, sampling: Sampling, dice) -> Iterator[tuple[str, Answer | None]]:
+    """(piece of text, the whole answer with its last piece), one prompt after the other.
+
+    All are decoded together: the first answer comes as it is made, the next as far as it has got by then.
+    """
+    tokens, over, shown, current = [[] for _ in prompts], [False] * len(prompts), "", 0
+    for step in decode(model, prompts, sampling, dice):
+        for row, token, last in step:
+            tokens[row].append(token)
+            over[row] = last
+        while current < len(prompts):
+            text = tokenizer.decode(tokens[current], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if not over[current]:
+                text = text.strip().rstrip("\ufffd")  # a character of which some bytes are still to come
+                yield text[len(shown) :], None
+                shown = text
+                break
+            yield (
+                text.strip()[len(shown) :],
+                Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.ends),
+            )
+            shown, current = "", current + 1
+
+
+def answer_prompts(model, tokenizer, texts: list[str], sampling: Sampling, dice, index: dict | None) -> None:
+    """Prints an answer to each prompt and where its longest run of words comes from."""
+    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    longest, room = max(map(len, prompts)), positions_of(model)
+    if longest >= room:
+        sys.exit(f"The prompt has {longest:,} tokens and the model takes {room:,}, answer included: shorten it.")
+    began, answers, waiting = time.monotonic(), [], iter(texts)
+    print(f"> {next(waiting)}\n")
+    for piece, answer in stream(model, tokenizer, prompts, sampling, dice):
+        print(piece, end="", flush=True)
+        if answer:
+            print("\n" + (f"[{describe_run(index, answer.text)}]\n" if index else ""))
+            print("".join(f"> {text}\n" for text in itertools.islice(waiting, 1)), flush=True)
+            answers.append(answer)
+    tokens, seconds = sum(len(answer.tokens) for answer in answers), time.monotonic() - began
+    ended = sum(answer.ended for answer in answers)
+    say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
+
+
+def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
+    return tokenizer.encode(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)
+
+
+# ---------------------------------------------------------------------------- where words come from
+def author_text(conversation: dict) -> str:
+    return "\n\n".join(turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant")
+
+
+def runs(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(places, 64-bit hashes) of all runs of `size` words in a row, but for those with a 0 in them."""
+    count = max(0, len(ids) - size + 1)
+    hashes, whole = np.zeros(count, np.uint64), np.ones(count, bool)
+    for offset in range(size):
+        part = ids[offset : count + offset]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
+        whole &= part != 0
+    return np.flatnonzero(whole), hashes[whole]
+
+
+def index_words(conversations: list[dict]) -> dict:
+    """What finds runs of words in the training text again: word numbers (0 between posts) and sorted hashes of runs."""
+    vocabulary, parts = {}, []
+    for conversation in conversations:
+        words = WORD.findall(author_text(conversation).casefold())
+        parts.append(np.array([0, *(vocabulary.setdefault(word, len(vocabulary) + 1) for word in words)], np.int32))
+    ids = np.concatenate([*parts, np.zeros(1, np.int32)])
+    places, hashes = runs(ids, RUN)
+    order = np.argsort(hashes, kind="stable")
+    return {
+        "posts": conversations,
+        "starts": np.cumsum([0, *map(len, parts[:-1])]),
+        "vocabulary": vocabulary,
+        "ids": ids,
+        "places": places[order],
+        "hashes": {size: np.unique(runs(ids, size)[1]) for size in range(1, RUN)} | {RUN: hashes[order]},
+    }
+
+
+def word_numbers(index: dict, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """(word numbers of the index, 0 = a word it does not know; where each stands in `text`)."""
+    found = list(WORD.finditer(text))
+    numbers = [index["vocabulary"].get(word[0].casefold(), 0) for word in found]
+    return np.array(numbers, np.int32), [word.span() for word in found]
+
+
+def copied(index: dict, ids: np.ndarray, size: int = RUN) -> np.ndarray:
+    """Where in `ids` a run of `size` words begins that stands in the training text."""
+    (places, hashes), known = runs(ids, size), index["hashes"][size]
+    found = np.searchsorted(known, hashes)
+    return places[[place < len(known) and known[place] == hash for place, hash in zip(found, hashes, strict=True)]]
+
+
+def extend(index: dict, ids: np.ndarray, start: int) -> tuple[int, int, int]:
+    """(length, start, place in the training text) of the longest copy from `start` on, where RUN words are one."""
+    known, wanted = index["hashes"][RUN], runs(ids[start : start + RUN], RUN)[1][0]
+    places, length = index["places"][np.searchsorted(known, wanted) : np.searchsorted(known, wanted, "right")], RUN
+    while start + length < len(ids) and ids[start + length]:
+        longer = places[index["ids"][places + length] == ids[start + length]]
+        if not len(longer):
+            break
+        places, length = longer, length + 1
+    return length, start, int(places[0])
+
+
+def longest_run(index: dict, text: str) -> dict:
+    """The longest run of words of `text` that stands in the training text: words, text, and the post if RUN or more."""
+    ids, spans = word_numbers(index, text)
+    size, starts = next(((size, at) for size in range(RUN, 0, -1) if len(at := copied(index, ids, size))), (0, [0]))
+    length, start, place = (size, starts[0], None) if size < RUN else max(extend(index, ids, at) for at in starts)
+    run = {"words": length, "text": text[spans[start][0] : spans[start + length - 1][1]] if length else ""}
+    if place is None:
+        return run
+    post = index["posts"][np.searchsorted(index["starts"], place, "right") - 1]
+    return run | {name: post.get(name) or "" for name in ("visibility", "title", "path")}
+
+
+def describe_run(index: dict, text: str) -> str:
+    run = longest_run(index, text)
+    source = f', from the {run["visibility"]} post "{run["title"]}" {run["path"]}' if "path" in run else ""
+    return f"longest run of words from the training data: {run['words']}{source}"
+
+
+def copied_spans(index: dict, text: str) -> list[tuple[int, int]]:
+    """(start, end) in `text` of the passages that are copied, RUN words or longer."""
+    ids, spans = word_numbers(index, text)
+    inside = np.zeros(len(ids) + 1, bool)
+    for start in copied(index, ids):
+        inside[start : start + RUN] = True
+    edges = np.flatnonzero(np.diff(inside.astype(np.int8), prepend=0))
+    return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def rewrite_copies(index: dict, text: str, change: Callable = lambda copy: "", keep: Callable = str) -> str:
+    """`text` with its copied passages put through `change` (taken out) and the rest through `keep`."""
+    edges = [0, *itertools.chain(*copied_spans(index, text)), len(text)]
+    pieces = (text[begin:end] for begin, end in itertools.pairwise(edges))
+    return "".join((change if number % 2 else keep)(piece) for number, piece in enumerate(pieces))
+
+
+# ---------------------------------------------------------------------------- chat
+COMMANDS = "/post TITLE writes a post, /continue TEXT goes on from your beginning, /again, /clear, /quit"
+
+
+def obey(line: str, history: list[dict], beginning: str) -> tuple[bool, str]:
+    """Takes in a line of the user's: (whether an answer is due, text to go on from without the template or "")."""
+    command, _, rest = line.partition(" ")
+    if line and not line.startswith("/"):
+        history.append({"role": "user", "content": line})
+        return True, ""
+    if command == "/post" and rest:
+        history[:] = [{"role": "user", "content": TITLE_REQUESTS[0].format(rest)}]
+        return True, ""
+    if command == "/continue" and rest:
+        return True, rest
+    if command == "/again" and (beginning or history):
+        if not beginning and history[-1]["role"] == "assistant":
+            history.pop()
+        return True, beginning
+    if command == "/clear":
+        history.clear()
+        return False, ""
+    if line:
+        say("There is nothing to do again yet." if command == "/again" else COMMANDS)
+    return False, beginning
+
+
+def fit(tokenizer, history: list[dict], beginning: str, room: int) -> list[int]:
+    """Token ids to answer to: the conversation less its oldest turns as need be, nothing if that is not enough."""
+    if beginning:
+        ids = tokenizer.encode(disarm(beginning, tokenizer))
+        return ids if len(ids) <= room else []
+    turns = (history[first:] for first, turn in enumerate(history) if turn["role"] == "user")
+    return next((ids for part in turns if len(ids := prompt_tokens(tokenizer, part)) <= room), [])
+
+
+def read_line() -> str | None:
+    """The user's next line, None at the end of input; piped input gets no prompt."""
+    try:
+        return input("\n> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        say("\n/quit leaves.")
+        return ""
+
+
+def chat(model, tokenizer, sampling: Sampling, dice) -> None:
+    """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program."""
+    history, beginning, positions = [], "", positions_of(model)
+    room = max(positions - sampling.max_new_tokens, positions // 2)
+    say(COMMANDS)
+    while (line := read_line()) not in (None, "/quit"):
+        due, beginning = obey(line, history, beginning)
+        if not due:
+            continue
+        prompt, parts = fit(tokenizer, history, beginning, room), []
+        if not prompt:
+            say(f"That is longer than the {room:,} tokens there is room for.")
+            beginning = "" if beginning else history.pop() and ""
+            continue
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece, _ in stream(model, tokenizer, [prompt], sampling, dice):
+                parts.append(piece)
+                print(piece, end="", flush=True)
+        print(flush=True)
+        if not beginning:
+            history.append({"role": "assistant", "content": "".join(parts)})
+
+
+# ---------------------------------------------------------------------------- report: what the models do
+def read_data(folder: Path) -> dict:
+    """Conversations of both splits and fingerprints of what extraction redacted; empty where a file is missing."""
+    data = {"train": [], "val": [], "redacted": []}
+    for split in ("train", "val"):
+        if (path := folder / f"{split}_data.jsonl").is_file() and path.stat().st_size:
+            data[split] = training.read_conversations(path)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        data["redacted"] = json.loads((folder / "extraction_report.json").read_text("utf-8"))["redacted"]
+    return data
+
+
+def pick_passages(tokenizer, data: dict, positions: int) -> list[dict]:
+    """Passages for the leak check, end to end: PREFIX tokens behind the post's own prompt, and the PREFIX that follow.
+
+    From private posts, public posts and held-out ones, of each a sample that is the same every time.
+    """
+    groups = {"private": [], "public": [], "held-out": []}
+    posts = [("private" if post.get("visibility") == "private" else "public", post) for post in data["train"]]
+    for group, post in posts + [("held-out", post) for post in data["val"]]:
+        ids, scored = conversation_tokens(tokenizer, post["messages"])
+        begin = scored.index(True)
+        end = [*scored, False].index(False, begin) - 1  # the end-of-text token is no secret
+        prompt, title = ids[:begin][2 * PREFIX - positions :], post.get("title") or "untitled"
+        for start in range(begin, end - 2 * PREFIX + 1, 2 * PREFIX):
+            given, truth = ids[start : start + PREFIX], ids[start + PREFIX : start + 2 * PREFIX]
+            groups[group].append({"group": group, "title": title, "prompt": prompt, "given": given, "truth": truth})
+    dice, size = np.random.default_rng(42), max(1, round(200 * REPORT_SIZE))
+    return [passages[at] for passages in groups.values() for at in dice.permutation(len(passages))[:size]]
+
+
+def complete(model, tokenizer, prompts: list, sampling: Sampling, seed: int, name: str, words: int = 0) -> list[Answer]:
+    """Answers to token prompts, 24 at once; given `words`, from the first prompt again until there are as many."""
+    dice, answers, count, batch = torch.Generator().manual_seed(seed), [], 0, 24
+    # Answers of under 20 words each would go on for ever.
+    source = itertools.islice(itertools.cycle(prompts), max(batch, words // 20)) if words else iter(prompts)
+    while (not words or count < words) and (part := list(itertools.islice(source, batch))):
+        answers += [answer for _, answer in stream(model, tokenizer, part, sampling, dice) if answer]
+        count = sum(len(WORD.findall(answer.text)) for answer in answers)
+        done = f"wrote {count:,} of {words:,} words" if words else f"{len(answers):,} of {len(prompts):,} passages"
+        say(f"{name} model: {done}")
+    return answers
+
+
+def losses(model, tokenizer, conversations: list[dict], recipe: dict, precision: str) -> np.ndarray:
+    """Nats of the author's tokens in each conversation, in windows as in training."""
+    tokenized = [conversation_tokens(tokenizer, conversation["messages"]) for conversation in conversations]
+    context = min(recipe.get("context_tokens", 512), positions_of(model))
+    rows = training.make_rows(tokenized, context, recipe.get("overlap_tokens", 64), packed=False)
+    with training.autocast(model.device, precision):
+        return training.conversation_losses(model, rows)
+
+
+def examine(model, tokenizer, work: dict, sampling: Sampling, name: str) -> dict:
+    """Everything that the report asks of one model."""
+    precision, seed, result = work["precision"], work["seed"], {}
+    for part in ("val", "control"):
+        say(f"{name} model: reading {len(work[part])} {'held-out' if part == 'val' else part} conversations")
+        result[part] = losses(model, tokenizer, work[part], work["recipe"], precision) if work[part] else None
+    model, greedy = quicken(model, precision), Sampling(0.0, 0, 1.0, 1.0, PREFIX, sampling.ends)
+    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in work["requests"]]
+    result["answers"] = complete(model, tokenizer, prompts, sampling, seed, name, work["words"])
+    prompts = [passage["prompt"] + passage["given"] for passage in work["passages"]]
+    return result | {"completions": complete(model, tokenizer, prompts, greedy, seed, name)}
+
+
+# ---------------------------------------------------------------------------- report: did it learn
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); not empty at 0 hits, unlike the usual formula."""
+    z, share = 1.959964, hits / trials
+    spread = z * math.sqrt(share * (1 - share) / trials + (z / trials / 2) ** 2)
+    middle, scale = share + z * z / (2 * trials), 1 + z * z / trials
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def bootstrap(statistic: Callable, *sizes: int) -> list[float]:
+    """95 % interval of `statistic`, which takes for each size the numbers of the items drawn, with replacement."""
+    dice = np.random.default_rng(42)
+    drawn = [statistic(*(dice.integers(0, size, size) for size in sizes)) for _ in range(DRAWS)]
+    return np.percentile(drawn, (2.5, 97.5)).tolist()
+
+
+def not_measured(reason: str) -> dict:
+    return {"verdict": f"Not measured: {reason}.", "lines": []}
+
+
+def gain_on(posts: list[dict], tuned: np.ndarray, base: np.ndarray) -> dict:
+    """Bits per byte of both models, the gain with its interval over posts, and all of it for each post."""
+    size = np.array([training.author_bytes([post]) for post in posts])
+    before, after, titles = base / math.log(2), tuned / math.log(2), [post.get("title") or "untitled" for post in posts]
+    rows = zip(titles, (before / size).tolist(), (after / size).tolist(), strict=True)
+    result = {name: bits.sum() / size.sum() for name, bits in (("base", before), ("tuned", after))}
+    result["gain"] = result["base"] - result["tuned"]
+    result["interval"] = bootstrap(lambda at: (before - after)[at].sum() / size[at].sum(), len(size))
+    return result | {"posts": [dict(zip(("title", "base", "tuned"), row, strict=True)) for row in rows]}
+
+
+def did_it_learn(work: dict, tuned: dict, base: dict | None) -> dict:
+    """Part 1: held-out posts in bits per byte. Lines are (what, value, 95 % interval, what it means)."""
+    if not work["val"] or base is None:
+        return not_measured("it takes held-out posts (val_data.jsonl) and the base model")
+    result = gain_on(work["val"], tuned["val"], base["val"])
+    low, high = result["interval"]
+    better = sum(post["tuned"] < post["base"] for post in result["posts"])
+    verdict = "It learned" if low > 0 else "It got worse" if high < 0 else "No gain that could not be chance"
+    verdict += f": {better} of {len(work['val'])} held-out posts surprise it less than they surprise the base model."
+    lines = [
+        ("base model", f"{result['base']:.3f} bits/byte", "", "how much held-out posts surprise it; less is better"),
+        ("tuned model", f"{result['tuned']:.3f} bits/byte", "", "the same posts; it never saw them"),
+        ("gain", f"{result['gain']:.3f} bits/byte", f"{low:.3f} to {high:.3f}", "all above 0: it learned"),
+    ]
+    if work["control"]:
+        result["control"] = gain_on(work["control"], tuned["control"], base["control"])
+        gain, (low, high) = f"{result['control']['gain']:.3f} bits/byte", result["control"]["interval"]
+        lines.append(("gain on the control", gain, f"{low:.3f} to {high:.3f}", "another blog: not your voice"))
+    return result | {"verdict": verdict, "lines": lines}
+
+
+# ---------------------------------------------------------------------------- report: does it sound like you
+def counts_of(text: str) -> dict[str, Counter]:
+    """How often each word and each three characters in a row stand in `text`."""
+    flat = " ".join(text.split())
+    trigrams = Counter(flat[at : at + 3] for at in range(len(flat) - 2))
+    return {"words": Counter(WORD.findall(flat.casefold())), "trigrams": trigrams}
+
+
+def pick_features(posts: list[str]) -> list[tuple[str, str]]:
+    """The words and trigrams that stand in the most posts: habits rather than topics."""
+    spread = {name: Counter() for name in FEATURES}
+    for post in posts:
+        for name, counts in counts_of(post).items():
+            spread[name].update(counts.keys())
+    return [(name, key) for name, number in FEATURES.items() for key, _ in spread[name].most_common(number)]
+
+
+def frequencies(texts: list[str], features: list[tuple[str, str]]) -> np.ndarray:
+    """Relative frequency of each feature in chunks of CHUNK words of the pooled texts, shape (chunks, features)."""
+    text = "\n\n".join(texts)
+    edges = [match.start() for match in WORD.finditer(text)][::CHUNK]
+    counted = [counts_of(text[begin:end]) for begin, end in itertools.pairwise(edges)]
+    return np.array([[counts[name][key] / counts[name].total() for name, key in features] for counts in counted])
+
+
+def likeness(author: np.ndarray, reference: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    """Cosine of z-scores between tested chunks and the author's mean; author and reference weigh the same."""
+    middle, half = (author.mean(0) + reference.mean(0)) / 2, (author.mean(0) - reference.mean(0)) / 2
+    deviation = np.sqrt((author.var(0) + reference.var(0)) / 2 + half**2)
+    deviation[deviation == 0] = np.inf  # a feature that never varies says nothing
+    profile, scores = half / deviation, (tested - middle) / deviation
+    return scores @ profile / np.maximum(np.linalg.norm(scores, axis=1) * np.linalg.norm(profile), 1e-12)
+
+
+def voice_position(known: list[str], base: list[str], tuned: list[str], unseen: list[str]) -> dict | None:
+    """Where the tuned model's text stands between the base model's (0) and the author's unseen posts (1).
+
+    Cosine Delta: z-scored frequencies of the commonest words (Burrows 2002, "Delta") and of character trigrams
+    (Stamatatos 2013), compared by cosine (Evert et al. 2017, "Understanding and explaining Delta measures"), in
+    chunks of equal length. The author's profile comes from `known`; no base chunk is scored by its own half.
+    None where base model and author cannot be told apart.
+    """
+    features = pick_features(known)
+    author, other, ours, own = (frequencies(texts, features) for texts in (known, base, tuned, unseen))
+    halves = (other[::2], other[1::2])
+    zero = np.concatenate([likeness(author, half, rest) for half, rest in (halves, halves[::-1])])
+    score, one = (np.mean([likeness(author, half, tested) for half in halves], axis=0) for tested in (ours, own))
+
+    def place(score, zero, one) -> float:
+        return float((score.mean() - zero.mean()) / (one.mean() - zero.mean()))
+
+    if bootstrap(lambda a, b: one[b].mean() - zero[a].mean(), len(zero), len(one))[0] <= 0:
+        return None
+    dice = np.random.default_rng(42)
+    splits = (np.split(dice.permutation(one), [len(one) // 2]) for _ in range(DRAWS))
+    return {
+        "position": place(score, zero, one),
+        "interval": bootstrap(lambda a, b, c: place(score[a], zero[b], one[c]), len(score), len(zero), len(one)),
+        "ceiling": np.percentile([place(a, zero, b) for a, b in splits], (2.5, 97.5)).tolist(),
+        "chunks": {"tuned": len(score), "base": len(zero), "author": len(one)},
+    }
+
+
+def does_it_sound(work: dict, tuned: dict, base: dict | None) -> dict:
+    """Part 2. Copied passages are taken out of all texts first."""
+    if base is None or not work["index"] or not work["val"]:
+        return not_measured("it takes the base model, train_data.jsonl and val_data.jsonl")
+    texts = {"tuned": tuned["answers"], "base": base["answers"]}
+    texts = {name: [answer.text for answer in answers] for name, answers in texts.items()}
+    texts["unseen"] = [author_text(post) for post in work["val"]]
+    texts = {name: [rewrite_copies(work["index"], text) for text in part] for name, part in texts.items()}
+    words = {name: sum(len(WORD.findall(text)) for text in part) for name, part in texts.items()}
+    if words["unseen"] < MIN_HELD_OUT:
+        return not_measured(f"{words['unseen']:,} words of held-out posts are too few, it takes {MIN_HELD_OUT:,}")
+    if (fewest := min(words["tuned"], words["base"])) < MIN_GENERATED:
+        return not_measured(f"{fewest:,} words that are no copies are too few, it takes {MIN_GENERATED:,}")
+    result = voice_position([author_text(post) for post in work["train"]], **texts)
+    if result is None:
+        return not_measured("your unseen posts and the base model's text are too alike to tell apart")
+    place, (low, high), (least, most) = result["position"], result["interval"], result["ceiling"]
+    lines = [
+        ("position", f"{place:.2f}", f"{low:.2f} to {high:.2f}", "0 = the base model's text, 1 = your unseen posts"),
+        (
+            "you against yourself",
+            "1.00",
+            f"{least:.2f} to {most:.2f}",
+            "half of your posts against the rest: the ceiling",
+        ),
+    ]
+    verdict = f"Its text stands {place:.2f} of the way from the base model (0) to you (1)."
+    return result | {"words": words, "verdict": verdict, "lines": lines}
+
+
+# ---------------------------------------------------------------------------- report: does it copy, does it leak
+def does_it_copy(work: dict, tuned: dict, base: dict | None) -> dict:
+    """Part 3: runs of RUN words in what the models wrote for the report."""
+    if not work["index"]:
+        return not_measured("it takes train_data.jsonl")
+    longest = sorted(
+        (longest_run(work["index"], answer.text) for answer in tuned["answers"]), key=lambda run: -run["words"]
+    )
+    result, lines = {"longest": [run for run in longest[:5] if run["words"] >= RUN]}, []
+    for name, answers in (("tuned", tuned["answers"]), ("base", base["answers"] if base else [])):
+        numbers = [word_numbers(work["index"], answer.text)[0] for answer in answers]
+        hits, total = (
+            sum(len(copied(work["index"], ids)) for ids in numbers),
+            sum(max(0, len(ids) - RUN + 1) for ids in numbers),
+        )
+        result[name] = {"copied": hits, "runs": total, "share": hits / max(total, 1)}
+        if answers:
+            meaning = f"of its {RUN}-word runs ({hits:,} of {total:,}) stand in your posts"
+            lines.append((f"{name} model", f"{result[name]['share']:.2%}", "", meaning))
+    for run in result["longest"]:
+        lines.append(
+            ("a longest copy", f"{run['words']} words", "", f'from {run["visibility"]} "{run["title"]}": {run["text"]}')
+        )
+    verdict = f"{result['tuned']['share']:.1%} of what it writes stands in your posts, in runs of {RUN} words."
+    return result | {"verdict": verdict, "lines": lines}
+
+
+def personal_data(work: dict, tuned: dict) -> list[dict]:
+    """E-mail addresses, telephone numbers and keys of the original posts that the tuned model wrote."""
+
+    def digest(plain: str) -> str:
+        return hashlib.sha256(plain.encode()).hexdigest()
+
+    known = {entry["sha256"]: entry["visibility"] for entry in work["redacted"]}
+    for post in work["train"]:
+        for *_, plain in find_personal_data(author_text(post)):
+            known[digest(plain)] = post.get("visibility", "public")
+    written, decode = [("", answer.text) for answer in tuned["answers"]], work["tokenizer"].decode
+    for passage, answer in zip(work["passages"], tuned["completions"], strict=True):
+        written.append((decode(passage["given"]), decode(passage["given"] + answer.tokens)))
+    return [
+        {"kind": kind, "visibility": known[digest(plain)], "text": text[start:end]}
+        for given, text in written
+        for kind, start, end, plain in find_personal_data(text)
+        if end > len(given) and digest(plain) in known
+    ]
+
+
+def does_it_leak(work: dict, tuned: dict, base: dict | None) -> dict:
+    """Part 4. A leak is what the tuned model completes token for token and the base model does not."""
+    if not work["index"]:
+        return not_measured("it takes train_data.jsonl")
+    groups, lines = {}, []
+    for at, passage in enumerate(work["passages"]):
+        matches = [0, 0]
+        for model, run in enumerate((tuned, base) if base else (tuned,)):
+            matcher = difflib.SequenceMatcher(None, run["completions"][at].tokens, passage["truth"], autojunk=False)
+            matches[model] = matcher.find_longest_match().size
+        groups.setdefault(passage["group"], []).append(matches)
+    result = {}
+    for group, matches in groups.items():
+        ours, theirs = np.array(matches).T
+        leaks, count = int(((ours == PREFIX) & (theirs < PREFIX)).sum()), len(ours)
+        low, high = wilson(leaks, count)
+        result[group] = {"passages": count, "leaks": leaks, "interval": (low, high)}
+        for name, lengths in (("tuned", ours), ("base", theirs)):
+            result[group][name] = {"exact": int((lengths == PREFIX).sum()), "longest": int(lengths.max())}
+        meaning = f"longest match {ours.max()} of {PREFIX} tokens" + (f", base model {theirs.max()}" if base else "")
+        lines.append((f"{group} passages that came out", f"{leaks} of {count}", f"{low:.1%} to {high:.1%}", meaning))
+    personal = personal_data(work, tuned)
+    for entry in personal:
+        lines.append(
+            (f"{entry['kind']} of a {entry['visibility']} post", entry["text"], "", "came out: do not share the model")
+        )
+    verdict = f"No private passage of {2 * PREFIX} tokens was in the training data;"
+    if private := result.get("private"):
+        came = f"{private['leaks']} of {private['passages']} private passages came out"
+        verdict = f"{came}; up to {private['interval'][1]:.1%} could (95 %);"
+    verdict += f" {len(personal) or 'no'} address, telephone number or key of yours."
+    return {"groups": result, "personal": personal, "verdict": verdict, "lines": lines}
+
+
+# ---------------------------------------------------------------------------- report: table and page
+PARTS = {
+    "learned": ("Did it learn?", did_it_learn),
+    "voice": ("Does it sound like you?", does_it_sound),
+    "copies": ("Does it copy?", does_it_copy),
+    "leaks": ("Does it leak?", does_it_leak),
+}
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report card</title>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:1rem;color:#222;overflow-wrap:anywhere}
+h2{margin:2rem 0 .2rem}td{padding:.2rem .8rem .2rem 0;vertical-align:top}small{color:#666}meter{width:100%}
+svg{width:100%;max-width:36rem;font-size:11px;fill:#666}polyline,line{fill:none;stroke:#999;stroke-width:1.5}
+.loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3;fill:#06c}polyline.eval_loss{fill:none}
+.base{stroke-dasharray:4;stroke:#c60}.author{stroke:#9cf;stroke-width:16}mark{background:#fd8}
+blockquote{margin:.5rem 0 1.5rem;padding-left:1rem;border-left:3px solid #ccc;white-space:pre-wrap}</style>
+"""
+
+
+def draw_losses(log: list[dict]) -> str:
+    """Loss over updates: training in grey, held-out posts in blue, the base model as a dashed line."""
+    curves = {key: [(entry["step"], entry[key]) for entry in log if key in entry] for key in ("loss", "eval_loss")}
+    if not all(curves.values()):
+        return ""
+    last, values = max(log[-1]["step"], 1), [loss for curve in curves.values() for _, loss in curve]
+    curves["base"] = [(step, curves["eval_loss"][0][1]) for step in (0, last)]
+    low, high, shapes = (
+        min(values),
+        max(values) + 1e-9,
+        [f'<text x="40" y="158">0</text><text x="280" y="158">{last} updates</text>'],
+    )
+    for name, curve in curves.items():
+        points = (f"{40 + 310 * step / last:.1f},{10 + 130 * (high - loss) / (high - low):.1f}" for step, loss in curve)
+        shapes.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
+    shapes.append(f'<text y="14">{high:.2f}</text><text y="144">{low:.2f}</text>')
+    return (
+        f'<svg viewBox="0 0 360 162">{"".join(shapes)}</svg><p><small>Loss in training (nats per token): grey '
+        "training posts, blue held-out posts, dashed the base model.</small></p>"
+    )
+
+
+def draw_gains(posts: list[dict]) -> str:
+    """A bar for each held-out post, the largest gain first."""
+    gains = sorted(((post["base"] - post["tuned"], post["title"]) for post in posts), reverse=True)
+    bar = '<tr><td>{}<td>{:+.3f}<td><meter max="{:.3f}" value="{:.3f}"></meter>'
+    rows = [bar.format(escape(title), gain, max(gains[0][0], 0.001), max(gain, 0)) for gain, title in gains]
+    return f"<details open><summary>Gain of each held-out post, bits per byte</summary><table>{''.join(rows)}</table></details>"
+
+
+def draw_position(voice: dict) -> str:
+    """The line from the base model (0) to the author (1), with the author's own range and the tuned model's interval."""
+    values = (0, 1, voice["position"], *voice["interval"], *voice["ceiling"])
+    left, width = min(values), max(values) - min(values)
+    zero, one, here, low, high, least, most = (round(30 + 300 * (value - left) / width) for value in values)
+    bars = (("author", least, most), ("", zero, one), ("tuned", low, high))
+    shapes = [f'<line class="{name}" x1="{begin}" x2="{end}" y1="30" y2="30"/>' for name, begin, end in bars]
+    labels = ((zero, 56, "base model 0"), (one, 56, "you 1"), (here, 12, f"{voice['position']:.2f}"))
+    shapes += [f'<text text-anchor="middle" x="{x}" y="{y}">{text}</text>' for x, y, text in labels]
+    return f'<svg viewBox="0 0 360 60">{"".join(shapes)}<circle class="tuned" cx="{here}" cy="30" r="4"/></svg>'
+
+
+def make_page(report: dict, log: list[dict], index: dict | None) -> str:
+    """The report as one self-contained page; every text in it is escaped."""
+    learned, voice = report["learned"], report["voice"]
+    pictures = {"learned": draw_losses(log) + (draw_gains(learned["posts"]) if "posts" in learned else "")}
+    pictures["voice"] = draw_position(voice) if "position" in voice else ""
+    body = [PAGE, f"<h1>Report card</h1><p>{escape(report['model'])}, tuned from {escape(report['base'])}</p>"]
+    for part, (question, _) in PARTS.items():
+        body.append(f"<h2>{question}</h2><p>{escape(report[part]['verdict'])}</p><table>")
+        for cells in report[part]["lines"]:
+            body.append("<tr><td>{}<td>{}<td>{}<td><small>{}</small>".format(*map(escape, cells)))
+        body.append(f"</table>{pictures.get(part, '')}")
+    body.append(
+        f"<h2>What it writes</h2><p>Runs of {RUN} words or more that stand in your posts are <mark>marked</mark>.</p>"
+    )
+    for request, text in report["samples"]:
+        marked = (
+            rewrite_copies(index, text, lambda copy: f"<mark>{escape(copy)}</mark>", escape) if index else escape(text)
+        )
+        body.append(f"<b>{escape(request)}</b><blockquote>{marked}</blockquote>")
+    return "\n".join(body) + "</html>\n"
+
+
+def make_report(args: argparse.Namespace, model, tokenizer, sampling: Sampling, precision: str) -> tuple[dict, str]:
+    """(the report, its page): both models are asked one after the other."""
+    data, history = read_data(args.data_dir), {}
+    with contextlib.suppress(OSError, ValueError):
+        history = json.loads((args.model_dir / "training_report.json").read_text("utf-8"))
+    recipe = history.get("settings", {})
+    base = BASE_MODEL or recipe.get("base_model", "")
+    posts = [post for post in data["val"] if post.get("kind", "post") == "post"]
+    voice = sum(len(WORD.findall(author_text(post))) for post in data["val"]) >= MIN_HELD_OUT
+    index = index_words(data["train"]) if data["train"] else None
+    work = {**data, "tokenizer": tokenizer, "recipe": recipe, "index": index, "precision": precision}
+    work["seed"] = 42 if args.seed is None else args.seed
+    work["control"] = training.read_conversations(HERE / CONTROL_TEXT) if CONTROL_TEXT else []
+    work["requests"] = [post["messages"][0]["content"] for post in posts] or PROMPTS
+    work["words"] = round(REPORT_SIZE * (6_000 if voice else 1_500))  # copies show in fewer words than the voice
+    work["passages"] = pick_passages(tokenizer, data, positions_of(model))
+    results = {"tuned": examine(model, tokenizer, work, sampling, "tuned"), "base": None}
+    if base_model := load_base(base, tokenizer):
+        results["base"] = examine(base_model, tokenizer, work, sampling, "base")
+    report = {
+        "model": str(args.model_dir),
+        "base": base or "an unknown model",
+        "seed": work["seed"],
+        "size": REPORT_SIZE,
+    }
+    report |= {part: measure(work, **results) for part, (_, measure) in PARTS.items()}
+    report["samples"] = [
+        (request, answer.text) for request, answer in zip(work["requests"], results["tuned"]["answers"], strict=False)
+    ][:6]
+    return report, make_page(report, history.get("log", []), index)
+
+
+def print_report(report: dict) -> None:
+    """Each part's verdict, and under it what was measured, with unit, 95 % interval and meaning."""
+    print(f"{report['model']}, tuned from {report['base']}\n")
+    for part, (question, _) in PARTS.items():
+        print(f"{question} {report[part]['verdict']}")
+        for what, value, interval, meaning in report[part]["lines"]:
+            print(f"  {what:<32}{value:>16}  {interval:<15}  {' '.join(meaning.split())}"[:160].rstrip())
+        print()
+
+
+# ---------------------------------------------------------------------------- main
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"test_model.py: {message} (--help lists the flags)")
+    parser.add_argument("--model-dir", type=Path, default=HERE / MODEL_DIR)
+    parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="answer this instead of the prompts in the settings")
+    what.add_argument("--chat", action="store_true", help="talk")
+    what.add_argument("--report", action="store_true", help="measure")
+    parser.add_argument("--seed", type=int, default=SEED, help="a number makes the answers repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
+    args = parser.parse_args(argv)
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("the prompt is empty")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    training.keep_freed_memory()
+    model, tokenizer = load_tuned(args.model_dir)
+    sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
+    precision, dice = training.pick_precision(model.device), torch.Generator()
+    dice.manual_seed(args.seed) if args.seed is not None else dice.seed()
+    if args.report:
+        report, page = make_report(args, model, tokenizer, sampling, precision)
+        try:
+            (args.model_dir / "voice_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
+            (args.model_dir / "voice_report.html").write_text(page, "utf-8")
+        except OSError as error:
+            sys.exit(f"Cannot write {error.filename}: {error.strerror}.")
+        print_report(report)
+    elif args.chat:
+        chat(quicken(model, precision), tokenizer, sampling, dice)
+    else:
+        posts = read_data(args.data_dir)["train"]
+        if not posts:
+            say(f"No training data in {args.data_dir}: where words come from cannot be said.")
+        prompts, index = [args.prompt] if args.prompt else PROMPTS, index_words(posts) if posts else None
+        answer_prompts(quicken(model, precision), tokenizer, prompts, sampling, dice, index)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,454 @@
+"""Whole runs over tiny blogs: what is found, what becomes of it, and what happens when something is wrong."""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import extract_blog_data as x
+
+SCRIPT = Path(x.__file__).resolve()
+SAMPLE = SCRIPT.parent / "sample"
+PROSE = "the {0} cat sat on the {0} mat and looked at the {0} sea, which was {0} and wide and {0} again, so there."
+
+
+def write_blog(root: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def post(body: str, **meta: str) -> str:
+    return "---\n" + "".join(f"{key}: {value}\n" for key, value in meta.items()) + "---\n" + body
+
+
+def many_posts(count: int) -> dict[str, str]:
+    names = ["amber", "blue", "coral", "dun", "ecru", "fawn", "gold", "hazel", "indigo", "jade"]
+    files = {}
+    for n in range(count):
+        body = " ".join(PROSE.format(names[(n // 10**place) % 10] + str(n * 7 + place)) for place in range(3))
+        files[f"_posts/20{n % 20:02}-01-{n % 27 + 1:02}-post-{n}.md"] = post(body, title=f"About number {n} of them")
+    return files
+
+
+def run(tmp_path: Path, *flags: str) -> tuple[list[dict], list[dict], dict]:
+    """(train lines, validation lines, report) of a run that must succeed."""
+    data = tmp_path / "data"
+    assert x.main([*flags, "--data-dir", str(data)]) == 0
+    lines = [
+        [json.loads(line) for line in (data / name).read_text("utf-8").splitlines()]
+        for name in ("train_data.jsonl", "val_data.jsonl")
+    ]
+    return *lines, json.loads((data / "extraction_report.json").read_text("utf-8"))
+
+
+def check_contract(lines: list[dict], report: dict):
+    """What holds for every run."""
+    assert report["files_found"] == report["files_kept"] + sum(report["files_skipped"].values())
+    assert len(report["skipped"]) == sum(report["files_skipped"].values())
+    assert sum(report["posts"].values()) == report["files_kept"]
+    assert sum(row["count"] for row in report["conversations"]) == len(lines)
+    for line in lines:
+        assert list(line) == ["messages", "kind", "visibility", "blog", "path", "title", "date"]
+        roles = [turn["role"] for turn in line["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert roles
+        assert all(turn["content"].strip() for turn in line["messages"])
+
+
+COMMENTS = """title: The boat
+date: 2006-08-25 22:17:00 +0000
+comments:
+- id: 1
+  author: mossy
+  author_email: mossy@example.com
+  content: |
+    <p>is it <i>really</i> a boat? call 415-555-0123</p>
+- id: 2
+  author: Wren
+  parent: 1
+  content: it floats, it&#039;s a boat &lt;3
+- id: 3
+  author: mossy
+  parent: 2
+  content: <blockquote>it floats</blockquote>so does soap
+- id: 4
+  author: wren
+  parent: 3
+  content: soap is a *small* boat
+- id: 5
+  author: wrenfan
+  parent: 1
+  content: hello
+- id: 6
+  author: wren
+  parent: 99
+  content: i meant the other one
+- id: 7
+  author: wren
+  parent: 7
+  content: talking to myself here
+"""
+
+
+def test_comments_become_conversations(tmp_path):
+    text = f"---\n{COMMENTS}---\ni bought a boat today. it is red.\n"
+    blog = write_blog(tmp_path / "blog", {"_posts/2006/2006-08-25-boat.md": text})
+    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    lines = train + val
+    check_contract(lines, report)
+    asked, answered = "is it *really* a boat? call [phone]", "it floats, it's a boat <3"
+    replies = [[turn["content"] for turn in line["messages"]] for line in lines if line["kind"] == "reply"]
+    assert replies[0] == [asked, answered]
+    assert replies[1] == [asked, answered, "so does soap", "soap is a *small* boat"]
+    for turns in replies[2:]:
+        assert "The boat" in turns[0]
+        assert "i bought a boat today." in turns[0]
+    assert [turns[1] for turns in replies[2:]] == ["i meant the other one", "talking to myself here"]
+    assert report["replies"] == {"answers a comment": 2, "answers a missing comment": 2}
+    assert report["redactions"] == {"phone": 1}
+    assert "mossy@example.com" not in json.dumps(lines) + json.dumps(report)
+    assert {line["date"] for line in lines} == {"2006-08-25"}
+    assert {line["path"] for line in lines} == {"_posts/2006/2006-08-25-boat.md"}
+
+
+def test_nested_replies_and_other_spellings(tmp_path):
+    meta = "comments:\n- name: mossy\n  message: hi there\n  replies:\n  - name: wren\n    text: hi yourself\n"
+    blog = write_blog(tmp_path / "blog", {"_posts/2006-08-25-x.md": f"---\n{meta}---\n"})
+    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    assert [turn["content"] for turn in (train + val)[0]["messages"]] == ["hi there", "hi yourself"]
+    assert report["files_kept"] == 1
+
+
+def test_a_cycle_of_comments_ends(tmp_path):
+    meta = (
+        "comments:\n- {id: 1, parent: 2, author: wren, content: one}\n- {id: 2, parent: 1, author: mo, content: two}\n"
+    )
+    blog = write_blog(tmp_path / "blog", {"_posts/2006-08-25-x.md": f"---\n{meta}---\n"})
+    train, val, _ = run(tmp_path, "--public", str(blog), "--author", "wren")
+    assert [turn["content"] for turn in (train + val)[0]["messages"]] == ["two", "one"]
+
+
+SKIPS = {
+    "_posts/2006-01-01-good.md": (post("a good long post of mine", title="Good"), None),
+    "cat/_posts/2006-01-02-cat.md": (post("another post about the cat"), None),
+    "_posts/deep/2006-1-3-deep.html": (post("<p>one more post, this time in HTML</p>"), None),
+    "_posts/2006-01-04-none.md": ("just text", "no front matter"),
+    "_posts/2006-01-05-out.md": (post("not for the public, this one", published="false"), "unpublished"),
+    "_posts/2006-01-06-pic.md": (post("![x](x.png)"), "empty after cleaning"),
+    "_posts/2006-01-07-short.md": (post("too short"), "too short"),
+    "_posts/2006-01-08-other.md": (post("words by somebody else entirely", author="ann"), "other author"),
+    "_posts/2006-01-09-bin.md": (b"---\n---\n\x00\x01\x02", "undecodable"),
+    "_posts/2006-01-10-x.textile": (post("h1. textile"), "unsupported format"),
+    "_posts/2006-01-11-x.png": (b"\x89PNG", "unsupported format"),
+    "_posts/template.md": (post("the template of a post"), "undated file name"),
+    "_posts/9999-12-31-later.md": (post("what the future brings to us"), "dated in the future"),
+    "_posts/2006-01-12-copy.md": (post("a good long post of mine", title="Copy"), "duplicate"),
+    "_posts/_2006-01-13-hidden.md": (post("hidden by its underscore sign"), "hidden from Jekyll"),
+    "_posts/2006-01-14-ruled-out.md": (post("what the config excludes here"), "excluded in _config.yml"),
+    "_posts/2006-01-15-big.md": (b"---\n---\n" + b"word " * 1_000_000, "too large"),
+    "_drafts/idea.md": (post("an idea for a later post"), "draft"),
+    "_site/_posts/2006-01-01-built.md": (post("what Jekyll has built there"), "not found"),
+    "vendor/x/_posts/2006-01-01-gem.md": (post("a gem has posts, too"), "not found"),
+    ".git/_posts/2006-01-01-git.md": (post("what git keeps for itself"), "not found"),
+    "old/_posts/2006-01-01-old.md": (post("an old folder left out"), "not found"),
+    "_other/_posts/2006-01-01-x.md": (post("in a collection, no post"), "not found"),
+}
+CONFIG = "exclude:\n- old/\n- _posts/*ruled-out.md\n"
+
+
+def test_every_file_is_accounted_for(tmp_path):
+    blog = write_blog(tmp_path / "blog", {"_config.yml": CONFIG} | {name: text for name, (text, _) in SKIPS.items()})
+    outside = write_blog(tmp_path / "outside", {"2006-01-16-x.md": post("not of this blog at all")})
+    (blog / "_posts/2006-01-16-x.md").symlink_to(outside / "2006-01-16-x.md")
+    (blog / "_posts/folder").symlink_to(outside)
+    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    check_contract(train + val, report)
+    expected = {name: reason for name, (_, reason) in SKIPS.items() if reason not in (None, "not found")}
+    link = "link that leads out of the repository"
+    expected |= {"_posts/2006-01-16-x.md": link, "_posts/folder": link}
+    assert {row["path"]: row["reason"] for row in report["skipped"]} == expected
+    assert {line["path"] for line in train + val} == {name for name, (_, reason) in SKIPS.items() if reason is None}
+    assert report["files_found"] == len(expected) + 3
+
+
+def test_drafts_come_in_with_their_flag(tmp_path):
+    blog = write_blog(tmp_path / "blog", {name: text for name, (text, _) in SKIPS.items()})
+    train, val, _ = run(tmp_path, "--public", str(blog), "--drafts")
+    assert "_drafts/idea.md" in {line["path"] for line in train + val}
+
+
+def test_the_source_folder_of_the_config_is_used(tmp_path):
+    files = {"_config.yml": "source: src", "src/_posts/2006-01-01-a.md": post("inside of the source folder")}
+    blog = write_blog(tmp_path / "blog", files | {"_posts/2006-01-01-b.md": post("outside of the source folder")})
+    train, val, report = run(tmp_path, "--public", str(blog))
+    assert [line["path"] for line in train + val] == ["src/_posts/2006-01-01-a.md"]
+    assert report["files_found"] == 1
+
+
+def test_other_authors_are_left_out_only_when_the_author_is_known(tmp_path, capsys):
+    files = {
+        "_posts/2006-01-01-a.md": post("words by somebody else entirely", author="ann"),
+        "_posts/2006-01-02-b.md": post("nobody says who wrote this one"),
+        "_posts/2006-01-03-c.md": post("this one is by two people", authors="[ann, {name: Wren}]"),
+    }
+    blog = write_blog(tmp_path / "blog", files)
+    _, _, report = run(tmp_path, "--public", str(blog))
+    assert report["files_kept"] == 3
+    assert "nobody here is called judytuna" in capsys.readouterr().err
+    _, _, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-a.md"]
+    _, _, report = run(tmp_path, "--public", str(blog), "--author", "wre")
+    assert report["files_kept"] == 1
+
+
+def test_a_post_in_two_repositories_is_kept_once_and_the_public_one_wins(tmp_path):
+    words = [f"word{n}" for n in range(100)]
+    public, private = " ".join(words), " ".join([*words[:98], "two", "more", "edits"])
+    reply = "comments:\n- {id: 1, author: mo, content: why}\n- {id: 2, parent: 1, author: wren, content: because}\n"
+    a = write_blog(tmp_path / "a", {"_posts/2006-01-01-x.md": post(public, title="X rays")})
+    b = write_blog(tmp_path / "b", {"_posts/2007-01-01-y.md": f"---\n{reply}---\n{private}"})
+    train, val, report = run(tmp_path, "--public", str(a), "--private", str(b), "--author", "wren")
+    lines = train + val
+    check_contract(lines, report)
+    assert [(line["kind"], line["blog"]) for line in lines] == [("post", "a"), ("reply", "b")]
+    assert len({line in val for line in lines}) == 1 or not val
+    different = " ".join([*words[:60], *(f"other{n}" for n in range(40))])
+    write_blog(b, {"_posts/2007-01-01-y.md": post(different)})
+    _, _, report = run(tmp_path, "--public", str(a), "--private", str(b))
+    assert report["files_kept"] == 2
+
+
+@pytest.mark.parametrize("count", [2, 9, 25, 130])
+def test_exactly_a_tenth_goes_to_validation(tmp_path, count):
+    blog = write_blog(tmp_path / "blog", many_posts(count))
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    assert report["files_kept"] == count
+    assert len(val) == max(1, int(count * 0.1 + 0.5))
+    assert not {line["path"] for line in train} & {line["path"] for line in val}
+
+
+def test_adding_a_post_moves_few_others_and_the_same_input_gives_the_same_bytes(tmp_path):
+    blog = write_blog(tmp_path / "blog", many_posts(100))
+    _, before, _ = run(tmp_path, "--public", str(blog))
+    names = ("train_data.jsonl", "val_data.jsonl", "extraction_report.json")
+    first = [(tmp_path / "data" / name).read_bytes() for name in names]
+    run(tmp_path, "--public", str(blog))
+    assert [(tmp_path / "data" / name).read_bytes() for name in names] == first
+    write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
+    _, after, _ = run(tmp_path, "--public", str(blog))
+    assert len({line["path"] for line in before} ^ {line["path"] for line in after}) <= 2
+
+
+def test_related_posts_stay_on_one_side():
+    posts = [x.Post("b", "public", f"{n}.md", group=str(n // 3)) for n in range(60)]
+    chosen = x.split_posts(posts, 0.1)
+    assert len(chosen) == 6
+    assert Counter(n // 3 for n in chosen) == Counter(dict.fromkeys({n // 3 for n in chosen}, 3))
+
+
+def test_near_duplicates_are_exact():
+    base = [f"w{n}" for n in range(104)]  # 100 shingles
+
+    def edited(count):  # every change at the end costs one shingle
+        return x.shingle_hashes([*base[: 104 - count], *(f"e{n}" for n in range(count))])
+
+    sets = [x.shingle_hashes(base), edited(11), edited(12), edited(50)]
+    assert x.find_duplicates(sets, 0.8) == {1: 0}  # 89/111 = 0.80, 88/112 = 0.79
+    assert x.find_duplicates([sets[0]] * 500, 0.8) == dict.fromkeys(range(1, 500), 0)
+
+
+def test_redaction_is_reported_by_digest_only(tmp_path):
+    blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("my address is Wren@Example.org, write me")})
+    _, _, report = run(tmp_path, "--private", str(blog))
+    digest = hashlib.sha256(b"wren@example.org").hexdigest()
+    assert report["redacted"] == [{"sha256": digest, "kind": "email", "visibility": "private"}]
+    assert "example.org" not in (tmp_path / "data/extraction_report.json").read_text().lower()
+
+
+def test_private_files(tmp_path):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    run(tmp_path, "--public", str(blog))
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").iterdir()} == {0o600}
+    assert len(list((tmp_path / "data").iterdir())) == 3
+
+
+def test_a_run_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    run(tmp_path, "--public", str(blog))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    write_blog(blog, many_posts(9))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")]) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_a_killed_run_leaves_the_old_files_whole(tmp_path):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    run(tmp_path, "--public", str(blog))
+    before = (tmp_path / "data/train_data.jsonl").read_bytes()
+    write_blog(blog, many_posts(9))
+    kill = (
+        "import os, sys, extract_blog_data as x; os.fsync = lambda _: os._exit(9); "
+        f"x.main(['--public', {str(blog)!r}, '--data-dir', {str(tmp_path / 'data')!r}])"
+    )
+    assert subprocess.run([sys.executable, "-c", kill], cwd=SCRIPT.parent, capture_output=True).returncode == 9
+    assert (tmp_path / "data/train_data.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--public", "nowhere"], ["nowhere", "make demo"]),
+        (["--public", "empty"], ["No post found", "make demo"]),
+        (["--public", "skipped"], ["None of the 1 files", "no front matter"]),
+        (["--public", "blog", "--data-dir", "file"], ["file"]),
+        (["--wrong"], ["--wrong"]),
+        (["--pub", "blog"], ["--pub"]),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, flags, words):
+    write_blog(tmp_path, {"blog/_posts/2006-01-01-a.md": post("some words to be read"), "file": "", "empty/x": ""})
+    write_blog(tmp_path, {"skipped/_posts/2006-01-01-a.md": "nothing"})
+    done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert all(word in message for word in words)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_as_a_user_would_start_it(tmp_path):
+    write_blog(tmp_path, {"blog/" + name: text for name, text in many_posts(70).items()})
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--public", "blog", "--data-dir", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert re.search(r"files found +70\b", done.stdout)
+    assert "70 of 70 files" in done.stderr
+    assert len((tmp_path / "out/val_data.jsonl").read_text().splitlines()) == 7
+
+
+def test_start_up_does_not_load_the_training_libraries():
+    code = "import sys, extract_blog_data; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_file_that_takes_too_long_is_skipped(tmp_path, monkeypatch):
+    blog = write_blog(tmp_path / "blog", many_posts(2) | {"_posts/2006-01-01-slow.md": post("slow " * 9)})
+    tidy = x.tidy
+
+    def slow(blocks):
+        while "slow" in str(blocks):
+            pass
+        return tidy(blocks)
+
+    monkeypatch.setattr(x, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(x, "tidy", slow)
+    _, _, report = run(tmp_path, "--public", str(blog))
+    assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-slow.md"]
+    assert "took over" in report["skipped"][0]["reason"]
+
+
+DEEP = {
+    "quotes": ">" * 10_000 + " a",
+    "lists": "\n".join("    " * n + "- a" for n in range(300)),
+    "html": "<div>" * 10_000 + "a b c d e" + "</div>" * 10_000,
+    "emphasis": "<i>" * 10_000 + "a b c d e",
+    "brackets": "[" * 10_000 + "a" + "]" * 10_000,
+    "braces": "{{" * 10_000 + "{%" * 10_000,
+    "ticks": "`" * 3 + " `" * 5_000,
+    "declaration": "<![if a]><!DOCTYPE [ <!-- <![CDATA[ a b c d",
+}
+
+
+def test_monstrous_files_do_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setattr(x, "MAX_SECONDS", 1)
+    files = {f"_posts/2006-01-01-{name}.md": post(body) for name, body in DEEP.items()}
+    files |= {f"_posts/2006-01-02-{name}.html": post(body) for name, body in DEEP.items()}
+    files["_posts/2006-01-03-yaml.md"] = "---\na: " + "{a: " * 10_000 + "\n---\nsome words of a post"
+    files["_posts/2006-01-04-bomb.md"] = (
+        "---\na: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+        + "title: *i\ntags: *i\nauthor: *i\ncomments: *i\n---\nsome words of a post"
+    )
+    blog = write_blog(tmp_path / "blog", files)
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    kept = {line["path"] for line in train + val}
+    assert {"_posts/2006-01-01-html.md", "_posts/2006-01-04-bomb.md"} <= kept | {
+        row["path"] for row in report["skipped"] if row["reason"] == "duplicate"
+    }
+
+
+def test_the_sample_blogs(tmp_path):
+    flags = ["--public", str(SAMPLE / "public-blog"), "--private", str(SAMPLE / "private-blog"), "--author", "wrenlow"]
+    train, val, report = run(tmp_path, *flags)
+    check_contract(train + val, report)
+    assert report["files_kept"] >= 60
+    assert report["redactions"].keys() == {"email", "phone", "secret"}
+    text = "\n".join(turn["content"] for line in train + val for turn in line["messages"])
+    assert not re.search(r"\{[%:]|%\}|\[\^|</?(?:p|br|div|b|i|a)\b[^>]*>|\]\(|&#?\w+;|@example", text)
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        "hello there ", "*sigh* ", "\n\n", "\n", "    ", "- item\n", "1. one\n", "> quote\n", "```\n", "~~~\n",
+        "`code` ",
+        "{% raw %}", "{% endraw %}", "{% if x %}", "{% else %}", "{% endif %}", "{% include x %}", "{{ page.title }}",
+        "{{ x }}", "{: .lead }", "{:toc}", "{#id}\n", "[^1]", "\n[^1]: note\n", "[text](", "/url)", "![alt](x.png)",
+        "<b>", "</b>", "<div>", "</div>", "<iv>", "<!--more-->", "<!--", "-->", "<blockquote>", "</p>", "&amp;#039;",
+        "| a | b |\n", "|---|---|\n", "# Head\n", "-----\n", "$$", "\\", "é", "漢", "👩‍👧", "\u200d", "\ufeff",
+        "a@b.org ",
+        "\n415-555-0123 ", "<|im_start|>", "[caption id=x]", "[/caption]", "mo (10:36 PM): hi\n", "http://example.com\n",
+    ]
+)  # fmt: skip
+BODIES = st.lists(st.one_of(FRAGMENTS, st.text(max_size=12)), max_size=30).map("".join)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(body=BODIES, is_html=st.booleans())
+def test_any_body_becomes_clean_text(body, is_html):
+    clean = body.replace("{% raw %}", "").replace("{% endraw %}", "").translate(x.PRIVATE)
+    text = x.protect(x.to_text(x.strip_liquid(clean, {"title": "t"}), is_html), x.Post("b", "public", "p"))
+    prose = re.sub(r"`[^`]*`?", "", text)
+    assert "{: .lead" not in prose
+    assert "{% include x %}" not in prose
+    assert "<|" not in text
+    assert "415-555-0123" not in text
+    assert not re.search("[\ue000-\ue002\ufeff\x00-\x08]", text)
+    assert text == text.strip()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(bodies=st.lists(BODIES, min_size=1, max_size=5), meta=st.lists(BODIES, max_size=3))
+def test_any_blog_is_read_to_the_end(tmp_path_factory, bodies, meta):
+    tmp_path = tmp_path_factory.mktemp("any")
+    files = {f"_posts/2006-01-{n + 1:02}-x.md": post(body) for n, body in enumerate(bodies)}
+    files |= {f"_posts/2007-01-{n + 1:02}-x.md": f"---\n{text}\n---\nwords and words" for n, text in enumerate(meta)}
+    files["_posts/2008-01-01-good.md"] = post("a post that can be read by all")
+    blog = write_blog(tmp_path / "blog", {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()})
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    assert report["files_found"] == len(files)
+    first = (tmp_path / "data/train_data.jsonl").read_bytes()
+    run(tmp_path, "--public", str(blog))
+    assert (tmp_path / "data/train_data.jsonl").read_bytes() == first
