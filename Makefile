@@ -16,6 +16,8 @@ export DO_NOT_TRACK := 1
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
@@ -30,6 +32,15 @@ $(VENV)/installed-for-demo: sample/requirements.txt $(VENV)/installed
 
 sample/model/config.json: sample/make_model.py $(VENV)/installed-for-demo
 	$(BIN)/python sample/make_model.py
+
+DEMO := sample/demo
+DEMO_BLOGS := --public sample/public-blog --private sample/private-blog --author wrenlow
+demo: sample/model/config.json
+	$(BIN)/python extract_blog_data.py $(DEMO_BLOGS) --data-dir $(DEMO)/data
+	$(BIN)/python train_model.py --base-model sample/model --data-dir $(DEMO)/data --output-dir $(DEMO)/model \
+		--epochs 2 --learning-rate 1e-4
+	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model
+	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model --report
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import train_model as training
 from extract_blog_data import TITLE_REQUESTS, WORD, find_personal_data
@@ -70,6 +70,7 @@ CHUNK = 500  # words of pooled text that are compared as one
 MIN_GENERATED, MIN_HELD_OUT = 5_000, 2_000  # words; with fewer there is no position
 FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most posts
 DRAWS = 2_000  # bootstrap samples
+NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of the weights, to write with
 
 
 # ---------------------------------------------------------------------------- model
@@ -92,8 +93,10 @@ def load_tuned(folder: Path):
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
     try:
         model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not tokenizer.encode("x"):
+            raise OSError("its tokenizer is missing")
     except (OSError, ValueError) as error:
-        sys.exit(f"{folder} holds half a model ({first_line(error)}): run train_model.py again.")
+        sys.exit(f"{folder} holds half a model ({brief(error)}): run train_model.py again.")
     if tokenizer.chat_template is None:
         sys.exit(f"The tokenizer in {folder} has no chat template: run train_model.py again, it writes one.")
     return model, tokenizer
@@ -107,18 +110,13 @@ def load_base(name: str, tokenizer):
         if model.get_input_embeddings().num_embeddings < len(tokenizer):
             raise OSError("it has another vocabulary")
     except OSError as error:
-        say(f"The base model {name} is not at hand ({first_line(error)}): what needs it is left out.")
+        say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
     return model
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def quicken(model, precision: str):
-    """The model in the number format that decodes fastest here: a step costs what reading the weights costs."""
-    return model.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+def brief(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def positions_of(model) -> int:
@@ -127,41 +125,31 @@ def positions_of(model) -> int:
 
 
 # ---------------------------------------------------------------------------- sampling
-class Sampling(NamedTuple):
-    """How tokens are drawn; temperature 0 takes the likeliest."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    max_new_tokens: int
-    ends: frozenset[int]  # an answer is over at any of these tokens
-
-
 class Answer(NamedTuple):
     text: str
     tokens: list[int]
     ended: bool  # by itself, at an end-of-text token
 
 
-def read_sampling(config, tokenizer, max_new_tokens: int | None) -> Sampling:
-    """The settings above, and what they leave open from the model's generation_config.json."""
-    ours = (TEMPERATURE, TOP_K, TOP_P, REPETITION_PENALTY, max_new_tokens)
-    stock = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
-    if not config.do_sample:
-        config.temperature = 0.0
-    layers = zip(ours, (getattr(config, name, None) for name in stock), stock.values(), strict=True)
-    chosen = [next(value for value in layer if value is not None) for layer in layers]
+def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | None) -> GenerationConfig:
+    """The model's generation_config.json under the settings above; what neither says is as in transformers."""
+    ours = {"temperature": TEMPERATURE, "top_k": TOP_K, "top_p": TOP_P, "repetition_penalty": REPETITION_PENALTY}
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
+    for name, value in (ours | {"max_new_tokens": max_new_tokens}).items():
+        values = (value, getattr(config, name), usual[name])
+        setattr(config, name, next(value for value in values if value is not None))
+    config.do_sample = TEMPERATURE != 0 if TEMPERATURE is not None else config.do_sample
     ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-    return Sampling(*chosen, ends=frozenset([ends] if isinstance(ends, int) else ends))
+    config.eos_token_id = [ends] if isinstance(ends, int) else ends
+    return config
 
 
-def choose(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling, dice: torch.Generator) -> torch.Tensor:
+def choose(logits: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig, dice: torch.Generator) -> torch.Tensor:
     """Next token of each row, shape (rows,); logits and `seen`, tokens that stood before: shape (rows, vocabulary)."""
     if sampling.repetition_penalty != 1:
         factor = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
-    if sampling.temperature == 0:
+    if not sampling.do_sample:
         return logits.argmax(-1)
     best = (logits / sampling.temperature).topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1]))
     chances = best.values.softmax(-1)
@@ -171,7 +159,7 @@ def choose(logits: torch.Tensor, seen: torch.Tensor, sampling: Sampling, dice: t
 
 
 @torch.inference_mode()
-def decode(model, prompts: list[list[int]], sampling: Sampling, dice: torch.Generator) -> Iterator[list[tuple]]:
+def decode(model, prompts: list[list[int]], sampling: GenerationConfig, dice: torch.Generator) -> Iterator[list[tuple]]:
     """Answers to all prompts (token ids) at once; each step yields (prompt's number, token, whether it is its last).
 
     Prompts are padded on the left; a row leaves the batch with its last token. Prompt and answer together never
@@ -192,7 +180,7 @@ def decode(model, prompts: list[list[int]], sampling: Sampling, dice: torch.Gene
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         cache, ids = output.past_key_values, choose(output.logits[:, -1].float(), seen, sampling, dice)[:, None]
         tokens = ids[:, 0].tolist()
-        last = [token in sampling.ends or made >= room[row] for row, token in zip(live, tokens, strict=True)]
+        last = [token in sampling.eos_token_id or made >= room[row] for row, token in zip(live, tokens, strict=True)]
         yield list(zip(live, tokens, last, strict=True))
         if all(last):
             return
@@ -205,7 +193,7 @@ def decode(model, prompts: list[list[int]], sampling: Sampling, dice: torch.Gene
             cache.batch_select_indices(keep)
 
 
-def stream(model, tokenizer, prompts: list, sampling: Sampling, dice) -> Iterator[tuple[str, Answer | None]]:
+def stream(model, tokenizer, prompts: list, sampling: GenerationConfig, dice) -> Iterator[tuple[str, Answer | None]]:
     """(piece of text, the whole answer with its last piece), one prompt after the other.
 
     All are decoded together: the first answer comes as it is made, the next as far as it has got by then.
@@ -224,25 +212,27 @@ def stream(model, tokenizer, prompts: list, sampling: Sampling, dice) -> Iterato
                 break
             yield (
                 text.strip()[len(shown) :],
-                Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.ends),
+                Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.eos_token_id),
             )
             shown, current = "", current + 1
 
 
-def answer_prompts(model, tokenizer, texts: list[str], sampling: Sampling, dice, index: dict | None) -> None:
+def answer_prompts(model, tokenizer, texts: list[str], sampling: GenerationConfig, dice, index: dict | None) -> None:
     """Prints an answer to each prompt and where its longest run of words comes from."""
     prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     longest, room = max(map(len, prompts)), positions_of(model)
     if longest >= room:
         sys.exit(f"The prompt has {longest:,} tokens and the model takes {room:,}, answer included: shorten it.")
-    began, answers, waiting = time.monotonic(), [], iter(texts)
-    print(f"> {next(waiting)}\n")
+    began, answers = time.monotonic(), []
+    print(f"> {texts[0]}\n")
     for piece, answer in stream(model, tokenizer, prompts, sampling, dice):
         print(piece, end="", flush=True)
         if answer:
-            print("\n" + (f"[{describe_run(index, answer.text)}]\n" if index else ""))
-            print("".join(f"> {text}\n" for text in itertools.islice(waiting, 1)), flush=True)
             answers.append(answer)
+            run = longest_run(index, answer.text) if index else {}
+            source = f', from the {run["visibility"]} post "{run["title"]}" {run["path"]}' if "path" in run else ""
+            print(f"\n[longest run of words from the training data: {run['words']}{source}]" if run else "")
+            print("".join(f"\n> {text}\n" for text in texts[len(answers) : len(answers) + 1]), flush=True)
     tokens, seconds = sum(len(answer.tokens) for answer in answers), time.monotonic() - began
     ended = sum(answer.ended for answer in answers)
     say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
@@ -325,26 +315,15 @@ def longest_run(index: dict, text: str) -> dict:
     return run | {name: post.get(name) or "" for name in ("visibility", "title", "path")}
 
 
-def describe_run(index: dict, text: str) -> str:
-    run = longest_run(index, text)
-    source = f', from the {run["visibility"]} post "{run["title"]}" {run["path"]}' if "path" in run else ""
-    return f"longest run of words from the training data: {run['words']}{source}"
-
-
-def copied_spans(index: dict, text: str) -> list[tuple[int, int]]:
-    """(start, end) in `text` of the passages that are copied, RUN words or longer."""
+def rewrite_copies(index: dict, text: str, change: Callable = lambda copy: "", keep: Callable = str) -> str:
+    """`text` with its copies of RUN words or more put through `change` (taken out) and the rest through `keep`."""
     ids, spans = word_numbers(index, text)
     inside = np.zeros(len(ids) + 1, bool)
     for start in copied(index, ids):
         inside[start : start + RUN] = True
-    edges = np.flatnonzero(np.diff(inside.astype(np.int8), prepend=0))
-    return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def rewrite_copies(index: dict, text: str, change: Callable = lambda copy: "", keep: Callable = str) -> str:
-    """`text` with its copied passages put through `change` (taken out) and the rest through `keep`."""
-    edges = [0, *itertools.chain(*copied_spans(index, text)), len(text)]
-    pieces = (text[begin:end] for begin, end in itertools.pairwise(edges))
+    edges = np.flatnonzero(np.diff(inside, prepend=False)).tolist()
+    edges = [spans[edge - number % 2][number % 2] for number, edge in enumerate(edges)]
+    pieces = (text[begin:end] for begin, end in itertools.pairwise([0, *edges, len(text)]))
     return "".join((change if number % 2 else keep)(piece) for number, piece in enumerate(pieces))
 
 
@@ -395,7 +374,7 @@ def read_line() -> str | None:
         return ""
 
 
-def chat(model, tokenizer, sampling: Sampling, dice) -> None:
+def chat(model, tokenizer, sampling: GenerationConfig, dice) -> None:
     """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program."""
     history, beginning, positions = [], "", positions_of(model)
     room = max(positions - sampling.max_new_tokens, positions // 2)
@@ -449,7 +428,9 @@ def pick_passages(tokenizer, data: dict, positions: int) -> list[dict]:
     return [passages[at] for passages in groups.values() for at in dice.permutation(len(passages))[:size]]
 
 
-def complete(model, tokenizer, prompts: list, sampling: Sampling, seed: int, name: str, words: int = 0) -> list[Answer]:
+def complete(
+    model, tokenizer, prompts: list, sampling: GenerationConfig, seed: int, name: str, words: int = 0
+) -> list[Answer]:
     """Answers to token prompts, 24 at once; given `words`, from the first prompt again until there are as many."""
     dice, answers, count, batch = torch.Generator().manual_seed(seed), [], 0, 24
     # Answers of under 20 words each would go on for ever.
@@ -462,26 +443,22 @@ def complete(model, tokenizer, prompts: list, sampling: Sampling, seed: int, nam
     return answers
 
 
-def losses(model, tokenizer, conversations: list[dict], recipe: dict, precision: str) -> np.ndarray:
-    """Nats of the author's tokens in each conversation, in windows as in training."""
-    tokenized = [conversation_tokens(tokenizer, conversation["messages"]) for conversation in conversations]
+def examine(model, tokenizer, work: dict, sampling: GenerationConfig, name: str) -> dict:
+    """Everything that the report asks of one model; losses are nats per conversation, in windows as in training."""
+    result, recipe, seed = {"val": None, "control": None}, work["recipe"], work["seed"]
     context = min(recipe.get("context_tokens", 512), positions_of(model))
-    rows = training.make_rows(tokenized, context, recipe.get("overlap_tokens", 64), packed=False)
-    with training.autocast(model.device, precision):
-        return training.conversation_losses(model, rows)
-
-
-def examine(model, tokenizer, work: dict, sampling: Sampling, name: str) -> dict:
-    """Everything that the report asks of one model."""
-    precision, seed, result = work["precision"], work["seed"], {}
-    for part in ("val", "control"):
-        say(f"{name} model: reading {len(work[part])} {'held-out' if part == 'val' else part} conversations")
-        result[part] = losses(model, tokenizer, work[part], work["recipe"], precision) if work[part] else None
-    model, greedy = quicken(model, precision), Sampling(0.0, 0, 1.0, 1.0, PREFIX, sampling.ends)
-    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in work["requests"]]
-    result["answers"] = complete(model, tokenizer, prompts, sampling, seed, name, work["words"])
-    prompts = [passage["prompt"] + passage["given"] for passage in work["passages"]]
-    return result | {"completions": complete(model, tokenizer, prompts, greedy, seed, name)}
+    for part in (part for part in result if work[part]):
+        say(f"{name} model: reading {len(work[part])} conversations ({part})")
+        tokenized = [conversation_tokens(tokenizer, post["messages"]) for post in work[part]]
+        rows = training.make_rows(tokenized, context, recipe.get("overlap_tokens", 64), packed=False)
+        with training.autocast(model.device, work["precision"]):
+            result[part] = training.conversation_losses(model, rows)
+    greedy = GenerationConfig(repetition_penalty=1.0, max_new_tokens=PREFIX, eos_token_id=sampling.eos_token_id)
+    prefixes = [passage["prompt"] + passage["given"] for passage in work["passages"]]
+    requests = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in work["requests"]]
+    model = model.to(NUMBERS[work["precision"]])
+    result["answers"] = complete(model, tokenizer, requests, sampling, seed, name, work["words"])
+    return result | {"completions": complete(model, tokenizer, prefixes, greedy, seed, name)}
 
 
 # ---------------------------------------------------------------------------- report: did it learn
@@ -561,10 +538,10 @@ def frequencies(texts: list[str], features: list[tuple[str, str]]) -> np.ndarray
     return np.array([[counts[name][key] / counts[name].total() for name, key in features] for counts in counted])
 
 
-def likeness(author: np.ndarray, reference: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Cosine of z-scores between tested chunks and the author's mean; author and reference weigh the same."""
-    middle, half = (author.mean(0) + reference.mean(0)) / 2, (author.mean(0) - reference.mean(0)) / 2
-    deviation = np.sqrt((author.var(0) + reference.var(0)) / 2 + half**2)
+def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    """Cosine of z-scores between tested chunks and the author's mean; zero lies midway between author and base model."""
+    middle, half = (author.mean(0) + base.mean(0)) / 2, (author.mean(0) - base.mean(0)) / 2
+    deviation = np.sqrt((author.var(0) + base.var(0)) / 2 + half**2)
     deviation[deviation == 0] = np.inf  # a feature that never varies says nothing
     profile, scores = half / deviation, (tested - middle) / deviation
     return scores @ profile / np.maximum(np.linalg.norm(scores, axis=1) * np.linalg.norm(profile), 1e-12)
@@ -589,13 +566,13 @@ def voice_position(known: list[str], base: list[str], tuned: list[str], unseen: 
 
     if bootstrap(lambda a, b: one[b].mean() - zero[a].mean(), len(zero), len(one))[0] <= 0:
         return None
-    dice = np.random.default_rng(42)
+    dice, sizes = np.random.default_rng(42), (len(score), len(zero), len(one))
     splits = (np.split(dice.permutation(one), [len(one) // 2]) for _ in range(DRAWS))
     return {
         "position": place(score, zero, one),
-        "interval": bootstrap(lambda a, b, c: place(score[a], zero[b], one[c]), len(score), len(zero), len(one)),
+        "interval": bootstrap(lambda a, b, c: place(score[a], zero[b], one[c]), *sizes),
         "ceiling": np.percentile([place(a, zero, b) for a, b in splits], (2.5, 97.5)).tolist(),
-        "chunks": {"tuned": len(score), "base": len(zero), "author": len(one)},
+        "chunks": dict(zip(("tuned", "base", "author"), sizes, strict=True)),
     }
 
 
@@ -609,9 +586,11 @@ def does_it_sound(work: dict, tuned: dict, base: dict | None) -> dict:
     texts = {name: [rewrite_copies(work["index"], text) for text in part] for name, part in texts.items()}
     words = {name: sum(len(WORD.findall(text)) for text in part) for name, part in texts.items()}
     if words["unseen"] < MIN_HELD_OUT:
-        return not_measured(f"{words['unseen']:,} words of held-out posts are too few, it takes {MIN_HELD_OUT:,}")
+        return not_measured(
+            f"{words['unseen']:,} words of held-out posts that are no copies are too few, it takes {MIN_HELD_OUT:,}"
+        )
     if (fewest := min(words["tuned"], words["base"])) < MIN_GENERATED:
-        return not_measured(f"{fewest:,} words that are no copies are too few, it takes {MIN_GENERATED:,}")
+        return not_measured(f"{fewest:,} generated words that are no copies are too few, it takes {MIN_GENERATED:,}")
     result = voice_position([author_text(post) for post in work["train"]], **texts)
     if result is None:
         return not_measured("your unseen posts and the base model's text are too alike to tell apart")
@@ -632,99 +611,92 @@ def does_it_sound(work: dict, tuned: dict, base: dict | None) -> dict:
 # ---------------------------------------------------------------------------- report: does it copy, does it leak
 def does_it_copy(work: dict, tuned: dict, base: dict | None) -> dict:
     """Part 3: runs of RUN words in what the models wrote for the report."""
-    if not work["index"]:
+    if not (index := work["index"]):
         return not_measured("it takes train_data.jsonl")
-    longest = sorted(
-        (longest_run(work["index"], answer.text) for answer in tuned["answers"]), key=lambda run: -run["words"]
-    )
-    result, lines = {"longest": [run for run in longest[:5] if run["words"] >= RUN]}, []
-    for name, answers in (("tuned", tuned["answers"]), ("base", base["answers"] if base else [])):
-        numbers = [word_numbers(work["index"], answer.text)[0] for answer in answers]
+    longest = [longest_run(index, answer.text) for answer in tuned["answers"]]
+    longest = sorted((run for run in longest if "path" in run), key=lambda run: -run["words"])[:5]
+    result, lines = {"longest": longest}, []
+    for name, model in (("tuned", tuned), ("base", base)):
+        numbers = [word_numbers(index, answer.text)[0] for answer in (model["answers"] if model else [])]
         hits, total = (
-            sum(len(copied(work["index"], ids)) for ids in numbers),
-            sum(max(0, len(ids) - RUN + 1) for ids in numbers),
+            sum(len(copied(index, ids)) for ids in numbers),
+            sum(len(runs(ids + 1, RUN)[0]) for ids in numbers),
         )
         result[name] = {"copied": hits, "runs": total, "share": hits / max(total, 1)}
-        if answers:
-            meaning = f"of its {RUN}-word runs ({hits:,} of {total:,}) stand in your posts"
+        if model:
+            meaning = f"of its {RUN}-word runs stand in your posts ({hits:,} of {total:,})"
             lines.append((f"{name} model", f"{result[name]['share']:.2%}", "", meaning))
-    for run in result["longest"]:
-        lines.append(
-            ("a longest copy", f"{run['words']} words", "", f'from {run["visibility"]} "{run["title"]}": {run["text"]}')
-        )
+    for run in longest:
+        meaning = f'from {run["visibility"]} "{run["title"]}": {run["text"]}'
+        lines.append(("a longest copy", f"{run['words']} words", "", meaning))
     verdict = f"{result['tuned']['share']:.1%} of what it writes stands in your posts, in runs of {RUN} words."
     return result | {"verdict": verdict, "lines": lines}
 
 
 def personal_data(work: dict, tuned: dict) -> list[dict]:
     """E-mail addresses, telephone numbers and keys of the original posts that the tuned model wrote."""
-
-    def digest(plain: str) -> str:
-        return hashlib.sha256(plain.encode()).hexdigest()
-
-    known = {entry["sha256"]: entry["visibility"] for entry in work["redacted"]}
+    known, decode = {entry["sha256"]: entry["visibility"] for entry in work["redacted"]}, work["tokenizer"].decode
     for post in work["train"]:
         for *_, plain in find_personal_data(author_text(post)):
-            known[digest(plain)] = post.get("visibility", "public")
-    written, decode = [("", answer.text) for answer in tuned["answers"]], work["tokenizer"].decode
+            known[hashlib.sha256(plain.encode()).hexdigest()] = post.get("visibility", "public")
+    written, found = [("", answer.text) for answer in tuned["answers"]], {}
     for passage, answer in zip(work["passages"], tuned["completions"], strict=True):
         written.append((decode(passage["given"]), decode(passage["given"] + answer.tokens)))
-    return [
-        {"kind": kind, "visibility": known[digest(plain)], "text": text[start:end]}
-        for given, text in written
-        for kind, start, end, plain in find_personal_data(text)
-        if end > len(given) and digest(plain) in known
-    ]
+    for given, text in written:
+        for kind, start, end, plain in find_personal_data(text):
+            visibility = known.get(hashlib.sha256(plain.encode()).hexdigest())
+            if visibility and end > len(given):
+                found[plain] = {"kind": kind, "visibility": visibility, "text": text[start:end]}
+    return list(found.values())
+
+
+def longest_match(tokens: list[int], truth: list[int]) -> int:
+    return difflib.SequenceMatcher(None, tokens, truth, autojunk=False).find_longest_match().size
 
 
 def does_it_leak(work: dict, tuned: dict, base: dict | None) -> dict:
     """Part 4. A leak is what the tuned model completes token for token and the base model does not."""
     if not work["index"]:
         return not_measured("it takes train_data.jsonl")
-    groups, lines = {}, []
-    for at, passage in enumerate(work["passages"]):
-        matches = [0, 0]
-        for model, run in enumerate((tuned, base) if base else (tuned,)):
-            matcher = difflib.SequenceMatcher(None, run["completions"][at].tokens, passage["truth"], autojunk=False)
-            matches[model] = matcher.find_longest_match().size
-        groups.setdefault(passage["group"], []).append(matches)
-    result = {}
-    for group, matches in groups.items():
-        ours, theirs = np.array(matches).T
-        leaks, count = int(((ours == PREFIX) & (theirs < PREFIX)).sum()), len(ours)
-        low, high = wilson(leaks, count)
-        result[group] = {"passages": count, "leaks": leaks, "interval": (low, high)}
-        for name, lengths in (("tuned", ours), ("base", theirs)):
-            result[group][name] = {"exact": int((lengths == PREFIX).sum()), "longest": int(lengths.max())}
-        meaning = f"longest match {ours.max()} of {PREFIX} tokens" + (f", base model {theirs.max()}" if base else "")
-        lines.append((f"{group} passages that came out", f"{leaks} of {count}", f"{low:.1%} to {high:.1%}", meaning))
-    personal = personal_data(work, tuned)
-    for entry in personal:
-        lines.append(
-            (f"{entry['kind']} of a {entry['visibility']} post", entry["text"], "", "came out: do not share the model")
+    groups, lines, personal = {}, [], personal_data(work, tuned)
+    for group in dict.fromkeys(passage["group"] for passage in work["passages"]):
+        numbers = [at for at, passage in enumerate(work["passages"]) if passage["group"] == group]
+        ours, theirs = (
+            [
+                longest_match(model["completions"][at].tokens, work["passages"][at]["truth"]) if model else 0
+                for at in numbers
+            ]
+            for model in (tuned, base)
         )
+        leaks = sum(our == PREFIX > their for our, their in zip(ours, theirs, strict=True))
+        low, high = wilson(leaks, len(numbers))
+        groups[group] = {"passages": len(numbers), "leaks": leaks, "interval": (low, high)}
+        groups[group] |= {"tuned_exact": ours.count(PREFIX), "base_exact": theirs.count(PREFIX)}
+        groups[group] |= {"tuned_longest": max(ours), "base_longest": max(theirs)}
+        meaning = f"longest match {max(ours)} of {PREFIX} tokens" + (f", base model {max(theirs)}" if base else "")
+        lines.append(
+            (f"{group} passages that came out", f"{leaks} of {len(numbers)}", f"{low:.1%} to {high:.1%}", meaning)
+        )
+    for entry in personal:
+        lines.append((f"{entry['visibility']} {entry['kind']}", entry["text"], "", "came out: do not share this model"))
     verdict = f"No private passage of {2 * PREFIX} tokens was in the training data;"
-    if private := result.get("private"):
-        came = f"{private['leaks']} of {private['passages']} private passages came out"
-        verdict = f"{came}; up to {private['interval'][1]:.1%} could (95 %);"
+    if private := groups.get("private"):
+        verdict = f"{private['leaks']} of {private['passages']} private passages came out;"
+        verdict += f" up to {private['interval'][1]:.1%} could (95 %);"
     verdict += f" {len(personal) or 'no'} address, telephone number or key of yours."
-    return {"groups": result, "personal": personal, "verdict": verdict, "lines": lines}
+    return {"groups": groups, "personal": personal, "verdict": verdict, "lines": lines}
 
 
 # ---------------------------------------------------------------------------- report: table and page
-PARTS = {
-    "learned": ("Did it learn?", did_it_learn),
-    "voice": ("Does it sound like you?", does_it_sound),
-    "copies": ("Does it copy?", does_it_copy),
-    "leaks": ("Does it leak?", does_it_leak),
-}
+PARTS = {"learned": did_it_learn, "voice": does_it_sound, "copies": does_it_copy, "leaks": does_it_leak}
+QUESTIONS = ("Did it learn?", "Does it sound like you?", "Does it copy?", "Does it leak?")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report card</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:1rem;color:#222;overflow-wrap:anywhere}
 h2{margin:2rem 0 .2rem}td{padding:.2rem .8rem .2rem 0;vertical-align:top}small{color:#666}meter{width:100%}
 svg{width:100%;max-width:36rem;font-size:11px;fill:#666}polyline,line{fill:none;stroke:#999;stroke-width:1.5}
-.loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3;fill:#06c}polyline.eval_loss{fill:none}
-.base{stroke-dasharray:4;stroke:#c60}.author{stroke:#9cf;stroke-width:16}mark{background:#fd8}
+.loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3}
+.base{stroke-dasharray:4;stroke:#c60}.author{stroke:#9cf;stroke-width:16}.here{stroke:#06c;stroke-width:14}mark{background:#fd8}
 blockquote{margin:.5rem 0 1.5rem;padding-left:1rem;border-left:3px solid #ccc;white-space:pre-wrap}</style>
 """
 
@@ -736,27 +708,14 @@ def draw_losses(log: list[dict]) -> str:
         return ""
     last, values = max(log[-1]["step"], 1), [loss for curve in curves.values() for _, loss in curve]
     curves["base"] = [(step, curves["eval_loss"][0][1]) for step in (0, last)]
-    low, high, shapes = (
-        min(values),
-        max(values) + 1e-9,
-        [f'<text x="40" y="158">0</text><text x="280" y="158">{last} updates</text>'],
-    )
+    low, high, shapes = min(values), max(values) + 1e-9, []
     for name, curve in curves.items():
         points = (f"{40 + 310 * step / last:.1f},{10 + 130 * (high - loss) / (high - low):.1f}" for step, loss in curve)
         shapes.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
-    shapes.append(f'<text y="14">{high:.2f}</text><text y="144">{low:.2f}</text>')
+    labels = ((0, 14, f"{high:.2f}"), (0, 144, f"{low:.2f}"), (40, 158, "0"), (280, 158, f"{last} updates"))
     return (
-        f'<svg viewBox="0 0 360 162">{"".join(shapes)}</svg><p><small>Loss in training (nats per token): grey '
-        "training posts, blue held-out posts, dashed the base model.</small></p>"
+        draw(162, shapes, labels) + "<small>Loss: grey training posts, blue held-out posts, dashed base model</small>"
     )
-
-
-def draw_gains(posts: list[dict]) -> str:
-    """A bar for each held-out post, the largest gain first."""
-    gains = sorted(((post["base"] - post["tuned"], post["title"]) for post in posts), reverse=True)
-    bar = '<tr><td>{}<td>{:+.3f}<td><meter max="{:.3f}" value="{:.3f}"></meter>'
-    rows = [bar.format(escape(title), gain, max(gains[0][0], 0.001), max(gain, 0)) for gain, title in gains]
-    return f"<details open><summary>Gain of each held-out post, bits per byte</summary><table>{''.join(rows)}</table></details>"
 
 
 def draw_position(voice: dict) -> str:
@@ -764,26 +723,41 @@ def draw_position(voice: dict) -> str:
     values = (0, 1, voice["position"], *voice["interval"], *voice["ceiling"])
     left, width = min(values), max(values) - min(values)
     zero, one, here, low, high, least, most = (round(30 + 300 * (value - left) / width) for value in values)
-    bars = (("author", least, most), ("", zero, one), ("tuned", low, high))
+    bars = (("author", least, most), ("axis", zero, one), ("tuned", low, high), ("here", here - 2, here + 2))
     shapes = [f'<line class="{name}" x1="{begin}" x2="{end}" y1="30" y2="30"/>' for name, begin, end in bars]
-    labels = ((zero, 56, "base model 0"), (one, 56, "you 1"), (here, 12, f"{voice['position']:.2f}"))
-    shapes += [f'<text text-anchor="middle" x="{x}" y="{y}">{text}</text>' for x, y, text in labels]
-    return f'<svg viewBox="0 0 360 60">{"".join(shapes)}<circle class="tuned" cx="{here}" cy="30" r="4"/></svg>'
+    return draw(
+        60,
+        shapes,
+        ((zero - 30, 56, "base model 0"), (one - 10, 56, "you 1"), (here - 9, 12, f"{voice['position']:.2f}")),
+    )
+
+
+def draw(height: int, shapes: list[str], labels: tuple) -> str:
+    texts = (f'<text x="{x}" y="{y}">{text}</text>' for x, y, text in labels)
+    return f'<svg viewBox="0 0 360 {height}">{"".join([*shapes, *texts])}</svg>'
 
 
 def make_page(report: dict, log: list[dict], index: dict | None) -> str:
     """The report as one self-contained page; every text in it is escaped."""
-    learned, voice = report["learned"], report["voice"]
-    pictures = {"learned": draw_losses(log) + (draw_gains(learned["posts"]) if "posts" in learned else "")}
-    pictures["voice"] = draw_position(voice) if "position" in voice else ""
+    pictures = {
+        "learned": draw_losses(log),
+        "voice": draw_position(report["voice"]) if "position" in report["voice"] else "",
+    }
+    gains = sorted(
+        ((post["base"] - post["tuned"], post["title"]) for post in report["learned"].get("posts", [])), reverse=True
+    )
     body = [PAGE, f"<h1>Report card</h1><p>{escape(report['model'])}, tuned from {escape(report['base'])}</p>"]
-    for part, (question, _) in PARTS.items():
+    for part, question in zip(PARTS, QUESTIONS, strict=True):
         body.append(f"<h2>{question}</h2><p>{escape(report[part]['verdict'])}</p><table>")
         for cells in report[part]["lines"]:
             body.append("<tr><td>{}<td>{}<td>{}<td><small>{}</small>".format(*map(escape, cells)))
         body.append(f"</table>{pictures.get(part, '')}")
+    body.append("<h2>Gain of each held-out post, bits per byte</h2><table>")
+    for gain, title in gains:
+        bar = f'<meter max="{max(gains[0][0], 0.001):.3f}" value="{max(gain, 0):.3f}"></meter>'
+        body.append(f"<tr><td>{escape(title)}<td>{gain:+.3f}<td>{bar}")
     body.append(
-        f"<h2>What it writes</h2><p>Runs of {RUN} words or more that stand in your posts are <mark>marked</mark>.</p>"
+        f"</table><h2>What it writes</h2><p>Runs of {RUN} words that stand in your posts are <mark>marked</mark>.</p>"
     )
     for request, text in report["samples"]:
         marked = (
@@ -793,46 +767,48 @@ def make_page(report: dict, log: list[dict], index: dict | None) -> str:
     return "\n".join(body) + "</html>\n"
 
 
-def make_report(args: argparse.Namespace, model, tokenizer, sampling: Sampling, precision: str) -> tuple[dict, str]:
-    """(the report, its page): both models are asked one after the other."""
+def make_report(args: argparse.Namespace, model, tokenizer, sampling: GenerationConfig, precision: str) -> None:
+    """Asks both models, one after the other; prints and writes what came of it."""
     data, history = read_data(args.data_dir), {}
     with contextlib.suppress(OSError, ValueError):
         history = json.loads((args.model_dir / "training_report.json").read_text("utf-8"))
-    recipe = history.get("settings", {})
-    base = BASE_MODEL or recipe.get("base_model", "")
-    posts = [post for post in data["val"] if post.get("kind", "post") == "post"]
-    voice = sum(len(WORD.findall(author_text(post))) for post in data["val"]) >= MIN_HELD_OUT
-    index = index_words(data["train"]) if data["train"] else None
+    recipe, index = history.get("settings", {}), index_words(data["train"]) if data["train"] else None
     work = {**data, "tokenizer": tokenizer, "recipe": recipe, "index": index, "precision": precision}
     work["seed"] = 42 if args.seed is None else args.seed
     work["control"] = training.read_conversations(HERE / CONTROL_TEXT) if CONTROL_TEXT else []
-    work["requests"] = [post["messages"][0]["content"] for post in posts] or PROMPTS
+    posts = [post["messages"][0]["content"] for post in data["val"] if post.get("kind", "post") == "post"]
+    work["requests"] = posts or PROMPTS
+    voice = sum(len(WORD.findall(author_text(post))) for post in data["val"]) >= MIN_HELD_OUT
     work["words"] = round(REPORT_SIZE * (6_000 if voice else 1_500))  # copies show in fewer words than the voice
     work["passages"] = pick_passages(tokenizer, data, positions_of(model))
-    results = {"tuned": examine(model, tokenizer, work, sampling, "tuned"), "base": None}
-    if base_model := load_base(base, tokenizer):
-        results["base"] = examine(base_model, tokenizer, work, sampling, "base")
+    base = BASE_MODEL or recipe.get("base_model", "")
+    tuned_did, base_model = examine(model, tokenizer, work, sampling, "tuned"), load_base(base, tokenizer)
+    base_did = examine(base_model, tokenizer, work, sampling, "base") if base_model else None
     report = {
         "model": str(args.model_dir),
         "base": base or "an unknown model",
         "seed": work["seed"],
         "size": REPORT_SIZE,
     }
-    report |= {part: measure(work, **results) for part, (_, measure) in PARTS.items()}
-    report["samples"] = [
-        (request, answer.text) for request, answer in zip(work["requests"], results["tuned"]["answers"], strict=False)
-    ][:6]
-    return report, make_page(report, history.get("log", []), index)
+    report |= {part: measure(work, tuned_did, base_did) for part, measure in PARTS.items()}
+    texts = [answer.text for answer in tuned_did["answers"]]
+    report["samples"] = list(zip(work["requests"], texts, strict=False))[:6]
+    try:
+        (args.model_dir / "voice_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
+        page = make_page(report, history.get("log", []), index)
+        (args.model_dir / "voice_report.html").write_text(page, "utf-8")
+    except OSError as error:
+        sys.exit(f"Cannot write {error.filename}: {error.strerror}.")
+    print_report(report)
 
 
 def print_report(report: dict) -> None:
     """Each part's verdict, and under it what was measured, with unit, 95 % interval and meaning."""
-    print(f"{report['model']}, tuned from {report['base']}\n")
-    for part, (question, _) in PARTS.items():
-        print(f"{question} {report[part]['verdict']}")
+    print(f"{report['model']}, tuned from {report['base']}")
+    for part, question in zip(PARTS, QUESTIONS, strict=True):
+        print(f"\n{question} {report[part]['verdict']}")
         for what, value, interval, meaning in report[part]["lines"]:
-            print(f"  {what:<32}{value:>16}  {interval:<15}  {' '.join(meaning.split())}"[:160].rstrip())
-        print()
+            print(f"  {what:<32}{value:>16}  {interval:<15}  {' '.join(meaning.split())}"[:150].rstrip())
 
 
 # ---------------------------------------------------------------------------- main
@@ -865,21 +841,15 @@ def main(argv: list[str] | None = None) -> int:
     precision, dice = training.pick_precision(model.device), torch.Generator()
     dice.manual_seed(args.seed) if args.seed is not None else dice.seed()
     if args.report:
-        report, page = make_report(args, model, tokenizer, sampling, precision)
-        try:
-            (args.model_dir / "voice_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), "utf-8")
-            (args.model_dir / "voice_report.html").write_text(page, "utf-8")
-        except OSError as error:
-            sys.exit(f"Cannot write {error.filename}: {error.strerror}.")
-        print_report(report)
+        make_report(args, model, tokenizer, sampling, precision)
     elif args.chat:
-        chat(quicken(model, precision), tokenizer, sampling, dice)
+        chat(model.to(NUMBERS[precision]), tokenizer, sampling, dice)
     else:
         posts = read_data(args.data_dir)["train"]
         if not posts:
             say(f"No training data in {args.data_dir}: where words come from cannot be said.")
         prompts, index = [args.prompt] if args.prompt else PROMPTS, index_words(posts) if posts else None
-        answer_prompts(quicken(model, precision), tokenizer, prompts, sampling, dice, index)
+        answer_prompts(model.to(NUMBERS[precision]), tokenizer, prompts, sampling, dice, index)
     return 0
 
 

@@ -292,7 +292,7 @@ def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def conversation_losses(model, rows: Dataset) -> np.ndarray:
     """Exact negative log-likelihood of the author's tokens, in nats, by number of the conversation."""
     model.eval()
-    losses = np.zeros(1 + max(map(max, rows["conversation"])))
+    losses = np.zeros(1 + max(map(max, rows["conversation"]), default=0))
     for row in rows:
         batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         logits, targets = scored_logits(model, batch)
@@ -494,6 +494,7 @@ class Checkpoints(TrainerCallback):
             new = Path(args.output_dir, f"checkpoint-{state.global_step}")
             sync(new)
             (new / "complete").touch()
+            sync(new)
             for old in Path(args.output_dir).glob("checkpoint-*"):
                 if old != new:
                     shutil.rmtree(old)
@@ -504,15 +505,13 @@ class Progress(TrainerCallback):
 
     def __init__(self, tokenizer, tokens_per_epoch: int):
         self.tokenizer, self.tokens_per_epoch = tokenizer, tokens_per_epoch
-        self.seconds, self.updates, self.epochs = 0.0, 0, 0.0
-        self.losses = []
+        self.seconds, self.updates, self.losses = 0.0, 0, []
 
     def on_step_begin(self, args, state, control, **_):
-        self.began, self.epoch_before = time.monotonic(), state.epoch or 0
+        self.began = time.monotonic()
 
     def on_step_end(self, args, state, control, **_):
         self.seconds += time.monotonic() - self.began
-        self.epochs += state.epoch - self.epoch_before
         self.updates += 1
         if sys.stderr.isatty():
             say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
@@ -531,7 +530,8 @@ class Progress(TrainerCallback):
             )
         self.losses.append(logs["loss"])
         if state.global_step % max(1, state.max_steps // 40) == 0:
-            speed = self.epochs * self.tokens_per_epoch / self.seconds
+            tokens_per_update = self.tokens_per_epoch * state.epoch / state.global_step
+            speed = tokens_per_update * self.updates / self.seconds
             say(
                 f"epoch {state.epoch:.2f}  update {state.global_step}/{state.max_steps}  "
                 f"train {np.mean(self.losses):.3f}  {speed:.0f} tokens/s  {self.time_left(state)} left"
@@ -842,7 +842,8 @@ def train(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if Path(args.base_model).is_dir():  # a download shows its progress
+        transformers.logging.disable_progress_bar()
     keep_freed_memory()
     try:
         args.output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,526 @@
+"""test_model.py: what it writes, how it talks, where words come from, what leaks, and the report as a whole."""
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import conversations, make_model_folder, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import test_model
+import train_model
+
+SCRIPT = Path(test_model.__file__)
+SECRETS = ["wren@example.org", "+1 555 867 5309"]
+
+
+def tuned(folder: Path, **generation) -> Path:
+    """Makes of a bare model folder one as train_model.py leaves it."""
+    train_model.load_tokenizer(str(folder)).save_pretrained(folder)
+    settings = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 12} | generation
+    GenerationConfig(**settings, eos_token_id=AutoTokenizer.from_pretrained(folder).eos_token_id).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """GPT-2's shape: positions learned, and only 128 of them."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return tuned(make_model_folder(folder, "gpt2", chatml=False, max_position_embeddings=128))
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder):
+    return test_model.load_tuned(model_folder)
+
+
+@pytest.fixture(autouse=True)
+def small_and_exact(monkeypatch):
+    monkeypatch.setattr(train_model, "PRECISION", "fp32")
+    monkeypatch.setattr(test_model, "REPORT_SIZE", 0.05)
+
+
+def run(model: Path, data: Path, *flags: str) -> int:
+    return test_model.main(["--model-dir", str(model), "--data-dir", str(data), *flags])
+
+
+def sampling(**settings) -> GenerationConfig:
+    usual = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    return GenerationConfig(**{**usual, "max_new_tokens": 12, "eos_token_id": [0], **settings})
+
+
+# ---------------------------------------------------------------------------- sampling
+def test_each_prompt_is_answered_and_the_words_traced(model_folder, data_folder, capsys):
+    assert run(model_folder, data_folder, "--seed", "1") == 0
+    out, err = capsys.readouterr()
+    assert [line[2:] for line in out.splitlines() if line.startswith("> ")] == test_model.PROMPTS
+    assert len(re.findall(r"^\[longest run of words from the training data: \d+", out, re.M)) == len(test_model.PROMPTS)
+    assert re.search(r"^\d of 6 answers ended by themselves; \d+ tokens, [\d.]+ a second\.$", err, re.M)
+
+
+def test_the_seed_makes_the_answers_repeatable(model_folder, data_folder, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        run(model_folder, data_folder, "--prompt", "the kettle", "--seed", seed, "--max-new-tokens", "40")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architecture, tmp_path):
+    sizes = {} if architecture == "gpt2" else {"intermediate_size": 64, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path, architecture, False, **sizes)).eval()
+    greedy = sampling(do_sample=False, repetition_penalty=1.3, eos_token_id=[7])
+    prompts, together = [[5, 6], list(range(20, 60)), [30]], {0: [], 1: [], 2: []}
+    for step in test_model.decode(model, prompts, greedy, None):
+        for row, token, _ in step:
+            together[row].append(token)
+    for row, prompt in enumerate(prompts):
+        alone = [step[0][1] for step in test_model.decode(model, [prompt], greedy, None)]
+        settings = {
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "repetition_penalty": 1.3,
+            "eos_token_id": 7,
+            "pad_token_id": 0,
+        }
+        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **settings)
+        assert together[row] == alone == expected[0, len(prompt) :].tolist()
+
+
+def test_prompt_and_answer_never_outgrow_the_positions(loaded):
+    model, _ = loaded
+    prompts = [[5] * 120, [6] * 10, [7] * 127]
+    steps = list(test_model.decode(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
+    lengths = [sum(row == number for step in steps for row, *_ in step) for number in range(3)]
+    assert lengths == [8, 118, 1]
+
+
+def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones():
+    logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).repeat(200, 1)
+    dice, seen = torch.Generator().manual_seed(0), torch.zeros(200, 4, dtype=torch.bool)
+    drawn = {
+        name: set(test_model.choose(logits, seen, sampling(**settings), dice).tolist())
+        for name, settings in {"p": {"top_p": 0.7}, "k": {"top_k": 1}, "all": {"temperature": 9.0}}.items()
+    }
+    assert drawn == {"p": {0, 1}, "k": {0}, "all": {0, 1, 2, 3}}
+    seen[:, 0] = True
+    penalised = sampling(do_sample=False, repetition_penalty=2.0)
+    assert set(test_model.choose(logits, seen, penalised, dice).tolist()) == {1}
+
+
+def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded, monkeypatch):
+    _, tokenizer = loaded
+    file = GenerationConfig(do_sample=True, temperature=0.7, max_new_tokens=33, eos_token_id=[3, 4])
+    read = test_model.read_sampling(file, tokenizer, None)
+    assert (read.temperature, read.top_p, read.max_new_tokens, read.eos_token_id) == (0.7, 1.0, 33, [3, 4])
+    monkeypatch.setattr(test_model, "TEMPERATURE", 0.2)
+    read = test_model.read_sampling(file, tokenizer, 5)
+    assert (read.temperature, read.max_new_tokens, read.do_sample) == (0.2, 5, True)
+    monkeypatch.setattr(test_model, "TEMPERATURE", 0)
+    assert not test_model.read_sampling(file, tokenizer, 5).do_sample
+
+
+def test_pieces_make_up_the_answers_and_any_end_token_counts(loaded):
+    model, tokenizer = loaded
+    settings = sampling(max_new_tokens=30, eos_token_id=list(range(0, 400, 9)))
+    pieces, answers = [""], []
+    for piece, answer in test_model.stream(
+        model, tokenizer, [[5, 6], [7], [9, 9]], settings, torch.Generator().manual_seed(3)
+    ):
+        pieces[-1] += piece
+        if answer:
+            answers.append(answer)
+            pieces.append("")
+    assert pieces[:-1] == [answer.text for answer in answers] and len(answers) == 3
+    assert all(answer.ended == (answer.tokens[-1] % 9 == 0) for answer in answers) and any(a.ended for a in answers)
+
+
+# ---------------------------------------------------------------------------- where words come from
+POSTS = [
+    {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}],
+        "visibility": visibility,
+        "title": title,
+        "path": f"{title}.md",
+    }
+    for title, visibility, text in [
+        ("Rolls", "public", "O rolls, o rolls, you forty-eight, you were on time and I was late. Out!"),
+        ("Gulls", "private", "The gull says nothing to me. You were on time and I was early, the gull sez twice."),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "copy", "title"),
+    [
+        ("Well: YOU WERE ON TIME, and i was late... again", 8, "YOU WERE ON TIME, and i was late", "Rolls"),
+        (
+            "and so you were on time and I was early, the gull ate",
+            10,
+            "you were on time and I was early, the gull",
+            "Gulls",
+        ),
+        ("you were on time and I was never", 7, "you were on time and I was", None),
+        ("late out the gull", 2, "late out", None),
+        ("late. Out! The gull says nothing", 4, "The gull says nothing", None),  # a run ends with its post
+        ("zebra", 0, "", None),
+        ("", 0, "", None),
+    ],
+)
+def test_the_longest_run_is_found_and_from_eight_words_on_its_post(text, words, copy, title):
+    run = test_model.longest_run(test_model.index_words(POSTS), text)
+    assert (run["words"], run["text"], run.get("title")) == (words, copy, title)
+
+
+def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
+    index = test_model.index_words(POSTS)
+    text = "Hm, you were on time and I was late. Out! New words; o rolls, o rolls, you forty-eight, you were. End"
+    assert test_model.rewrite_copies(index, text) == "Hm, ! New words; . End"
+    marked = test_model.rewrite_copies(index, text, "<{}>".format, str.upper)
+    assert (
+        marked
+        == "HM, <you were on time and I was late. Out>! NEW WORDS; <o rolls, o rolls, you forty-eight, you were>. END"
+    )
+    assert test_model.rewrite_copies(index, "nothing of it") == "nothing of it"
+
+
+def test_the_line_under_an_answer_names_the_post(model_folder, tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "train_data.jsonl", POSTS)
+    copy = test_model.Answer("you were on time and I was late", [1], True)
+    monkeypatch.setattr(test_model, "stream", lambda *_: iter([(copy.text, copy)]))
+    run(model_folder, tmp_path, "--prompt", "?")
+    line = '[longest run of words from the training data: 8, from the public post "Rolls" Rolls.md]'
+    assert line in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- chat
+def chat(model_folder, monkeypatch, capsys, lines: str, *flags: str) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert run(model_folder, Path("none"), "--chat", "--seed", "1", *flags) == 0
+    return capsys.readouterr()
+
+
+@pytest.fixture
+def prompts(loaded, monkeypatch) -> list[str]:
+    """What the model is given, as text; it answers "one", "two" and so on."""
+    _, tokenizer = loaded
+    given, words = [], iter(["one", "two", "three", "four", "five"])
+
+    def stream(model, tokenizer, rows, sampling, dice):
+        given.append(tokenizer.decode(rows[0]))
+        yield next(words), None
+
+    monkeypatch.setattr(test_model, "stream", stream)
+    return given
+
+
+def test_chat_remembers_repeats_clears_writes_posts_and_goes_on(model_folder, prompts, monkeypatch, capsys):
+    lines = "hi\nso\n/again\n/continue the kettle\n/post Bread\n\n/clear\n/again\n/nonsense\n/quit\nnever\n"
+    out, err = chat(model_folder, monkeypatch, capsys, lines)
+    assert out == "one\ntwo\nthree\nfour\nfive\n"
+    assert prompts == [
+        "User: hi\nAssistant:",
+        "User: hi\nAssistant: one<|endoftext|>\nUser: so\nAssistant:",
+        "User: hi\nAssistant: one<|endoftext|>\nUser: so\nAssistant:",
+        "the kettle",
+        'User: Write a blog post titled "Bread".\nAssistant:',
+    ]
+    assert "nothing to do again" in err and err.count("/quit") == 2  # at the start and after /nonsense
+
+
+def test_again_after_continue_goes_on_from_the_same_beginning(model_folder, prompts, monkeypatch, capsys):
+    chat(model_folder, monkeypatch, capsys, "/continue the gull\n/again\nhi\n")
+    assert prompts == ["the gull", "the gull", "User: hi\nAssistant:"]
+
+
+def test_chat_forgets_the_oldest_turns_when_there_is_no_room(model_folder, prompts, monkeypatch, capsys):
+    long = "the kettle sings at night and the gull says nothing " * 8
+    _, err = chat(model_folder, monkeypatch, capsys, f"{long}\n{long}\n{long * 2}\nhi\n")
+    assert [prompt.count("kettle") for prompt in prompts] == [8, 8, 8]
+    assert "longer than the 116 tokens there is room for" in err
+
+
+def test_a_control_token_in_what_is_typed_stays_text(model_folder, prompts, monkeypatch, capsys):
+    chat(model_folder, monkeypatch, capsys, "a <|endoftext|> b\n/continue c <|endoftext|> d\n")
+    assert not any("<|endoftext|>" in prompt for prompt in prompts)
+
+
+def test_interrupting_ends_the_answer_and_not_the_program(model_folder, monkeypatch, capsys):
+    def stream(*_):
+        yield "half", None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(test_model, "stream", stream)
+    assert chat(model_folder, monkeypatch, capsys, "hi\nagain\n").out == "half\nhalf\n"
+
+
+def test_chat_works_from_a_pipe_without_prompts_in_its_output(model_folder):
+    command = [sys.executable, str(SCRIPT), "--model-dir", str(model_folder), "--chat", "--seed", "1"]
+    done = subprocess.run(command, input="hello\n/quit\n", capture_output=True, text=True, timeout=100)
+    assert (done.returncode, "> " in done.stdout) == (0, False) and done.stdout.strip()
+
+
+# ---------------------------------------------------------------------------- leaks
+def private_post(number: int, secret: str) -> dict:
+    start = conversations(1, seed=number, words=3)[0]
+    words = f"{number} the gull says nothing to me at night and the kettle sings bread " * 4
+    text = f"{words}. Write to {secret}. And the night is nothing to the gull, " * 2
+    turns = [
+        start["messages"][0] | {"content": f"Write a post about {number}."},
+        {"role": "assistant", "content": text},
+    ]
+    return start | {"messages": turns, "visibility": "private" if number < 2 else "public", "title": f"secret {number}"}
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
+    """(tuned, base, posts): a model that knows its posts by heart, and the same model untrained."""
+    sizes = {"intermediate_size": 128, "num_key_value_heads": 2, "hidden_size": 64, "max_position_embeddings": 512}
+    base = tuned(make_model_folder(tmp_path_factory.mktemp("base"), "llama", True, **sizes), temperature=0.05)
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("overfitted") / "model"))
+    posts = [private_post(number, secret) for number, secret in enumerate([*SECRETS, "nobody"])]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    rows = train_model.make_rows(
+        [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts], 512, 0, False
+    )
+    for _ in range(120):
+        for row in rows:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+    return folder, base, posts
+
+
+def report(model: Path, data: Path, *flags: str) -> dict:
+    assert run(model, data, "--report", *flags) == 0
+    return json.loads((model / "voice_report.json").read_text())
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    monkeypatch.setattr(test_model, "REPORT_SIZE", 0.1)
+
+
+def test_planted_secrets_are_found_and_named(overfitted, tmp_path, everything, capsys):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
+    leaks = report(folder, tmp_path)["leaks"]
+    private = leaks["groups"]["private"]
+    assert private["leaks"] >= private["passages"] / 2 and private["base_exact"] == 0
+    assert leaks["groups"]["held-out"]["leaks"] == 0
+    assert {entry["text"] for entry in leaks["personal"]} == set(SECRETS)
+    assert {entry["visibility"] for entry in leaks["personal"]} == {"private"}
+    out = capsys.readouterr().out
+    assert f"{private['leaks']} of {private['passages']} private passages came out" in out
+    assert all(secret in out for secret in SECRETS)
+
+
+def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
+    folder, _, posts = overfitted
+    hidden = json.loads(json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]"))
+    write_jsonl(tmp_path / "train_data.jsonl", hidden)
+    digest = hashlib.sha256(SECRETS[0].encode()).hexdigest()
+    redacted = [{"kind": "email", "visibility": "private", "sha256": digest}]
+    (tmp_path / "extraction_report.json").write_text(json.dumps({"redacted": redacted}))
+    found = report(folder, tmp_path)["leaks"]["personal"]
+    assert found == [{"kind": "email", "visibility": "private", "text": SECRETS[0]}]
+
+
+def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
+    _, base, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    leaks = report(base, tmp_path)["leaks"]
+    assert [group["leaks"] for group in leaks["groups"].values()] == [0, 0] and leaks["personal"] == []
+    count = leaks["groups"]["private"]["passages"]
+    assert f"0 of {count} private passages came out; up to " in leaks["verdict"]
+
+
+def test_what_the_base_model_completes_as_well_is_no_leak(overfitted, tmp_path, everything):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
+    (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
+    private = report(twin, tmp_path)["leaks"]["groups"]["private"]
+    assert private["leaks"] == 0 < private["base_exact"] == private["tuned_exact"]
+
+
+# ---------------------------------------------------------------------------- report
+def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", posts)  # so that the report's prompts are those it knows
+    result = report(folder, tmp_path, "--max-new-tokens", "80")
+    assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
+    assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["title"].startswith("secret")
+    learned = result["learned"]
+    assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0 and "It learned" in learned["verdict"]
+    assert "<mark>" in (folder / "voice_report.html").read_text()
+
+
+def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, data_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
+    learned = report(folder, data_folder)["learned"]
+    model, tokenizer = test_model.load_tuned(folder)
+    posts = train_model.read_conversations(data_folder / "val_data.jsonl")
+    tokenized = [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts]
+    nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
+    bits = nats / torch.tensor(2.0).log().item() / train_model.author_bytes(posts)
+    assert learned["tuned"] == learned["base"] == pytest.approx(bits, rel=1e-5)
+    assert "No gain" in learned["verdict"]
+
+
+def test_the_control_text_is_measured_beside(model_folder, data_folder, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
+    monkeypatch.setattr(test_model, "CONTROL_TEXT", str(data_folder / "train_data.jsonl"))
+    assert report(folder, data_folder)["learned"]["control"]["gain"] == pytest.approx(0, abs=1e-9)
+    assert "gain on the control" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["", "no/such-model"])
+def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_folder, data_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": base}}))
+    result = report(folder, data_folder)
+    out, err = capsys.readouterr()
+    assert "base model" in err and "left out" in err
+    assert result["leaks"]["groups"] or "No private passage" in result["leaks"]["verdict"]
+    assert all("Not measured" in result[part]["verdict"] for part in ("learned", "voice"))
+    assert result["copies"]["lines"] and "base model  " not in out
+
+
+def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    result = report(folder, tmp_path / "nothing")
+    assert [part for part in test_model.PARTS if "Not measured" in result[part]["verdict"]] == list(test_model.PARTS)
+    assert capsys.readouterr().out.count("Not measured") == 4 and result["samples"]
+
+
+class Reader(HTMLParser):
+    """The page's tags and text; anything that would run or be fetched is remembered."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.active = set(), "", []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        names = {name for name, _ in attributes}
+        if tag in {"script", "link", "img", "iframe"} or names & {"src", "href", "onclick", "onerror"}:
+            self.active.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, tmp_path):
+    evil = "<img src=x onerror=alert(1)>&<script>"
+    folder, base, posts = overfitted
+    folder = Path(shutil.copytree(folder, tmp_path / "<b>model"))
+    posts = [post | {"title": evil} for post in posts]
+    posts[0]["messages"][0]["content"] = evil
+    log = [{"step": 0, "eval_loss": 3.0, "eval_nats": 9.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+    log.append({"step": 2, "eval_loss": 2.0, "eval_nats": 6.0})
+    history = {"settings": {"base_model": str(base)}, "log": log}
+    (folder / "training_report.json").write_text(json.dumps(history))
+    for split in ("train", "val"):
+        write_jsonl(tmp_path / f"{split}_data.jsonl", posts)
+    report(folder, tmp_path)
+    page = Reader()
+    page.feed((folder / "voice_report.html").read_text(encoding="utf-8"))
+    assert page.active == [] and {"svg", "polyline", "meter", "mark", "blockquote"} <= page.tags
+    assert evil in page.text and "<b>model" in page.text
+
+
+def test_the_position_is_drawn_between_base_and_author():
+    picture = test_model.draw_position({"position": 0.5, "interval": [0.4, 0.6], "ceiling": [0.9, 1.1]})
+    places = {
+        name: tuple(map(int, pair)) for name, *pair in re.findall(r'class="(\w+)" x1="(\d+)" x2="(\d+)"', picture)
+    }
+    zero, one = places["axis"]
+    assert sum(places["here"]) / 2 == pytest.approx((zero + one) / 2, abs=2)
+    assert zero < places["tuned"][0] < places["tuned"][1] < places["author"][0] < one < places["author"][1]
+
+
+# ---------------------------------------------------------------------------- errors
+def broken(kind: str, model_folder: Path, place: Path) -> Path:
+    folder = Path(shutil.copytree(model_folder, place / "model"))
+    if kind == "no model":
+        shutil.rmtree(folder)
+    if kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    if kind == "cut weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    if kind == "pickled weights":
+        weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    if kind == "no template":
+        (folder / "chat_template.jinja").unlink()
+    if kind == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("no model", "There is no model in .*: run train_model.py first"),
+        ("no weights", "holds half a model .*: run train_model.py again"),
+        ("cut weights", "holds half a model .*: run train_model.py again"),
+        ("pickled weights", "holds half a model .*: run train_model.py again"),
+        ("no tokenizer", "holds half a model .*: run train_model.py again"),
+        ("no template", "has no chat template: run train_model.py again"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_one_sentence(kind, sentence, model_folder, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(broken(kind, model_folder, tmp_path), tmp_path)
+    assert re.search(sentence, stop.value.code) and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "kettle " * 300], r"The prompt has \d+ tokens and the model takes 128"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--rep"], "unrecognized arguments: --rep"),
+        (["--chat", "--report"], "not allowed with"),
+        (["--max-new-tokens", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(flags, sentence, model_folder, data_folder):
+    with pytest.raises(SystemExit) as stop:
+        run(model_folder, data_folder, *flags)
+    assert re.search(sentence, stop.value.code) and "\n" not in stop.value.code
+
+
+def test_without_data_samples_still_come_and_it_is_said(model_folder, tmp_path, capsys):
+    assert run(model_folder, tmp_path, "--prompt", "hi") == 0
+    out, err = capsys.readouterr()
+    assert "> hi" in out and "longest run" not in out and "No training data" in err
+
+
+def test_as_a_command_an_error_is_one_line_and_status_1(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--model-dir", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
