@@ -102,17 +102,14 @@ def load_tuned(folder: Path):
     return model, tokenizer
 
 
-def load_base(name: str, tokenizer):
+def load_base(name: str):
     """The base model, or None where it is not at hand, which is said."""
     folder = next((str(path) for path in (Path(name), HERE / name) if name and path.is_dir()), name)
     try:
-        model = load_model(folder)
-        if model.get_input_embeddings().num_embeddings < len(tokenizer):
-            raise OSError("it has another vocabulary")
+        return load_model(folder)
     except OSError as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
-    return model
 
 
 def brief(error: Exception) -> str:
@@ -210,10 +207,8 @@ def stream(model, tokenizer, prompts: list, sampling: GenerationConfig, dice) ->
                 yield text[len(shown) :], None
                 shown = text
                 break
-            yield (
-                text.strip()[len(shown) :],
-                Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.eos_token_id),
-            )
+            answer = Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.eos_token_id)
+            yield answer.text[len(shown) :], answer
             shown, current = "", current + 1
 
 
@@ -247,83 +242,46 @@ def author_text(conversation: dict) -> str:
     return "\n\n".join(turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant")
 
 
-def runs(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(places, 64-bit hashes) of all runs of `size` words in a row, but for those with a 0 in them."""
-    count = max(0, len(ids) - size + 1)
-    hashes, whole = np.zeros(count, np.uint64), np.ones(count, bool)
-    for offset in range(size):
-        part = ids[offset : count + offset]
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
-        whole &= part != 0
-    return np.flatnonzero(whole), hashes[whole]
-
-
 def index_words(conversations: list[dict]) -> dict:
-    """What finds runs of words in the training text again: word numbers (0 between posts) and sorted hashes of runs."""
-    vocabulary, parts = {}, []
+    """What finds runs of words in the training text again: the text as words only, and hashes of all runs of RUN."""
+    texts, known = [], set()
     for conversation in conversations:
         words = WORD.findall(author_text(conversation).casefold())
-        parts.append(np.array([0, *(vocabulary.setdefault(word, len(vocabulary) + 1) for word in words)], np.int32))
-    ids = np.concatenate([*parts, np.zeros(1, np.int32)])
-    places, hashes = runs(ids, RUN)
-    order = np.argsort(hashes, kind="stable")
-    return {
-        "posts": conversations,
-        "starts": np.cumsum([0, *map(len, parts[:-1])]),
-        "vocabulary": vocabulary,
-        "ids": ids,
-        "places": places[order],
-        "hashes": {size: np.unique(runs(ids, size)[1]) for size in range(1, RUN)} | {RUN: hashes[order]},
-    }
+        texts.append(f" {' '.join(words)} ")
+        known.update(hash(tuple(words[at : at + RUN])) for at in range(len(words) - RUN + 1))
+    return {"posts": conversations, "text": "\n".join(texts), "known": known}
 
 
-def word_numbers(index: dict, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """(word numbers of the index, 0 = a word it does not know; where each stands in `text`)."""
-    found = list(WORD.finditer(text))
-    numbers = [index["vocabulary"].get(word[0].casefold(), 0) for word in found]
-    return np.array(numbers, np.int32), [word.span() for word in found]
-
-
-def copied(index: dict, ids: np.ndarray, size: int = RUN) -> np.ndarray:
-    """Where in `ids` a run of `size` words begins that stands in the training text."""
-    (places, hashes), known = runs(ids, size), index["hashes"][size]
-    found = np.searchsorted(known, hashes)
-    return places[[place < len(known) and known[place] == hash for place, hash in zip(found, hashes, strict=True)]]
-
-
-def extend(index: dict, ids: np.ndarray, start: int) -> tuple[int, int, int]:
-    """(length, start, place in the training text) of the longest copy from `start` on, where RUN words are one."""
-    known, wanted = index["hashes"][RUN], runs(ids[start : start + RUN], RUN)[1][0]
-    places, length = index["places"][np.searchsorted(known, wanted) : np.searchsorted(known, wanted, "right")], RUN
-    while start + length < len(ids) and ids[start + length]:
-        longer = places[index["ids"][places + length] == ids[start + length]]
-        if not len(longer):
-            break
-        places, length = longer, length + 1
-    return length, start, int(places[0])
+def copied(index: dict, words: list[str]) -> list[int]:
+    """Where in `words` a run of RUN begins that stands in the training text."""
+    starts = range(len(words) - RUN + 1)
+    return [start for start in starts if hash(tuple(words[start : start + RUN])) in index["known"]]
 
 
 def longest_run(index: dict, text: str) -> dict:
     """The longest run of words of `text` that stands in the training text: words, text, and the post if RUN or more."""
-    ids, spans = word_numbers(index, text)
-    size, starts = next(((size, at) for size in range(RUN, 0, -1) if len(at := copied(index, ids, size))), (0, [0]))
-    length, start, place = (size, starts[0], None) if size < RUN else max(extend(index, ids, at) for at in starts)
-    run = {"words": length, "text": text[spans[start][0] : spans[start + length - 1][1]] if length else ""}
-    if place is None:
+    spans, words = [match.span() for match in WORD.finditer(text)], WORD.findall(text.casefold())
+    begin, length, place = 0, 0, -1
+    for start in range(len(words)):
+        while start + length < len(words):
+            found = index["text"].find(f" {' '.join(words[start : start + length + 1])} ")
+            if found < 0:
+                break
+            begin, length, place = start, length + 1, found
+    run = {"words": length, "text": text[spans[begin][0] : spans[begin + length - 1][1]] if length else ""}
+    if length < RUN:
         return run
-    post = index["posts"][np.searchsorted(index["starts"], place, "right") - 1]
+    post = index["posts"][index["text"].count("\n", 0, place)]
     return run | {name: post.get(name) or "" for name in ("visibility", "title", "path")}
 
 
 def rewrite_copies(index: dict, text: str, change: Callable = lambda copy: "", keep: Callable = str) -> str:
     """`text` with its copies of RUN words or more put through `change` (taken out) and the rest through `keep`."""
-    ids, spans = word_numbers(index, text)
-    inside = np.zeros(len(ids) + 1, bool)
-    for start in copied(index, ids):
-        inside[start : start + RUN] = True
-    edges = np.flatnonzero(np.diff(inside, prepend=False)).tolist()
-    edges = [spans[edge - number % 2][number % 2] for number, edge in enumerate(edges)]
-    pieces = (text[begin:end] for begin, end in itertools.pairwise([0, *edges, len(text)]))
+    spans, edges = [match.span() for match in WORD.finditer(text)], [0]
+    for start in copied(index, WORD.findall(text.casefold())):
+        begin, end = spans[start][0], spans[start + RUN - 1][1]
+        edges[-1:] = [end] if len(edges) > 1 and begin <= edges[-1] else [edges[-1], begin, end]
+    pieces = (text[begin:end] for begin, end in itertools.pairwise([*edges, len(text)]))
     return "".join((change if number % 2 else keep)(piece) for number, piece in enumerate(pieces))
 
 
@@ -363,23 +321,20 @@ def fit(tokenizer, history: list[dict], beginning: str, room: int) -> list[int]:
     return next((ids for part in turns if len(ids := prompt_tokens(tokenizer, part)) <= room), [])
 
 
-def read_line() -> str | None:
-    """The user's next line, None at the end of input; piped input gets no prompt."""
-    try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        say("\n/quit leaves.")
-        return ""
-
-
 def chat(model, tokenizer, sampling: GenerationConfig, dice) -> None:
     """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program."""
     history, beginning, positions = [], "", positions_of(model)
     room = max(positions - sampling.max_new_tokens, positions // 2)
     say(COMMANDS)
-    while (line := read_line()) not in (None, "/quit"):
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            line = ""
+        if line == "/quit":
+            return
         due, beginning = obey(line, history, beginning)
         if not due:
             continue
@@ -428,9 +383,7 @@ def pick_passages(tokenizer, data: dict, positions: int) -> list[dict]:
     return [passages[at] for passages in groups.values() for at in dice.permutation(len(passages))[:size]]
 
 
-def complete(
-    model, tokenizer, prompts: list, sampling: GenerationConfig, seed: int, name: str, words: int = 0
-) -> list[Answer]:
+def complete(model, tokenizer, prompts, sampling, seed: int, name: str, words: int = 0) -> list[Answer]:
     """Answers to token prompts, 24 at once; given `words`, from the first prompt again until there are as many."""
     dice, answers, count, batch = torch.Generator().manual_seed(seed), [], 0, 24
     # Answers of under 20 words each would go on for ever.
@@ -500,7 +453,8 @@ def did_it_learn(work: dict, tuned: dict, base: dict | None) -> dict:
     low, high = result["interval"]
     better = sum(post["tuned"] < post["base"] for post in result["posts"])
     verdict = "It learned" if low > 0 else "It got worse" if high < 0 else "No gain that could not be chance"
-    verdict += f": {better} of {len(work['val'])} held-out posts surprise it less than they surprise the base model."
+    verdict += f": {better} of {len(work['val'])} held-out posts surprise it less than they surprise the base model"
+    verdict += "." if len(work["val"]) >= 10 else "; with so few posts the interval is rough."
     lines = [
         ("base model", f"{result['base']:.3f} bits/byte", "", "how much held-out posts surprise it; less is better"),
         ("tuned model", f"{result['tuned']:.3f} bits/byte", "", "the same posts; it never saw them"),
@@ -539,7 +493,7 @@ def frequencies(texts: list[str], features: list[tuple[str, str]]) -> np.ndarray
 
 
 def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Cosine of z-scores between tested chunks and the author's mean; zero lies midway between author and base model."""
+    """Cosine of z-scores between tested chunks and the author's mean; zero is midway from the base model to it."""
     middle, half = (author.mean(0) + base.mean(0)) / 2, (author.mean(0) - base.mean(0)) / 2
     deviation = np.sqrt((author.var(0) + base.var(0)) / 2 + half**2)
     deviation[deviation == 0] = np.inf  # a feature that never varies says nothing
@@ -586,23 +540,16 @@ def does_it_sound(work: dict, tuned: dict, base: dict | None) -> dict:
     texts = {name: [rewrite_copies(work["index"], text) for text in part] for name, part in texts.items()}
     words = {name: sum(len(WORD.findall(text)) for text in part) for name, part in texts.items()}
     if words["unseen"] < MIN_HELD_OUT:
-        return not_measured(
-            f"{words['unseen']:,} words of held-out posts that are no copies are too few, it takes {MIN_HELD_OUT:,}"
-        )
+        return not_measured(f"{words['unseen']:,} words of unseen posts that are no copies are under {MIN_HELD_OUT:,}")
     if (fewest := min(words["tuned"], words["base"])) < MIN_GENERATED:
-        return not_measured(f"{fewest:,} generated words that are no copies are too few, it takes {MIN_GENERATED:,}")
+        return not_measured(f"{fewest:,} generated words that are no copies are under {MIN_GENERATED:,}")
     result = voice_position([author_text(post) for post in work["train"]], **texts)
     if result is None:
         return not_measured("your unseen posts and the base model's text are too alike to tell apart")
     place, (low, high), (least, most) = result["position"], result["interval"], result["ceiling"]
     lines = [
         ("position", f"{place:.2f}", f"{low:.2f} to {high:.2f}", "0 = the base model's text, 1 = your unseen posts"),
-        (
-            "you against yourself",
-            "1.00",
-            f"{least:.2f} to {most:.2f}",
-            "half of your posts against the rest: the ceiling",
-        ),
+        ("you against yourself", "1.00", f"{least:.2f} to {most:.2f}", "half of your posts against the rest"),
     ]
     verdict = f"Its text stands {place:.2f} of the way from the base model (0) to you (1)."
     return result | {"words": words, "verdict": verdict, "lines": lines}
@@ -617,11 +564,9 @@ def does_it_copy(work: dict, tuned: dict, base: dict | None) -> dict:
     longest = sorted((run for run in longest if "path" in run), key=lambda run: -run["words"])[:5]
     result, lines = {"longest": longest}, []
     for name, model in (("tuned", tuned), ("base", base)):
-        numbers = [word_numbers(index, answer.text)[0] for answer in (model["answers"] if model else [])]
-        hits, total = (
-            sum(len(copied(index, ids)) for ids in numbers),
-            sum(len(runs(ids + 1, RUN)[0]) for ids in numbers),
-        )
+        words = [WORD.findall(answer.text.casefold()) for answer in (model["answers"] if model else [])]
+        hits = sum(len(copied(index, answer)) for answer in words)
+        total = sum(max(0, len(answer) - RUN + 1) for answer in words)
         result[name] = {"copied": hits, "runs": total, "share": hits / max(total, 1)}
         if model:
             meaning = f"of its {RUN}-word runs stand in your posts ({hits:,} of {total:,})"
@@ -650,8 +595,11 @@ def personal_data(work: dict, tuned: dict) -> list[dict]:
     return list(found.values())
 
 
-def longest_match(tokens: list[int], truth: list[int]) -> int:
-    return difflib.SequenceMatcher(None, tokens, truth, autojunk=False).find_longest_match().size
+def longest_matches(work: dict, run: dict | None, numbers: list[int]) -> list[int]:
+    """Tokens in a row that each completion shares with the truth; 0 without a model."""
+    pairs = [(run["completions"][at].tokens, work["passages"][at]["truth"]) for at in numbers] if run else []
+    matchers = (difflib.SequenceMatcher(None, *pair, autojunk=False) for pair in pairs)
+    return [matcher.find_longest_match().size for matcher in matchers] or [0] * len(numbers)
 
 
 def does_it_leak(work: dict, tuned: dict, base: dict | None) -> dict:
@@ -661,29 +609,22 @@ def does_it_leak(work: dict, tuned: dict, base: dict | None) -> dict:
     groups, lines, personal = {}, [], personal_data(work, tuned)
     for group in dict.fromkeys(passage["group"] for passage in work["passages"]):
         numbers = [at for at, passage in enumerate(work["passages"]) if passage["group"] == group]
-        ours, theirs = (
-            [
-                longest_match(model["completions"][at].tokens, work["passages"][at]["truth"]) if model else 0
-                for at in numbers
-            ]
-            for model in (tuned, base)
-        )
+        ours, theirs = (longest_matches(work, run, numbers) for run in (tuned, base))
         leaks = sum(our == PREFIX > their for our, their in zip(ours, theirs, strict=True))
         low, high = wilson(leaks, len(numbers))
         groups[group] = {"passages": len(numbers), "leaks": leaks, "interval": (low, high)}
         groups[group] |= {"tuned_exact": ours.count(PREFIX), "base_exact": theirs.count(PREFIX)}
         groups[group] |= {"tuned_longest": max(ours), "base_longest": max(theirs)}
         meaning = f"longest match {max(ours)} of {PREFIX} tokens" + (f", base model {max(theirs)}" if base else "")
-        lines.append(
-            (f"{group} passages that came out", f"{leaks} of {len(numbers)}", f"{low:.1%} to {high:.1%}", meaning)
-        )
+        value, interval = f"{leaks} of {len(numbers)}", f"{low:.1%} to {high:.1%}"
+        lines.append((f"{group} passages that came out", value, interval, meaning))
     for entry in personal:
         lines.append((f"{entry['visibility']} {entry['kind']}", entry["text"], "", "came out: do not share this model"))
     verdict = f"No private passage of {2 * PREFIX} tokens was in the training data;"
     if private := groups.get("private"):
         verdict = f"{private['leaks']} of {private['passages']} private passages came out;"
         verdict += f" up to {private['interval'][1]:.1%} could (95 %);"
-    verdict += f" {len(personal) or 'no'} address, telephone number or key of yours."
+    verdict += f" {len(personal) or 'none'} of your e-mail addresses, telephone numbers and keys came out."
     return {"groups": groups, "personal": personal, "verdict": verdict, "lines": lines}
 
 
@@ -692,11 +633,12 @@ PARTS = {"learned": did_it_learn, "voice": does_it_sound, "copies": does_it_copy
 QUESTIONS = ("Did it learn?", "Does it sound like you?", "Does it copy?", "Does it leak?")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report card</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:0 auto;padding:1rem;color:#222;overflow-wrap:anywhere}
-h2{margin:2rem 0 .2rem}td{padding:.2rem .8rem .2rem 0;vertical-align:top}small{color:#666}meter{width:100%}
-svg{width:100%;max-width:36rem;font-size:11px;fill:#666}polyline,line{fill:none;stroke:#999;stroke-width:1.5}
-.loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3}
-.base{stroke-dasharray:4;stroke:#c60}.author{stroke:#9cf;stroke-width:16}.here{stroke:#06c;stroke-width:14}mark{background:#fd8}
+body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:0 auto;padding:1rem;color:#222;overflow-wrap:break-word}
+h2{margin:2rem 0 0}table{width:100%}td{padding:.3rem 1rem .3rem 0;vertical-align:top;overflow-wrap:anywhere}
+td+td{white-space:nowrap;text-align:right;overflow-wrap:normal}small{color:#666}meter{width:8rem}mark{background:#fd8}
+svg{display:block;width:100%;font-size:11px;fill:#666}polyline,line{fill:none;stroke:#999;stroke-width:1.5}
+.loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3}.base{stroke-dasharray:4;stroke:#c60}
+.author{stroke:#9cf;stroke-width:16}.here{stroke:#06c;stroke-width:14}
 blockquote{margin:.5rem 0 1.5rem;padding-left:1rem;border-left:3px solid #ccc;white-space:pre-wrap}</style>
 """
 
@@ -713,23 +655,19 @@ def draw_losses(log: list[dict]) -> str:
         points = (f"{40 + 310 * step / last:.1f},{10 + 130 * (high - loss) / (high - low):.1f}" for step, loss in curve)
         shapes.append(f'<polyline class="{name}" points="{" ".join(points)}"/>')
     labels = ((0, 14, f"{high:.2f}"), (0, 144, f"{low:.2f}"), (40, 158, "0"), (280, 158, f"{last} updates"))
-    return (
-        draw(162, shapes, labels) + "<small>Loss: grey training posts, blue held-out posts, dashed base model</small>"
-    )
+    legend = "<small>Loss: grey training posts, blue held-out posts, dashed the base model</small>"
+    return draw(162, shapes, labels) + legend
 
 
 def draw_position(voice: dict) -> str:
-    """The line from the base model (0) to the author (1), with the author's own range and the tuned model's interval."""
+    """The line from base model (0) to author (1), with the author's own range and the tuned model's interval."""
     values = (0, 1, voice["position"], *voice["interval"], *voice["ceiling"])
     left, width = min(values), max(values) - min(values)
     zero, one, here, low, high, least, most = (round(30 + 300 * (value - left) / width) for value in values)
     bars = (("author", least, most), ("axis", zero, one), ("tuned", low, high), ("here", here - 2, here + 2))
     shapes = [f'<line class="{name}" x1="{begin}" x2="{end}" y1="30" y2="30"/>' for name, begin, end in bars]
-    return draw(
-        60,
-        shapes,
-        ((zero - 30, 56, "base model 0"), (one - 10, 56, "you 1"), (here - 9, 12, f"{voice['position']:.2f}")),
-    )
+    labels = ((zero - 30, 56, "base model 0"), (one - 10, 56, "you 1"), (here - 9, 12, f"{voice['position']:.2f}"))
+    return draw(60, shapes, labels)
 
 
 def draw(height: int, shapes: list[str], labels: tuple) -> str:
@@ -739,30 +677,24 @@ def draw(height: int, shapes: list[str], labels: tuple) -> str:
 
 def make_page(report: dict, log: list[dict], index: dict | None) -> str:
     """The report as one self-contained page; every text in it is escaped."""
-    pictures = {
-        "learned": draw_losses(log),
-        "voice": draw_position(report["voice"]) if "position" in report["voice"] else "",
-    }
-    gains = sorted(
-        ((post["base"] - post["tuned"], post["title"]) for post in report["learned"].get("posts", [])), reverse=True
-    )
-    body = [PAGE, f"<h1>Report card</h1><p>{escape(report['model'])}, tuned from {escape(report['base'])}</p>"]
+    learned, voice = report["learned"], report["voice"]
+    pictures = {"learned": draw_losses(log), "voice": draw_position(voice) if "position" in voice else ""}
+    body = [PAGE, f"<h1>Report card</h1><p>{escape(report['model'])}, tuned from {escape(report['base'])};"]
+    body.append("a range is a 95 % interval.</p>")
     for part, question in zip(PARTS, QUESTIONS, strict=True):
         body.append(f"<h2>{question}</h2><p>{escape(report[part]['verdict'])}</p><table>")
         for cells in report[part]["lines"]:
-            body.append("<tr><td>{}<td>{}<td>{}<td><small>{}</small>".format(*map(escape, cells)))
+            body.append("<tr><td>{0}<br><small>{3}</small><td>{1}<br><small>{2}</small>".format(*map(escape, cells)))
         body.append(f"</table>{pictures.get(part, '')}")
+    gains = [(post["base"] - post["tuned"], escape(post["title"])) for post in learned.get("posts", [])]
     body.append("<h2>Gain of each held-out post, bits per byte</h2><table>")
-    for gain, title in gains:
-        bar = f'<meter max="{max(gains[0][0], 0.001):.3f}" value="{max(gain, 0):.3f}"></meter>'
-        body.append(f"<tr><td>{escape(title)}<td>{gain:+.3f}<td>{bar}")
-    body.append(
-        f"</table><h2>What it writes</h2><p>Runs of {RUN} words that stand in your posts are <mark>marked</mark>.</p>"
-    )
+    for gain, title in sorted(gains, reverse=True):
+        bar = f'<meter max="{max(gains)[0]:.3f}" value="{max(gain, 0):.3f}"></meter>'
+        body.append(f"<tr><td>{title}<td>{gain:+.3f}<td>{bar}")
+    body.append("</table><h2>What it writes</h2><p>What stands in your posts word for word is <mark>marked</mark>.</p>")
     for request, text in report["samples"]:
-        marked = (
-            rewrite_copies(index, text, lambda copy: f"<mark>{escape(copy)}</mark>", escape) if index else escape(text)
-        )
+        parts = (lambda copy: f"<mark>{escape(copy)}</mark>", escape)
+        marked = rewrite_copies(index, text, *parts) if index else escape(text)
         body.append(f"<b>{escape(request)}</b><blockquote>{marked}</blockquote>")
     return "\n".join(body) + "</html>\n"
 
@@ -782,14 +714,10 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     work["words"] = round(REPORT_SIZE * (6_000 if voice else 1_500))  # copies show in fewer words than the voice
     work["passages"] = pick_passages(tokenizer, data, positions_of(model))
     base = BASE_MODEL or recipe.get("base_model", "")
-    tuned_did, base_model = examine(model, tokenizer, work, sampling, "tuned"), load_base(base, tokenizer)
+    tuned_did, base_model = examine(model, tokenizer, work, sampling, "tuned"), load_base(base)
     base_did = examine(base_model, tokenizer, work, sampling, "base") if base_model else None
-    report = {
-        "model": str(args.model_dir),
-        "base": base or "an unknown model",
-        "seed": work["seed"],
-        "size": REPORT_SIZE,
-    }
+    report = {"model": str(args.model_dir), "base": base or "an unknown model", "seed": work["seed"]}
+    report["size"] = REPORT_SIZE
     report |= {part: measure(work, tuned_did, base_did) for part, measure in PARTS.items()}
     texts = [answer.text for answer in tuned_did["answers"]]
     report["samples"] = list(zip(work["requests"], texts, strict=False))[:6]
@@ -804,7 +732,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
 
 def print_report(report: dict) -> None:
     """Each part's verdict, and under it what was measured, with unit, 95 % interval and meaning."""
-    print(f"{report['model']}, tuned from {report['base']}")
+    print(f"{report['model']}, tuned from {report['base']}; a range is a 95 % interval")
     for part, question in zip(PARTS, QUESTIONS, strict=True):
         print(f"\n{question} {report[part]['verdict']}")
         for what, value, interval, meaning in report[part]["lines"]:

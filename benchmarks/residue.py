@@ -39,9 +39,8 @@ KINDS = {
 def assistant_texts(blog: Path) -> list[tuple[str, str]]:
     """(path, text) of every answer that extracting the blog gives."""
     with tempfile.TemporaryDirectory() as folder:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
-            if extract_blog_data.main(["--public", str(blog), "--data-dir", folder]):
-                sys.exit(errors.getvalue())
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            extract_blog_data.main(["--public", str(blog), "--data-dir", folder])
         texts = []
         for name in ("train_data.jsonl", "val_data.jsonl"):
             for line in (Path(folder) / name).read_text("utf-8").splitlines():

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import markdown
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -296,7 +297,8 @@ def test_a_run_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")]) == 1
+    with pytest.raises(SystemExit, match="No space left"):
+        x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")])
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 
 
@@ -366,6 +368,23 @@ def test_a_file_that_takes_too_long_is_skipped(tmp_path, monkeypatch):
     _, _, report = run(tmp_path, "--public", str(blog))
     assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-slow.md"]
     assert "took over" in report["skipped"][0]["reason"]
+
+
+def test_an_interrupted_file_does_not_spoil_the_next_one(tmp_path):
+    class Stop(markdown.treeprocessors.Treeprocessor):
+        def run(self, root):
+            if "slow" in "".join(root.itertext()):
+                x.converter((), False).parser.state.set("list")  # as if the parser had been stopped inside of a list
+                raise RecursionError
+
+    x.converter((), False).treeprocessors.register(Stop(), "stop", 99)
+    files = {
+        "_posts/2006-01-01-slow.md": post("so slow"),
+        "_posts/2006-01-02-next.md": post("one and two\n\nand three"),
+    }
+    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files)))
+    assert report["files_skipped"] == {"nested too deep": 1}
+    assert (train + val)[0]["messages"][-1]["content"] == "one and two\n\nand three"
 
 
 DEEP = {

@@ -123,6 +123,8 @@ MARKDOWN = [
     ("so\u00adft ze\u200bro \u200emark\ufffd a\u200db", "soft zero mark ab"),
     # links without a definition
     ("as [noted][4] and [`code`][x] and [empty]()", "as noted and `code` and empty"),
+    ("one<br>\ntwo<br>three", "one\ntwo\nthree"),
+    ("`{% raw %}{% raw %}{% endraw %}` is `b`, too", "`{% raw %}` is `b`, too"),
     # HTML blocks that hold Markdown
     ('<div markdown="1">\n\nHello **you**, [link](/x).\n\n</div>', "Hello **you**, link."),
 ]
@@ -228,6 +230,7 @@ def test_titles_become_plain_text(title, expected):
         ("9999-12-31", date(9999, 12, 31)),
         ("2017-2-5-x.md", date(2017, 2, 5)),
         ("2023-06-31", None),
+        ("Jan 8 99999999999", None),
         ("2014-21-01-x.md", None),
         ("yesterday", None),
         (["2014"], None),
@@ -321,9 +324,9 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
     found = x.find_personal_data(text)
     assert [item[0] for item in found] == [kind]
     assert normalised is None or found[0][3] == normalised
-    redacted, digests = x.redact(text)
-    assert redacted == expected
-    assert [len(digest) for _, digest in digests] == [64]
+    post = x.Post("b", "public", "p")
+    assert x.protect(text, post) == expected
+    assert [(kind, len(digest)) for kind, digest in post.redacted] == [(kind, 64)]
 
 
 @pytest.mark.parametrize(

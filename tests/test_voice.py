@@ -75,15 +75,15 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
     fresh, clerk = write("baker", 3, 6_000), write("clerk", 4, 6_000)
     assert voice(known, write("baker", 2, 4_000), fresh, clerk)["position"] == pytest.approx(1, abs=0.15)
     copied = voice(known, write("baker", 2, 4_000), known[:24], clerk)
-    assert "position" not in copied and "0 generated words that are no copies are too few" in copied["verdict"]
+    assert "position" not in copied and "0 generated words that are no copies are under 5,000" in copied["verdict"]
 
 
 @pytest.mark.parametrize(
     ("held_out", "tuned", "base", "reason"),
     [
-        (1_000, 6_000, 6_000, "words of held-out posts that are no copies are too few"),
-        (4_000, 3_000, 6_000, "generated words that are no copies are too few"),
-        (4_000, 6_000, 2_500, "generated words that are no copies are too few"),
+        (1_000, 6_000, 6_000, "words of unseen posts that are no copies are under 2,000"),
+        (4_000, 3_000, 6_000, "generated words that are no copies are under 5,000"),
+        (4_000, 6_000, 2_500, "generated words that are no copies are under 5,000"),
         (4_000, 6_000, 0, "it takes the base model"),
         (0, 6_000, 6_000, "it takes the base model, train_data.jsonl and val_data.jsonl"),
     ],
