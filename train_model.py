@@ -74,7 +74,7 @@ EVALUATIONS_PER_EPOCH = 2
 PATIENCE = 3  # evaluations without a better one before training stops early
 CHECKPOINT_EVERY = 50  # updates; what a crash can cost
 SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1, "max_new_tokens": 200}
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "max_new_tokens": 200}
 
 # Plain text instead of new control tokens: those would grow the vocabulary by rows that nothing has trained.
 PLAIN_TEMPLATE = (
@@ -325,7 +325,7 @@ def pick_precision(device: torch.device) -> str:
     fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
     if PRECISION == "fp32" or (PRECISION == "bf16" and fast):
         return PRECISION
-    say(f"This {device.type.upper()} has no fast {PRECISION}: training in float32.")
+    say(f"This {device.type.upper()} has no fast {PRECISION}: float32 it is.")
     return "fp32"
 
 

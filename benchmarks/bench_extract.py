@@ -58,40 +58,49 @@ def make_blog(folder: Path, count: int, seed: int = 1) -> Path:
     return folder
 
 
-def run(command: list[str]) -> tuple[float, float, float]:
-    """(wall seconds, processor seconds, peak MB of the largest process) of a command that must succeed."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+def run(command: list[str]) -> float:
+    """Wall seconds of a command that must succeed."""
+    start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{command[0]} failed: {done.stderr[-500:]}")
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return wall, used, after.ru_maxrss / 1024
+    return time.perf_counter() - start
 
 
 def extract(blog: Path, out: Path) -> list[str]:
     return [sys.executable, str(SCRIPT), "--public", str(blog), "--author", "wrenlow", "--data-dir", str(out)]
 
 
-def peak_of_all(command: list[str]) -> float:
-    """Peak MB of a command and its workers together, sampled every 50 ms (shared pages counted once a process)."""
-    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 0
+def run_sampled(command: list[str]) -> tuple[float, float, float]:
+    """(wall seconds, processor seconds, peak MB of the command and its workers together, sampled every 50 ms).
+
+    Pages that the processes share are counted once for each of them.
+    """
+    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        family = [process.pid]
-        for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
-            try:
-                family += map(int, task.read_text("ascii").split())
-            except OSError:
-                continue
-        total = 0
-        for pid in family:
-            try:
-                total += int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            except OSError:
-                continue
-        peak = max(peak, total)
+        peak = max(peak, sum(map(resident_bytes, [process.pid, *children_of(process.pid)])))
         time.sleep(0.05)
-    return peak / 1e6
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak / 1e6
+
+
+def children_of(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in read_proc(task).split()]
+
+
+def resident_bytes(pid: int) -> int:
+    fields = read_proc(Path(f"/proc/{pid}/statm")).split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
+def read_proc(path: Path) -> str:
+    """A file of /proc, or nothing once its process has ended."""
+    try:
+        return path.read_text("ascii")
+    except OSError:
+        return ""
 
 
 def main() -> int:
@@ -113,8 +122,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             blog, out = make_blog(Path(folder) / "blog", count), Path(folder) / "out"
             build = [jekyll, "build", "--quiet", "--source", str(blog), "--destination", str(out / "site")]
-            theirs = min(run([*build, "--disable-disk-cache"])[0] for _ in range(2))
-            ours = min(run(extract(blog, out / "data"))[0] for _ in range(2))
+            theirs = min(run([*build, "--disable-disk-cache"]) for _ in range(2))
+            ours = min(run(extract(blog, out / "data")) for _ in range(2))
             print(f"{count:>8,} {theirs:>9.2f} {ours:>10.2f} {theirs / ours:>14.1f}", flush=True)
     if not jekyll:
         print("jekyll is not installed: no comparison (apt-get install jekyll)")
@@ -124,8 +133,8 @@ def main() -> int:
     for count in args.growth:
         with tempfile.TemporaryDirectory() as folder:
             blog, out = make_blog(Path(folder) / "blog", count), Path(folder) / "data"
-            wall, used, _ = min(run(extract(blog, out)) for _ in range(2 if count <= 10_000 else 1))
-            peak, rate, each = peak_of_all(extract(blog, out)), count / wall, 1000 * used / count
+            wall, used, peak = min(run_sampled(extract(blog, out)) for _ in range(2 if count <= 10_000 else 1))
+            rate, each = count / wall, 1000 * used / count
             print(f"{count:>8,} {wall:>8.2f} {used:>7.1f} {rate:>8,.0f} {each:>12.2f} {peak:>23,.0f}", flush=True)
     return 0
 

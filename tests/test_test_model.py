@@ -19,6 +19,7 @@ import test_model
 import train_model
 
 SCRIPT = Path(test_model.__file__)
+torch.set_num_threads(1)  # models this small only wait for each other's threads
 SECRETS = ["wren@example.org", "+1 555 867 5309"]
 
 
@@ -46,13 +47,8 @@ def loaded(model_folder):
 
 @pytest.fixture(autouse=True)
 def small_and_exact(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a busy machine waits for its own threads
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.setattr(train_model, "PRECISION", "fp32")
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.05)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(model: Path, data: Path, *flags: str) -> int:
