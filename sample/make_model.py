@@ -54,6 +54,7 @@ def save_plain(gguf_folder: Path, target: Path) -> None:
 
 def main() -> None:
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     MODEL_DIR.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=MODEL_DIR.parent, prefix="model-") as scratch:
         fetch_gguf(Path(scratch))
