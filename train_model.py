@@ -206,7 +206,7 @@ def pack(windows: list[tuple], size: int) -> list[list[tuple]]:
 def make_rows(tokenized: list[tuple], context: int, overlap: int, packed: bool = True, multiple: int = 1) -> Dataset:
     """Rows of token ids, labels, the conversation's number per token and, if packed, positions (from 0 in a window).
 
-    Rows without labels fill up to a `multiple`, so that several processes get the same number.
+    Rows without labels fill up to a `multiple`.
     """
     windows = [(*window, number) for number, entry in enumerate(tokenized) for window in cut(*entry, context, overlap)]
     rows = pack(windows, context) if packed else [[window] for window in windows]
@@ -227,7 +227,9 @@ def all_rows(tokenizer, config, conversations: dict, processes: int, packed: boo
     rows = {}
     for split, entries in conversations.items():
         tokenized = [conversation_tokens(tokenizer, entry["messages"]) for entry in entries]
-        rows[split] = make_rows(tokenized, context, OVERLAP_TOKENS, packed, processes if split == "train" else 1)
+        # Whole updates, so that one process or several shuffle the same rows into the same updates.
+        multiple = BATCH_SIZE * math.lcm(GRADIENT_ACCUMULATION, processes) if split == "train" else 1
+        rows[split] = make_rows(tokenized, context, OVERLAP_TOKENS, packed, multiple)
         tokens, scored = sum(sum(scored) for _, scored in tokenized), scored_tokens(rows[split])
         say(f"{split:<8} {len(entries):,} conversations, {tokens:,} tokens of the author's, {scored:,} scored an epoch")
     return rows

@@ -276,6 +276,8 @@ sys.exit(t.main(sys.argv[1:]))
 
 
 def start(*arguments: str, launcher: tuple[str, ...] = ("-c", DRIVER), **options) -> subprocess.Popen:
+    """The script in a process of its own, with as many threads as the tests have: sums depend on it."""
+    options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})
     return subprocess.Popen(
         [sys.executable, *launcher, *arguments],
         cwd=SCRIPT.parent,
