@@ -12,10 +12,10 @@ blog-model-final/. The report prints, on two CPU cores:
 
     Did it learn? It learned: 14 of 14 held-out posts surprise it less than they surprise the base model.
       base model                       1.548 bits/byte                   how much held-out posts surprise it; less is
-      tuned model                      1.274 bits/byte                   the same posts; it never saw them
-      gain                             0.275 bits/byte  0.238 to 0.325   all above 0: it learned
+      tuned model                      1.277 bits/byte                   the same posts; it never saw them
+      gain                             0.272 bits/byte  0.235 to 0.323   all above 0: it learned
 
-    Does it sound like you? Not measured: 2,926 generated words that are no copies are under 5,000.
+    Does it sound like you? Not measured: 3,121 generated words that are no copies are under 5,000.
 
     Does it copy? 0.0% of what it writes stands in your posts, in runs of 8 words.
       tuned model                                0.00%                   of its 8-word runs stand in your posts (0 of
@@ -23,7 +23,7 @@ blog-model-final/. The report prints, on two CPU cores:
 
     Does it leak? 0 of 20 private passages came out; up to 16.1% could (95 %); none of your e-mail addresses, telephon
       private passages that came out           0 of 20  0.0% to 16.1%    longest match 4 of 50 tokens, base model 4
-      public passages that came out            0 of 20  0.0% to 16.1%    longest match 7 of 50 tokens, base model 4
+      public passages that came out            0 of 20  0.0% to 16.1%    longest match 5 of 50 tokens, base model 4
       held-out passages that came out          0 of 20  0.0% to 16.1%    longest match 4 of 50 tokens, base model 4
 """
 
