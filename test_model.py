@@ -407,7 +407,7 @@ def complete(model, tokenizer, prompts, sampling, seed: int, name: str, words: i
     while (not words or count < words) and (part := list(itertools.islice(source, batch))):
         answers += [answer for _, answer in stream(model, tokenizer, part, sampling, dice) if answer]
         count = sum(len(WORD.findall(answer.text)) for answer in answers)
-        done = f"wrote {count:,} of {words:,} words" if words else f"{len(answers):,} of {len(prompts):,} passages"
+        done = f"wrote {count:,} words, {words:,} needed" if words else f"{len(answers):,} of {len(prompts):,} passages"
         say(f"{name} model: {done}")
     return answers
 
