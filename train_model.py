@@ -22,6 +22,7 @@ blog-model-final-unfinished/ until the model is complete. Prints, on two CPU cor
 
 import argparse
 import ctypes
+import gc
 import hashlib
 import inspect
 import json
@@ -69,7 +70,7 @@ DATA_DIR = "data"
 OUTPUT_DIR = "blog-model-final"
 
 CONTEXT_TOKENS = 512  # longer posts are cut into windows of this length, shorter ones share one
-OVERLAP_TOKENS = 64  # of a window are seen again from the window before, as context, and not scored twice
+OVERLAP_TOKENS = 32  # of a window are seen again from the window before, as context, and not scored twice
 BATCH_SIZE = 1  # windows at once; 1 x 8 = 8 windows, 4,096 tokens per update
 GRADIENT_ACCUMULATION = 8
 EPOCHS = 3
@@ -273,10 +274,22 @@ def load_model(name: str, dropout: float = DROPOUT):
             setattr(config, key, dropout)
     for key, value in stock.items():
         setattr(config, key, FUSED_ACTIVATIONS[value])
+    if hasattr(config, "n_positions"):
+        config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     for key, value in stock.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
+
+
+def spare_the_embedding(model) -> None:
+    """Have the input embedding's gradient name only the rows that were read: 6 % faster on a CPU.
+
+    Only where it is added to the output layer's, which makes it dense; AdamW and DistributedDataParallel want that.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and model.device.type == "cpu"
+    embedding.sparse = alone and output is not None and output.weight is embedding.weight
 
 
 @torch.no_grad()
@@ -298,6 +311,30 @@ def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     keep = following != UNSCORED
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     return model(**inputs, use_cache=False, logits_to_keep=keep).logits, following[keep]
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the negative log-likelihoods, in nats, of targets (tokens,) under logits (tokens, vocabulary).
+
+    The gradient is made in the same pass, 64 tokens at a time in float32 and kept in the precision of the logits: what
+    autograd would hold for a vocabulary of 50,000 is seven times as large and takes three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
+        for some, wanted, out in zip(logits.split(64), targets.split(64), gradient.split(64), strict=True):
+            log_probabilities = functional.log_softmax(some.float(), dim=-1)
+            total += functional.nll_loss(log_probabilities, wanted, reduction="sum")
+            probabilities = log_probabilities.exp_()
+            probabilities[torch.arange(len(wanted)), wanted] -= 1
+            out.copy_(probabilities)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0].mul_(upstream), None
 
 
 @torch.inference_mode()
@@ -444,7 +481,7 @@ class BlogTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits, targets = scored_logits(model, inputs)
-        loss = functional.cross_entropy(logits.float(), targets, reduction="sum") / num_items_in_batch
+        loss = SummedCrossEntropy.apply(logits, targets) / num_items_in_batch
         return loss * self.accelerator.num_processes  # which average their gradients
 
     def evaluate(self, **_) -> dict[str, float]:
@@ -659,20 +696,57 @@ print(write([{{"role": "user", "content": "{SAMPLE_PROMPT}"}}])[0]["generated_te
 """
 
 
+def chat_pieces(tokenizer) -> dict[str, str] | None:
+    """What the chat template puts at the start, around each turn and before an answer; None if that varies."""
+    mark = "\ue000"
+    user, assistant = {"role": "user", "content": mark}, {"role": "assistant", "content": mark}
+    one, two, three = (render(tokenizer, [user, assistant, user][:turns]) for turns in (1, 2, 3))
+    pieces = {"answer": render(tokenizer, [user], add_generation_prompt=True)[len(one) :]}
+    pieces["user"], _, pieces["user_end"] = three[len(two) :].partition(mark)
+    pieces["assistant"], _, pieces["assistant_end"] = two[len(one) :].partition(mark)
+    pieces["start"] = one.partition(mark)[0].removesuffix(pieces["user"])
+    question, reply = pieces["user"] + mark + pieces["user_end"], pieces["assistant"] + mark + pieces["assistant_end"]
+    whole = pieces["start"] + question + reply + question + pieces["answer"]
+    return pieces if whole == render(tokenizer, [user, assistant, user], add_generation_prompt=True) else None
+
+
+def modelfile(tokenizer, stops: list[str], positions: int) -> str:
+    """Ollama's description of the model in blog-model.gguf: the same template, stop strings and sampling settings."""
+    if pieces := chat_pieces(tokenizer):
+        if tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+            pieces["start"] = pieces["start"].removeprefix(tokenizer.bos_token)  # llama.cpp puts it there itself
+        template = (
+            '{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}{{{{ .Content }}}}{user_end}'
+            "{{{{ else }}}}{assistant}{{{{ .Content }}}}{assistant_end}{{{{ end }}}}{{{{ end }}}}{answer}"
+        ).format(**pieces)
+    else:
+        say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
+        template = "{{ .Prompt }}"
+    names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
+    settings = [(names.get(name, name), value) for name, value in SAMPLING.items()]
+    settings += [("num_ctx", positions), *(("stop", json.dumps(stop)) for stop in stops)]
+    parameters = "".join(f"PARAMETER {name} {value}\n" for name, value in settings)
+    return f'FROM ./blog-model.gguf\nTEMPLATE """{template}"""\n{parameters}'
+
+
 def save_companions(folder: Path, tokenizer, report: dict) -> None:
-    """Everything that belongs beside the weights: tokenizer, sampling settings, report, curve and card."""
+    """Everything that belongs beside the weights: tokenizer, sampling settings, report, curve, card and Modelfile."""
     exchange = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     closing = [token for token, scored in zip(*conversation_tokens(tokenizer, exchange), strict=True) if scored][-1]
+    stops = sorted({closing, tokenizer.eos_token_id})
     GenerationConfig(
         **SAMPLING,
         do_sample=True,
-        eos_token_id=sorted({closing, tokenizer.eos_token_id}),
+        eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    description = modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions)
+    (folder / "Modelfile").write_text(description, encoding="utf-8")
     draw_curve(report["log"], folder / "loss_curve.png")
 
 
@@ -775,13 +849,11 @@ def count_data(conversations: dict, rows: dict) -> dict:
     }
 
 
-def finish(folder: Path, output: Path, tokenizer, trainer: BlogTrainer, report: dict) -> str:
+def finish(folder: Path, output: Path, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict."""
-    history, rows, device = trainer.state.log_history, trainer.eval_dataset, trainer.args.device
-    base, *later = evaluations(history)
+    base, *later = evaluations(report["log"])
     best = min(later, key=lambda entry: entry["eval_loss"])
-    report |= {"base": base, "best": best, "verdict": verdict(base, best, report["data"]["val"]), "log": history}
-    trainer.model = trainer.model_wrapped = trainer.optimizer = None  # room for the second model
+    report |= {"base": base, "best": best, "verdict": verdict(base, best, report["data"]["val"])}
     save_companions(folder / "best", tokenizer, report)
     check_saved(folder / "best", rows, device, report["plan"]["precision"], best["eval_loss"])
     sync(folder / "best")
@@ -811,8 +883,8 @@ def build_trainer(args, folder: Path, plan: dict, model, tokenizer, rows: dict, 
     return trainer
 
 
-def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> None:
-    """Train, from `checkpoint` if there is one; a run that the user stopped ends the program here."""
+def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> list[dict]:
+    """Train, from `checkpoint` if there is one; returns the log. A run that the user stopped ends the program here."""
     checkpoints = Checkpoints()
     trainer.add_callback(checkpoints)
     trainer.args.eval_on_start = checkpoint is None
@@ -822,6 +894,7 @@ def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> None:
         sys.exit(f"Stopped after update {done} of {of}: run the same command again to continue.")
     if done < of:
         say(f"Stopped early after update {done} of {of}: validation did not improve in {PATIENCE} evaluations.")
+    return trainer.state.log_history
 
 
 def train(args: argparse.Namespace) -> None:
@@ -841,14 +914,15 @@ def train(args: argparse.Namespace) -> None:
     if not keeps_documents_apart(model):
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows = all_rows(tokenizer, config, conversations, process.num_processes, packed=False)
+    spare_the_embedding(model)
     trainer = build_trainer(args, folder, plan, model, tokenizer, rows, data)
-    run_to_the_end(trainer, checkpoint)
+    report = {"settings": {**identity, "output_dir": args.output_dir.name}, "data": data, "plan": plan}
+    report |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    report["log"] = run_to_the_end(trainer, checkpoint)
     if process.is_main_process:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        settings = {**identity, "output_dir": args.output_dir.name}
-        print(
-            finish(folder, output, tokenizer, trainer, {"settings": settings, "data": data, "plan": plan, **versions})
-        )
+        del model, trainer  # room for the model that is loaded to be checked
+        gc.collect()
+        print(finish(folder, output, tokenizer, rows["val"], process.device, report))
 
 
 def main(argv: list[str] | None = None) -> int:

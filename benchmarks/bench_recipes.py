@@ -53,7 +53,8 @@ def first_recipe(args, conversations: dict, rate: float, updates_per_epoch: int)
     tokenizer = train_model.load_tokenizer(args.base_model)
     rows, _ = stock_rows(tokenizer, conversations["train"])
     held_out = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations["val"]]
-    measure = Measure(train_model.make_rows(held_out, 512, 64), train_model.author_bytes(conversations["val"]))
+    held_out = train_model.make_rows(held_out, 512, train_model.OVERLAP_TOKENS)
+    measure = Measure(held_out, train_model.author_bytes(conversations["val"]))
     accumulation = max(1, round(len(rows) / updates_per_epoch))
     arguments = TrainingArguments(
         output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=accumulation,

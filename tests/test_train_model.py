@@ -182,6 +182,29 @@ def test_losses_are_exact(gpt2_folder):
         assert nats == pytest.approx(expected[torch.tensor(scored[1:])].sum().item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 64, 150])
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(tokens):
+    logits, targets = torch.randn(tokens, 40, requires_grad=True), torch.arange(tokens) % 40
+    loss = train_model.SummedCrossEntropy.apply(logits, targets) * 0.3
+    expected = functional.cross_entropy(logits, targets, reduction="sum") * 0.3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, expected)]
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+def test_naming_the_rows_of_the_embedding_changes_no_gradient(folder, request):
+    model = train_model.load_model(request.getfixturevalue(folder))
+    batch = train_model.collate([{"input_ids": [5, 9, 5, 7], "labels": [5, 9, 5, 7]}])
+    gradients = []
+    for prepare in (lambda model: None, train_model.spare_the_embedding):
+        prepare(model)
+        model.zero_grad()
+        train_model.SummedCrossEntropy.apply(*train_model.scored_logits(model, batch)).backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------- whole runs
 def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")

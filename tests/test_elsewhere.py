@@ -1,0 +1,128 @@
+"""The trained folder in other people's tools: transformers' pipeline, serve and chat, and OpenAI's client."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, pipeline
+
+import test_model
+import train_model
+
+QUESTION = [{"role": "user", "content": "What's on your mind?"}]
+TALK = [*QUESTION, {"role": "assistant", "content": "bread"}, {"role": "user", "content": "so?"}]
+TRANSFORMERS = Path(sys.executable).with_name("transformers")
+
+
+@pytest.fixture(scope="module", params=["gpt2_folder", "llama_folder"])
+def trained(request, data_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    with pytest.MonkeyPatch.context() as settings:
+        settings.setattr(train_model, "CONTEXT_TOKENS", 64)
+        settings.setattr(train_model, "SAMPLING", {**train_model.SAMPLING, "max_new_tokens": 20})
+        base = str(request.getfixturevalue(request.param))
+        flags = ["--base-model", base, "--data-dir", str(data_folder), "--output-dir", str(folder)]
+        train_model.main([*flags, "--max-steps", "2", "--learning-rate", "1e-2"])
+    return folder
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen:
+    command = [TRANSFORMERS, "serve", str(folder), "--device", "cpu", "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def server(trained):
+    """(folder, address) of `transformers serve` on a port that the system picked."""
+    process = serve(trained, 0)
+    lines = iter(process.stderr.readline, "")
+    address = next(found[0] for line in lines if (found := re.search(r"http://[\w.]+:[1-9]\d+", line)))
+    yield trained, address
+    process.kill()
+    process.communicate()
+
+
+def ours(folder: Path, messages: list[dict], seed: int | None = None) -> str:
+    """What test_model.py --chat answers; greedily without a seed."""
+    model, tokenizer = test_model.load_tuned(folder)
+    sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
+    sampling.do_sample = seed is not None
+    prompt = test_model.prompt_tokens(tokenizer, messages)
+    *_, (_, answer) = test_model.stream(model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0))
+    return answer.text
+
+
+@pytest.mark.parametrize("messages", [QUESTION, TALK])
+def test_an_openai_client_gets_the_answer_of_the_chat(server, messages):
+    folder, address = server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    request = {"model": str(folder), "messages": messages, "temperature": 0.0}
+    whole = client.chat.completions.create(**request).choices[0]
+    assert whole.message.content.strip() == ours(folder, messages)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
+    assert "".join(pieces).strip() == ours(folder, messages)
+
+
+def test_the_server_samples_with_the_settings_of_the_folder(server):
+    """The twenty tokens of generation_config.json end the answer, not the server's own thousand."""
+    folder, address = server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(model=str(folder), messages=QUESTION)
+    assert answer.usage.completion_tokens <= 20
+
+
+def test_transformers_chat_talks_to_the_server(server):
+    folder, address = server
+    command = [TRANSFORMERS, "chat", str(folder), address, "do_sample=False"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "2000", "TERM": "dumb"}
+    done = subprocess.run(
+        command, input=f"{QUESTION[0]['content']}\n!exit\n", capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert ours(folder, QUESTION).split()[0] in done.stdout
+
+
+def test_a_pipeline_answers_as_the_chat_does(trained):
+    write = pipeline("text-generation", str(trained), device="cpu")
+    answer = write(QUESTION, do_sample=False)[0]["generated_text"][-1]
+    assert answer["role"] == "assistant" and answer["content"].strip() == ours(trained, QUESTION)
+
+
+def test_the_modelfile_holds_template_stops_and_sampling(trained):
+    lines = (trained / "Modelfile").read_text(encoding="utf-8")
+    template = re.search(r'TEMPLATE """(.*?)"""', lines, re.DOTALL)[1]
+    loop = re.fullmatch(
+        r'(.*?)\{\{ range .Messages \}\}\{\{ if eq .Role "user" \}\}(.*)\{\{ else \}\}(.*)'
+        r"\{\{ end \}\}\{\{ end \}\}(.*)",
+        template,
+        re.DOTALL,
+    )
+    turns = {"user": loop[2], "assistant": loop[3]}
+    said = "".join(turns[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in TALK)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert loop[1] + said + loop[4] == train_model.render(tokenizer, TALK, add_generation_prompt=True)
+    settings = GenerationConfig.from_pretrained(trained)
+    stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.*)$", lines, re.MULTILINE)]
+    assert tokenizer.convert_tokens_to_ids(stops) == settings.eos_token_id
+    assert f"temperature {settings.temperature}\n" in lines and "num_ctx 256\n" in lines
+
+
+def test_a_template_that_depends_on_what_is_said_is_named(gpt2_folder, capsys):
+    tokenizer = train_model.load_tokenizer(gpt2_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    assert "{{ .Prompt }}" in train_model.modelfile(tokenizer, ["</s>"], 64)
+    assert "TEMPLATE" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said(server):
+    folder, address = server
+    second = serve(folder, int(address.rpartition(":")[2]))
+    assert "address already in use" in second.communicate()[1]
+    assert second.returncode != 0
