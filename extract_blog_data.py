@@ -814,12 +814,13 @@ def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
     for hashes in sets:
         rarest = np.argsort(counts[hashes >> bucket], kind="stable")
         prefixes.append(hashes[rarest[: hashes.size - math.ceil(threshold * hashes.size) + 1]])
-    everything = np.sort(np.concatenate(prefixes)) if prefixes else np.zeros(0, np.uint64)
-    shared = np.unique(everything[1:][everything[1:] == everything[:-1]])
+    everything = np.concatenate([np.zeros(0, np.uint64), *prefixes])
+    _, which, times = np.unique(everything, return_inverse=True, return_counts=True)
+    shared = np.split(times[which] > 1, np.cumsum([prefix.size for prefix in prefixes]))
     index: dict[int, list[int]] = defaultdict(list)
     near: dict[int, int] = {}
     for i, hashes in enumerate(sets):
-        keys = prefixes[i][np.isin(prefixes[i], shared, assume_unique=True)].tolist()
+        keys = prefixes[i][shared[i]].tolist()
         for j in sorted({j for key in keys for j in index[key]}):
             if threshold * hashes.size <= sets[j].size <= hashes.size / threshold:
                 common = np.intersect1d(hashes, sets[j], assume_unique=True).size
