@@ -32,7 +32,7 @@ def real_gpt2(tmp_path_factory) -> Path:
     vocab = json.loads((data / "encoder.json").read_text(encoding="utf-8"))
     tokenizer = GPT2Tokenizer(vocab=vocab, merges=[tuple(line.split()) for line in lines if line])
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=64, n_layer=4, n_head=4, initializer_range=0.3)
+    config = GPT2Config(n_embd=64, n_layer=4, n_head=4, initializer_range=0.1)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
