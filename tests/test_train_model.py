@@ -225,6 +225,7 @@ def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tm
         AutoTokenizer.from_pretrained(tmp_path / "model"),
     )
     assert model.config.use_cache and model.config.activation_function == "gelu_new"
+    assert model.config.n_ctx == 256  # without which llama.cpp's converter stops
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.generation_config.do_sample
     inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
