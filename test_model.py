@@ -664,8 +664,9 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report car
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:0 auto;padding:1rem;color:#222;overflow-wrap:break-word}
 h2{margin:2rem 0 0}table{width:100%}td{padding:.3rem 1rem .3rem 0;vertical-align:top;overflow-wrap:anywhere}
-td+td{white-space:nowrap;text-align:right;overflow-wrap:normal}small{color:#666}meter{width:8rem}mark{background:#fd8}
-svg{display:block;width:100%;font-size:11px;fill:#666}polyline,line{fill:none;stroke:#999;stroke-width:1.5}
+td+td{white-space:nowrap;text-align:right;overflow-wrap:normal}small{color:#666}meter{width:5rem}mark{background:#fd8}
+svg{display:block;width:100%;max-width:32rem;font-size:11px;fill:#666}
+polyline,line{fill:none;stroke:#999;stroke-width:1.5}
 .loss{stroke:#ccc}.eval_loss,.tuned{stroke:#06c;stroke-width:3}.base{stroke-dasharray:4;stroke:#c60}
 .author{stroke:#9cf;stroke-width:16}.here{stroke:#06c;stroke-width:14}
 blockquote{margin:.5rem 0 1.5rem;padding-left:1rem;border-left:3px solid #ccc;white-space:pre-wrap}</style>

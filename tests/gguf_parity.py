@@ -6,6 +6,7 @@ tokens are the same, and so are 50 greedy tokens on each of five prompts. Prints
 
 import json
 import re
+import shutil
 import subprocess
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,7 @@ import train_model
 
 ROOT = Path(train_model.__file__).parent
 TOKENS = 50
+BASH = ("bash", "-c")
 
 
 @pytest.fixture(scope="session")
@@ -94,13 +96,23 @@ def test_greedy_answers_are_the_same(converted, capsys):
         print(f"\n{done}; logits differ by up to {furthest:.4f}")
 
 
-def test_a_folder_without_a_model_and_a_shape_that_llama_cpp_does_not_know_are_one_sentence(tmp_path, real_gpt2):
-    def convert(folder: Path) -> str:
-        done = subprocess.run(["make", "-C", str(ROOT), "gguf", f"MODEL={folder}"], capture_output=True, text=True)
-        assert done.returncode != 0 and not [*folder.glob("*.gguf")]
-        return next(line for line in done.stderr.splitlines() if not line.startswith("make"))
+def fail_to_convert(folder: Path, before: str = "") -> str:
+    """The one line that a conversion which must not succeed says; `before` goes in front of the command."""
+    done = subprocess.run([*BASH, f"{before}make -C {ROOT} gguf MODEL={folder}"], capture_output=True, text=True)
+    assert done.returncode != 0 and not (folder / "unfinished.gguf").exists()
+    return next(line for line in done.stderr.splitlines() if not line.startswith("make"))
 
-    assert "run train_model.py first" in convert(tmp_path)
+
+def test_a_folder_without_a_model_and_a_shape_that_llama_cpp_does_not_know_are_one_sentence(tmp_path, real_gpt2):
+    assert "run train_model.py first" in fail_to_convert(tmp_path)
     config = json.loads((real_gpt2 / "config.json").read_text("utf-8")) | {"architectures": ["NoSuchForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "NoSuchForCausalLM" in convert(tmp_path)
+    assert "NoSuchForCausalLM" in fail_to_convert(tmp_path)
+
+
+def test_a_disk_without_room_leaves_the_old_file(real_gpt2, tmp_path):
+    """A limit on the size of files (in kilobytes) stands for the disk."""
+    folder = shutil.copytree(real_gpt2, tmp_path / "model")
+    (folder / "blog-model.gguf").write_bytes(b"the old one")
+    assert "the disk is full" in fail_to_convert(folder, "ulimit -f 4000; ")
+    assert (folder / "blog-model.gguf").read_bytes() == b"the old one"

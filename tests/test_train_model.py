@@ -205,6 +205,39 @@ def test_naming_the_rows_of_the_embedding_changes_no_gradient(folder, request):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
+def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(train_model, "DROPOUT", 0.25)
+    model = train_model.load_model(gpt2_folder)
+    layers = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+    assert layers and set(layers) == {0.25}
+
+
+def test_float16_with_loss_scaling_gives_the_gradients_of_float32(gpt2_folder):
+    """As far as a CPU allows: Trainer refuses float16 there, so the scaler is driven by hand."""
+    model, device = train_model.load_model(gpt2_folder).train(), torch.device("cpu")
+    batch = train_model.collate([{"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}])
+    scaler, optimizer, gradients = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters(), lr=0.0), {}
+    for precision in ("fp32", "fp16"):
+        optimizer.zero_grad()
+        with train_model.autocast(device, precision):
+            logits, targets = train_model.scored_logits(model, batch)
+            loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
+        assert logits.dtype == (torch.float16 if precision == "fp16" else torch.float32)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        scaler.step(optimizer)
+        scaler.update()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert functional.cosine_similarity(*gradients.values(), dim=0) > 0.9999
+
+
+def test_float16_keeps_the_gradient_of_rare_tokens():
+    logits = torch.tensor([[12.0, -6.0]], dtype=torch.float16, requires_grad=True)
+    (train_model.SummedCrossEntropy.apply(logits, torch.tensor([0])) * 2**16).backward()
+    assert logits.grad[0, 1].item() == pytest.approx(2**16 * math.exp(-18), rel=1e-2)
+
+
 # ---------------------------------------------------------------------------- whole runs
 def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
@@ -374,10 +407,18 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
 
 
 # ---------------------------------------------------------------------------- several processes
-def test_two_processes_give_the_losses_of_one(gpt2_folder, data_folder, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"),
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder, tmp_path):
     alone = run(gpt2_folder, data_folder, tmp_path / "alone", "--max-steps", "3")
     (tmp_path / "driver.py").write_text(DRIVER)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "driver.py"))
+    launcher = ("-m", *launcher, str(tmp_path / "driver.py"))
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-1], "3"]
     process = start(*arguments, launcher=launcher, env=environment)
@@ -422,6 +463,12 @@ def test_an_old_card_is_told_what_is_faster(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
     assert train_model.pick_precision(torch.device("cuda")) == "bf16"
     assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" is faster' in capsys.readouterr().err
+
+
+def test_a_card_trains_in_float16_when_told_to(monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    assert train_model.pick_precision(torch.device("cuda")) == "fp16"
+    assert not capsys.readouterr().err
 
 
 def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch, capsys):
