@@ -188,22 +188,25 @@ def decode(model, prompts: list[list[int]], sampling: GenerationConfig, dice: to
         seen[row, prompt] = True
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     for made in itertools.count(1):
-        positions = {"position_ids": places} if takes_positions else {}
+        positions = {"position_ids": places[:, -ids.shape[1] :]} if takes_positions else {}
         inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **positions}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        cache, ids = output.past_key_values, choose(output.logits[:, -1].float(), seen, sampling, dice)[:, None]
-        tokens = ids[:, 0].tolist()
+        cache = getattr(output, "past_key_values", None)  # without one (Mamba) all tokens are read again at every step
+        new = choose(output.logits[:, -1].float(), seen, sampling, dice)[:, None]
+        tokens = new[:, 0].tolist()
         last = [token in sampling.eos_token_id or made >= room[row] for row, token in zip(live, tokens, strict=True)]
         yield list(zip(live, tokens, last, strict=True))
         if all(last):
             return
-        seen.scatter_(1, ids, True)
-        mask, places = torch.cat([mask, torch.ones_like(ids)], 1), places[:, -1:] + 1
+        seen.scatter_(1, new, True)
+        ids = torch.cat([ids, new], 1) if cache is None else new
+        mask, places = torch.cat([mask, torch.ones_like(new)], 1), torch.cat([places, places[:, -1:] + 1], 1)
         if any(last):
             keep = torch.tensor([place for place, over in enumerate(last) if not over], device=device)
             live = [live[place] for place in keep.tolist()]
             ids, mask, places, seen = ids[keep], mask[keep], places[keep], seen[keep]
-            cache.batch_select_indices(keep)
+            if cache is not None:
+                cache.batch_select_indices(keep)
 
 
 def stream(model, tokenizer, prompts: list, sampling: GenerationConfig, dice) -> Iterator[tuple[str, Answer | None]]:
