@@ -169,7 +169,8 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether it is the author's (its end-of-text token included).
 
-    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt.
+    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. Where a later
+    turn makes a template render earlier ones otherwise (Qwen3 drops their thoughts), the later turn gets its own context.
     """
     ids, scored, done = [], [], ""
     for turn, message in enumerate(messages):
@@ -177,7 +178,7 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
             continue
         full = render(tokenizer, messages[: turn + 1])
         prompt = os.path.commonprefix([full, render(tokenizer, messages[:turn], add_generation_prompt=True)])
-        context = tokenizer.encode(prompt[len(done) :], add_special_tokens=False)
+        context = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
         answer = tokenizer.encode(full[len(prompt) :], add_special_tokens=False)
         ends = [place for place, token in enumerate(answer) if token in tokenizer.all_special_ids]
         if not ends:  # a template that never closes the turn

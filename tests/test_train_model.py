@@ -88,6 +88,23 @@ def test_chatml_template_scores_answers_and_their_end(llama_folder):
     ]
 
 
+def test_a_template_that_rewrites_earlier_turns_loses_none(llama_folder):
+    tokenizer = train_model.load_tokenizer(llama_folder)
+    thought = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'\n' + message['content']", f"'\n' }}}}{thought}{{{{ message['content']"
+    )
+    start, end = "<|im_start|>", "<|im_end|>\n"
+    first, second = f"{start}user\nhi{end}{start}assistant\n", f"{start}user\nso?{end}{start}assistant\n"
+    assert marked(tokenizer, TALK) == [
+        (first, False),
+        ("[thought]hello<|im_end|>", True),
+        ("\n" + first + "hello" + end + second, False),
+        ("[thought]bread <3<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
 def test_labels_of_a_window_are_its_scored_tokens(gpt2_folder):
     tokenizer = train_model.load_tokenizer(gpt2_folder)
     rows = train_model.make_rows([train_model.conversation_tokens(tokenizer, TALK[:2])], 64, 8)
