@@ -169,8 +169,8 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether it is the author's (its end-of-text token included).
 
-    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. Where a later
-    turn makes a template render earlier ones otherwise (Qwen3 drops their thoughts), the later turn gets its own context.
+    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. Where a
+    template renders earlier turns otherwise once a later one follows (Qwen3), that one brings its own context.
     """
     ids, scored, done = [], [], ""
     for turn, message in enumerate(messages):
