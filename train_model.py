@@ -115,11 +115,11 @@ def read_conversations(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             conversation = json.loads(line)
-            roles = [message["role"] for message in conversation["messages"]]
-            complete = all(isinstance(message["content"], str) for message in conversation["messages"])
+            turns = [(str.lower(turn["role"]), str.encode(turn["content"])) for turn in conversation["messages"]]
+            complete = any(text for role, text in turns if role == "assistant")
         except (ValueError, KeyError, TypeError):
-            complete, roles = False, []
-        if not complete or "assistant" not in roles:
+            complete = False
+        if not complete:
             sys.exit(f"{path}, line {number} holds no conversation with an answer: run extract_blog_data.py again.")
         conversations.append(conversation)
     if not conversations:
@@ -177,7 +177,8 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
         if message["role"] != "assistant":
             continue
         full = render(tokenizer, messages[: turn + 1])
-        prompt = os.path.commonprefix([full, render(tokenizer, messages[:turn], add_generation_prompt=True)])
+        asked = messages[:turn] and render(tokenizer, messages[:turn], add_generation_prompt=True)
+        prompt = os.path.commonprefix([full, asked or full.partition(disarm(message["content"], tokenizer))[0]])
         context = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
         answer = tokenizer.encode(full[len(prompt) :], add_special_tokens=False)
         ends = [place for place, token in enumerate(answer) if token in tokenizer.all_special_ids]

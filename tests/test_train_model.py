@@ -88,6 +88,14 @@ def test_chatml_template_scores_answers_and_their_end(llama_folder):
     ]
 
 
+def test_an_author_who_speaks_first_is_scored(llama_folder):
+    assert marked(train_model.load_tokenizer(llama_folder), TALK[1:2]) == [
+        ("<|im_start|>assistant\n", False),
+        ("hello<|im_end|>", True),
+        ("\n", False),
+    ]
+
+
 def test_a_template_that_rewrites_earlier_turns_loses_none(llama_folder):
     tokenizer = train_model.load_tokenizer(llama_folder)
     thought = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
@@ -511,6 +519,15 @@ def broken(folder: Path, *, train: str | None = None, val: str | None = None) ->
             "line 2 holds no conversation",
         ),
         ({"train": '{"messages": [{"role": "user", "content": "x"}]}\n'}, "line 1 holds no conversation"),
+        (
+            {"val": '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}\n'},
+            "line 1 holds no conversation",
+        ),
+        (
+            {"val": '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\\ud83d"}]}\n'},
+            "line 1 holds no conversation",
+        ),
+        ({"val": '{"messages": [{"role": 3, "content": "x"}]}\n'}, "line 1 holds no conversation"),
         ({"val": ""}, "val_data.jsonl is empty"),
     ],
 )
