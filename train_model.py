@@ -45,6 +45,7 @@ import psutil
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
@@ -330,7 +331,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             log_probabilities = functional.log_softmax(some.float(), dim=-1)
             total += functional.nll_loss(log_probabilities, wanted, reduction="sum")
             probabilities = log_probabilities.exp_()
-            probabilities[torch.arange(len(wanted)), wanted] -= 1
+            probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
             out.copy_(probabilities)
         ctx.save_for_backward(gradient)
         return total
@@ -348,7 +349,7 @@ def conversation_losses(model, rows: Dataset) -> np.ndarray:
     for row in rows:
         batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         logits, targets = scored_logits(model, batch)
-        nats = functional.cross_entropy(logits.float(), targets, reduction="none").double().cpu().numpy()
+        nats = functional.cross_entropy(logits.float(), targets, reduction="none").cpu().double().numpy()
         owners = np.array(row["conversation"][1:])[np.array(row["labels"][1:]) != UNSCORED]
         np.add.at(losses, owners, nats)
     return losses
@@ -492,7 +493,7 @@ class BlogTrainer(Trainer):
         rows = self.eval_dataset.select(range(rank, len(self.eval_dataset), world))
         with self.compute_loss_context_manager():
             losses = conversation_losses(self.model, rows)
-        nats = self.accelerator.reduce(torch.tensor(losses.sum(), device=self.args.device)).item()
+        nats = sum(gather_object([losses.sum()]))
         bits = nats / math.log(2) / self.validation_bytes
         metrics = {"eval_loss": nats / scored_tokens(self.eval_dataset), "eval_bits_per_byte": bits}
         if self.state.global_step and metrics["eval_loss"] < (self.state.best_metric or math.inf):
