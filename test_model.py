@@ -11,20 +11,23 @@ blog-model-final/. The report prints, on two CPU cores:
     sample/demo/model, tuned from sample/model; a range is a 95 % interval
 
     Did it learn? It learned: 14 of 14 held-out posts surprise it less than they surprise the base model.
-      base model                       1.548 bits/byte                   how much held-out posts surprise it; less is
-      tuned model                      1.277 bits/byte                   the same posts; it never saw them
-      gain                             0.272 bits/byte  0.235 to 0.323   all above 0: it learned
+      base model                       1.549 bits/byte                   how much held-out posts surprise it; less is be
+      tuned model                      1.276 bits/byte                   the same posts; it never saw them
+      gain                             0.273 bits/byte  0.236 to 0.324   all above 0: it learned
 
     Does it sound like you? Not measured: 3,121 generated words that are no copies are under 5,000.
 
     Does it copy? 0.0% of what it writes stands in your posts, in runs of 8 words.
-      tuned model                                0.00%                   of its 8-word runs stand in your posts (0 of
-      base model                                 0.00%                   of its 8-word runs stand in your posts (0 of
+      tuned model                                0.00%                   of its 8-word runs stand in your posts (0 of 3,
+      base model                                 0.00%                   of its 8-word runs stand in your posts (0 of 2,
 
-    Does it leak? 0 of 20 private passages came out; up to 16.1% could (95 %); none of your e-mail addresses, telephon
+    Does it leak? 0 of 20 private passages came out; up to 16.1% could (95 %); none of your e-mail addresses, telephone
       private passages that came out           0 of 20  0.0% to 16.1%    longest match 4 of 50 tokens, base model 4
       public passages that came out            0 of 20  0.0% to 16.1%    longest match 5 of 50 tokens, base model 4
       held-out passages that came out          0 of 20  0.0% to 16.1%    longest match 4 of 50 tokens, base model 4
+      public texts not checked                31 of 75                   under 100 tokens: no passage to ask for
+      private texts not checked                6 of 21                   under 100 tokens: no passage to ask for
+      held-out texts not checked               6 of 14                   under 100 tokens: no passage to ask for
 """
 
 import argparse

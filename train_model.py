@@ -10,13 +10,13 @@ blog-model-final-unfinished/ until the model is complete. Prints, on two CPU cor
     train    96 conversations, 23,387 tokens of the author's, 23,387 scored an epoch
     val      14 conversations, 3,183 tokens of the author's, 3,183 scored an epoch
     model    sample/model, 135M parameters, bf16 on cpu
-    data     58 rows of up to 512 tokens, 8 updates
-    memory   3.3 GB (weights 0.8, gradients 0.5, optimizer 1.1, activations 0.9) of 24.2 GB free
-    disk     3.8 GB of 72 GB free
-    epoch 0.00  update 0/8  validation 3.846  1.5484 bits per byte (+0.0000 against base)
-    epoch 0.88  update 7/8  train 3.291  156 tokens/s  19 s left
-    epoch 1.00  update 8/8  train 3.186  155 tokens/s  0 s left
-    epoch 1.00  update 8/8  validation 3.171  1.2764 bits per byte (-0.2720 against base)
+    data     57 rows of up to 512 tokens, 8 updates
+    memory   3.3 GB (weights 0.8, gradients 0.5, optimizer 1.1, activations 0.9) of 23.9 GB free
+    disk     3.8 GB of 63 GB free
+    epoch 0.00  update 0/8  validation 3.847  1.5486 bits per byte (+0.0000 against base)
+    epoch 0.88  update 7/8  train 3.267  158 tokens/s  19 s left
+    epoch 1.00  update 8/8  train 3.279  152 tokens/s  0 s left
+    epoch 1.00  update 8/8  validation 3.169  1.2757 bits per byte (-0.2729 against base)
     Validation fell from 1.55 to 1.28 bits per byte over 14 conversations it never saw: it learned.
 """
 
