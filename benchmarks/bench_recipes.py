@@ -68,7 +68,8 @@ def first_recipe(args, conversations: dict, rate: float, updates_per_epoch: int)
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=torch.bfloat16)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[measure]).train()
+    with contextlib.redirect_stdout(sys.stderr):
+        Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[measure]).train()
     return measure.bits
 
 
