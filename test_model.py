@@ -209,7 +209,7 @@ def decode(model, prompts: list[list[int]], sampling: GenerationConfig, dice: to
             live = [live[place] for place in keep.tolist()]
             ids, mask, places, seen = ids[keep], mask[keep], places[keep], seen[keep]
             if cache is not None:
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # the only way to drop rows that linear attention knows too
 
 
 def stream(model, tokenizer, prompts: list, sampling: GenerationConfig, dice) -> Iterator[tuple[str, Answer | None]]:
