@@ -77,9 +77,11 @@ def test_the_seed_makes_the_answers_repeatable(model_folder, data_folder, capsys
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mamba"])  # the last one keeps no cache of tokens
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mamba", "jamba"])  # Mamba keeps no cache of tokens
 def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architecture, tmp_path):
-    sizes = {"intermediate_size": 64, "num_key_value_heads": 1} if architecture == "llama" else {}
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 1} if architecture in ("llama", "jamba") else {}
+    if architecture == "jamba":
+        sizes |= {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}
     model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path, architecture, False, **sizes)).eval()
     greedy = sampling(do_sample=False, repetition_penalty=1.3, eos_token_id=[7])
     prompts, together = [[5, 6], list(range(20, 60)), [30]], {0: [], 1: [], 2: []}
