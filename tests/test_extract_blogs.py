@@ -160,11 +160,16 @@ SKIPS = {
     "_posts/2006-01-14-ruled-out.md": (post("what the config excludes here"), "excluded in _config.yml"),
     "_posts/2006-01-15-big.md": (b"---\n---\n" + b"word " * 1_000_000, "too large"),
     "_drafts/idea.md": (post("an idea for a later post"), "draft"),
+    "old/_posts/2006-01-01-old.md": (post("an old folder left out"), "excluded in _config.yml"),
+    "old/_posts/deep/2006-01-02-old.png": (b"\x89PNG", "excluded in _config.yml"),
+    "old/_drafts/old-idea.md": (post("an idea of old times"), "excluded in _config.yml"),
+    "_other/cat/_posts/2006-01-01-x.md": (post("in a folder that Jekyll passes over"), "hidden from Jekyll"),
+    "_other/2006-01-01-x.md": (post("in a collection, no post"), "not found"),
+    "old/2006-01-01-x.md": (post("a page of old times, no post"), "not found"),
     "_site/_posts/2006-01-01-built.md": (post("what Jekyll has built there"), "not found"),
     "vendor/x/_posts/2006-01-01-gem.md": (post("a gem has posts, too"), "not found"),
     ".git/_posts/2006-01-01-git.md": (post("what git keeps for itself"), "not found"),
-    "old/_posts/2006-01-01-old.md": (post("an old folder left out"), "not found"),
-    "_other/_posts/2006-01-01-x.md": (post("in a collection, no post"), "not found"),
+    "old/vendor/_posts/2006-01-01-gem.md": (post("a gem in an old folder"), "not found"),
 }
 CONFIG = "exclude:\n- old/\n- _posts/*ruled-out.md\n"
 
@@ -182,6 +187,61 @@ def test_every_file_is_accounted_for(tmp_path):
     assert {row["path"]: row["reason"] for row in report["skipped"]} == expected
     assert {line["path"] for line in train + val} == {name for name, (_, reason) in SKIPS.items() if reason is None}
     assert report["files_found"] == len(expected) + 3
+
+
+def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
+    files = {
+        "_config.yml": "include: [_more, .more]",
+        "_more/_posts/2006-01-01-a.md": post("words in an included folder"),
+    }
+    files[".more/_posts/2006-01-02-b.md"] = post("more words in a folder with a dot")
+    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files)))
+    assert {line["path"] for line in train + val} == files.keys() - {"_config.yml"}
+    assert report["config_problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("exclude: [secret\ntitle: x\n", "line 2: "),
+        ("exclude: secret\n- x\n", "line 2: "),
+        (b"title: caf\xe9\nexclude: [secret]\n", "not UTF-8"),
+        ("exclude: " + "[" * 9000, "nested too deep"),
+        ("- exclude\n- secret\n", "it holds no settings"),
+        ("exclude: \x01\n", "characters are not allowed"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, config, problem):
+    files = {
+        "_posts/2006-01-01-a.md": post("what everybody may read"),
+        "secret/_posts/2006-01-02-b.md": post("not for you"),
+    }
+    blog = write_blog(tmp_path / "blog", files | ({"_config.yml/x": ""} if config is None else {"_config.yml": config}))
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    said = capsys.readouterr()
+    sentence = next(line for line in said.err.splitlines() if "_config.yml" in line)
+    assert str(blog / "_config.yml") in sentence
+    assert problem in sentence
+    assert "exclude, include and source are not applied" in sentence
+    assert re.search(r"_config\.yml not read, not applied +1\b", said.out)
+    assert [row["blog"] for row in report["config_problems"]] == ["blog"]
+    assert problem in report["config_problems"][0]["problem"]
+
+
+@pytest.mark.parametrize("config", [None, "", "# nothing but a remark\n", "---\n", "title: x\n"])
+def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path, capsys, config):
+    files = {"_posts/2006-01-01-a.md": post("what everybody may read")}
+    blog = write_blog(tmp_path / "blog", files if config is None else files | {"_config.yml": config})
+    _, _, report = run(tmp_path, "--public", str(blog))
+    assert report["config_problems"] == []
+    assert "_config.yml" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("cores", [1, 2, 16, 1000])
+def test_every_machine_gets_chunks_that_a_pool_accepts(cores):
+    assert [x.chunk_size(posts, cores) for posts in (60, 10**6)] == [max(1, 60 // (4 * cores)), 64]
 
 
 def test_drafts_come_in_with_their_flag(tmp_path):
@@ -255,7 +315,7 @@ def test_adding_a_post_moves_few_others_and_the_same_input_gives_the_same_bytes(
 
 def test_related_posts_stay_on_one_side():
     posts = [x.Post("b", "public", f"{n}.md", group=str(n // 3)) for n in range(60)]
-    chosen = x.split_posts(posts, 0.1)
+    chosen = x.choose_validation(posts, 0.1)
     assert len(chosen) == 6
     assert Counter(n // 3 for n in chosen) == Counter(dict.fromkeys({n // 3 for n in chosen}, 3))
 
@@ -356,15 +416,15 @@ def test_start_up_does_not_load_the_training_libraries():
 
 def test_a_file_that_takes_too_long_is_skipped(tmp_path, monkeypatch):
     blog = write_blog(tmp_path / "blog", many_posts(2) | {"_posts/2006-01-01-slow.md": post("slow " * 9)})
-    tidy = x.tidy
+    clean_lines = x.clean_lines
 
-    def slow(blocks):
-        while "slow" in str(blocks):
+    def slow(text):
+        while "slow" in text:
             pass
-        return tidy(blocks)
+        return clean_lines(text)
 
     monkeypatch.setattr(x, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr(x, "tidy", slow)
+    monkeypatch.setattr(x, "clean_lines", slow)
     _, _, report = run(tmp_path, "--public", str(blog))
     assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-slow.md"]
     assert "took over" in report["skipped"][0]["reason"]
@@ -446,8 +506,9 @@ BODIES = st.lists(st.one_of(FRAGMENTS, st.text(max_size=12)), max_size=30).map("
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(body=BODIES, is_html=st.booleans())
 def test_any_body_becomes_clean_text(body, is_html):
-    clean = body.replace("{% raw %}", "").replace("{% endraw %}", "").translate(x.PRIVATE)
-    text = x.protect(x.to_text(x.strip_liquid(clean, {"title": "t"}), is_html), x.Post("b", "public", "p"))
+    clean = body.replace("{% raw %}", "").replace("{% endraw %}", "").translate(x.NO_MARKS)
+    text = x.to_text(x.strip_markup(clean, {"title": "t"}), is_html)
+    text = x.clean_for_training(text, x.Post("b", "public", "p"))
     prose = re.sub(r"`[^`]*`?", "", text)
     assert "{: .lead" not in prose
     assert "{% include x %}" not in prose

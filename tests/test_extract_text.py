@@ -1,5 +1,6 @@
 """One input beside its expected text for each kind of markup that real blogs contain."""
 
+import re
 from collections import Counter
 from datetime import date
 
@@ -11,7 +12,7 @@ META = {"title": "My cat", "description": "A cat *story*.", "tags": ["cats"]}
 
 
 def text_of(body: str, is_html: bool = False, line_breaks: str = "keep", title: str = "My cat") -> str:
-    return x.to_text(x.strip_liquid(body, META), is_html, title, line_breaks)
+    return x.to_text(x.strip_markup(body, META), is_html, title, line_breaks)
 
 
 SAME = """
@@ -35,6 +36,17 @@ array[0] and a {brace}
 @pytest.mark.parametrize("line", [line.strip() for line in SAME.strip().split("\n")])
 def test_text_that_stays_as_it_is_typed(line):
     assert text_of(line) == line
+
+
+@pytest.mark.parametrize("rule", x.NOT_PROSE, ids=lambda rule: rule.kind)
+def test_every_kind_of_markup_is_stripped_by_its_own_rule(rule):
+    assert x.strip_markup(rule.example, META) == rule.result
+    assert rule.kind in [found.lastgroup for found in x.SCANNER.finditer(rule.example)]
+
+
+@pytest.mark.parametrize("tag", sorted(x.DROPPED_TAGS))
+def test_what_stands_in_a_dropped_tag_goes(tag):
+    assert text_of(f"Mine.\n\n{{% {tag} x %}}\nhers\n{{% end{tag} %}}\n\nMine again.") == "Mine.\n\nMine again."
 
 
 MARKDOWN = [
@@ -299,6 +311,23 @@ def test_decode(data, text, repair):
     assert list(+repairs) == ([repair] if repair else [])
 
 
+@pytest.mark.parametrize("rule", x.PERSONAL_DATA, ids=lambda rule: f"{rule.kind}: {rule.what}")
+@pytest.mark.parametrize("around", ["{}", "so it is {}, she said", "({})"])
+def test_every_kind_of_personal_data_is_found_by_its_own_rule(rule, around):
+    text = around.format(rule.example)
+    own = re.search(rule.pattern, text, re.DOTALL)
+    assert own
+    assert [(kind, start, end) for kind, start, end, _ in x.find_personal_data(text)] == [(rule.kind, *own.span())]
+
+
+def test_a_row_for_another_country_is_all_that_it_takes(monkeypatch):
+    assert x.find_personal_data("ring 8 800 555 35 35 now") == []
+    row = x.PersonalData("phone", "Russia", r"8 \d{3} \d{3} \d{2} \d{2}", "8 800 555 35 35")
+    monkeypatch.setattr(x, "PERSONAL_DATA", [*x.PERSONAL_DATA, row])
+    monkeypatch.setattr(x, "PERSONAL", re.compile(x.any_of("phone")))
+    assert x.find_personal_data("ring 8 800 555 35 35 now") == [("phone", 5, 20, "88005553535")]
+
+
 PERSONAL = [
     ("write to Ann.B+c@Example.org now", "write to [email] now", "email", "ann.b+c@example.org"),
     ("ann [at] example [dot] com", "[email]", "email", "ann@example.com"),
@@ -325,7 +354,7 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
     assert [item[0] for item in found] == [kind]
     assert normalised is None or found[0][3] == normalised
     post = x.Post("b", "public", "p")
-    assert x.protect(text, post) == expected
+    assert x.clean_for_training(text, post) == expected
     assert [(kind, len(digest)) for kind, digest in post.redacted] == [(kind, 64)]
 
 
@@ -350,7 +379,7 @@ def test_what_is_no_personal_data(text):
 )
 def test_control_tokens_are_broken(token):
     post = x.Post("b", "public", "p")
-    safe = x.protect(f"a {token} b", post)
+    safe = x.clean_for_training(f"a {token} b", post)
     assert token not in safe
     assert safe.replace(" ", "") == f"a{token}b"
 
