@@ -5,8 +5,8 @@
 
 Reads the repositories in the settings or flags. Writes data/train_data.jsonl and data/val_data.jsonl (one conversation
 a line) and data/extraction_report.json, and prints a table of what became of every file below a _posts or _drafts
-folder: kept, or skipped with a reason. Not looked into: .git and other folders that begin with a dot, _site, vendor,
-node_modules, gemfiles, and what lies outside of the `source` folder that _config.yml may name.
+folder: kept, or skipped with a reason. Not looked into: .git and other folders that begin with a dot (unless `include`
+in _config.yml names them), _site, vendor, node_modules, gemfiles, and what lies outside of the `source` folder there.
 
 The sections of this file, in the order in which the run calls them:
 
@@ -139,8 +139,9 @@ def read_with_progress(found: list[Post], authors: frozenset[str]) -> list[Post]
 def read_all(posts: list[Post], authors: frozenset[str]) -> Iterator[Post]:
     """The posts filled in, in order, by as many processes as there are cores; a handful is read right here."""
     read = functools.partial(read_post, authors=authors, today=date.today())
-    # So few are read within a second; several processes would save little.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    # So few are read within a second; several processes would save little.
     if cores == 1 or len(posts) < 60:
         yield from map(read, posts)
         return
