@@ -329,6 +329,16 @@ def test_other_architectures_train_and_keep_their_template(architecture, data_fo
     )
 
 
+def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
+    """As Mamba and BLOOM are; the Modelfile then names the length of the windows it was trained with."""
+    base = make_model_folder(tmp_path / "base", "mamba", False)
+    config = json.loads((base / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert "PARAMETER num_ctx 64\n" in (tmp_path / "model" / "Modelfile").read_text()
+
+
 def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
     def frugal(*_):
         return "adamw_bnb_8bit", True, {"weights": 1}
