@@ -2,22 +2,25 @@
 
     python train_model.py
 
-Reads data/train_data.jsonl and data/val_data.jsonl. Writes blog-model-final/: a model folder that
-transformers loads as it is (safetensors), with a model card (README.md), training_report.json and
-loss_curve.png. Stopped at any moment, the next run continues from the last checkpoint, which lies in
-blog-model-final-unfinished/ until the model is complete. Prints, on two CPU cores:
+Reads data/train_data.jsonl and data/val_data.jsonl. Writes blog-model-final/: a model folder that transformers loads
+as it is (safetensors), with a model card (README.md), training_report.json, loss_curve.png and a Modelfile for Ollama.
+Stopped at any moment, the next run continues from the last checkpoint, which lies in blog-model-final-unfinished/
+until the model is complete.
 
-    train    96 conversations, 23,387 tokens of the author's, 23,387 scored an epoch
-    val      14 conversations, 3,183 tokens of the author's, 3,183 scored an epoch
-    model    sample/model, 135M parameters, bf16 on cpu
-    data     57 rows of up to 512 tokens, 8 updates
-    memory   3.3 GB (weights 0.8, gradients 0.5, optimizer 1.1, activations 0.9) of 23.9 GB free
-    disk     3.8 GB of 63 GB free
-    epoch 0.00  update 0/8  validation 3.847  1.5486 bits per byte (+0.0000 against base)
-    epoch 0.88  update 7/8  train 3.267  158 tokens/s  19 s left
-    epoch 1.00  update 8/8  train 3.279  152 tokens/s  0 s left
-    epoch 1.00  update 8/8  validation 3.169  1.2757 bits per byte (-0.2729 against base)
-    Validation fell from 1.55 to 1.28 bits per byte over 14 conversations it never saw: it learned.
+Each line is a section below; they stand in the order in which the run needs them.
+
+    the run              train                the whole story, one paragraph a step: read this first
+    conversations        read_conversations   one line of the data is one conversation
+    tokens               conversation_tokens  the model's chat template, and which tokens are the author's
+    rows                 make_rows            windows of 512 tokens; short ones share a row
+    model and loss       conversation_losses  float32 weights; the loss of the author's tokens, and of nothing else
+    plan                 make_plan            precision, optimizer, memory and disk, before any weights are loaded
+    training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
+    unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
+    the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
+    speed on a CPU       (its table)          five tricks that only save time; a reader may skip them
+    for Ollama           modelfile            the chat template in Ollama's language
+    command line         main                 flags, and errors as one sentence
 """
 
 import argparse
@@ -34,7 +37,9 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if "WORLD_SIZE" not in os.environ:  # one process, one GPU; torchrun starts one process for each
@@ -63,8 +68,6 @@ from transformers import (
     TrainingArguments,
 )
 
-HERE = Path(__file__).resolve().parent
-
 # ---------------------------------------------------------------------------- settings
 BASE_MODEL = "gpt2-medium"  # a name on the Hugging Face hub, or a model folder; 355M parameters fit 8 GB
 DATA_DIR = "data"
@@ -72,7 +75,7 @@ OUTPUT_DIR = "blog-model-final"
 
 CONTEXT_TOKENS = 512  # longer posts are cut into windows of this length, shorter ones share one
 OVERLAP_TOKENS = 32  # of a window are seen again from the window before, as context, and not scored twice
-BATCH_SIZE = 1  # windows at once; 1 x 8 = 8 windows, 4,096 tokens per update
+BATCH_SIZE = 1  # rows at once; 1 x 8 = 8 rows, 4,096 tokens per update
 GRADIENT_ACCUMULATION = 8
 EPOCHS = 3
 MAX_STEPS = 0  # updates; 0 = as many as the epochs need
@@ -88,17 +91,109 @@ CHECKPOINT_EVERY = 50  # updates; what a crash can cost
 SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "max_new_tokens": 200}
 
-# Plain text instead of new control tokens: those would grow the vocabulary by rows that nothing has trained.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "Assistant:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# The same function in one kernel instead of eight: GPT-2 trains 7 % faster on a CPU.
-FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
-UNSCORED = -100  # label of a token that is context only
+# Every name above is a setting, and a new one belongs to the identity of a run (`identity_of_run`) by itself.
+SETTINGS = [name for name in list(globals()) if name.isupper()]
+# Only these may differ between a run and the one that continues it: they do not change what the model learns.
+NOT_IN_THE_IDENTITY = {"DATA_DIR", "OUTPUT_DIR", "CHECKPOINT_EVERY", "SAMPLE_PROMPT", "SAMPLING"}
+
+
+# ---------------------------------------------------------------------------- the run
+SPLITS = ("train", "val")
+
+
+def train(args: argparse.Namespace) -> None:
+    """One run: from the data files to the finished folder, or on from the checkpoint of an unfinished run.
+
+    With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
+    """
+    process = PartialState(cpu=not torch.accelerator.is_available())
+    output = args.output_dir.absolute()
+    unfinished = output.with_name(output.name + "-unfinished")
+    with process.main_process_first():
+        recover(output)
+
+    # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
+    conversations = {split: read_conversations(data_file(args, split)) for split in SPLITS}
+    tokenizer = load_or_exit(load_tokenizer, args.base_model)
+    config = load_or_exit(AutoConfig.from_pretrained, args.base_model)
+    tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
+    rows_of = split_rows(tokenized, config, process.num_processes)
+    data = count_data(conversations, rows_of)
+    say_lines(data_lines(tokenized, rows_of))
+
+    # What cannot fit is said here, before minutes are spent on loading weights.
+    plan, forecast = make_plan(args, config, rows_of["train"], process)
+    say_lines(plan.lines(forecast))
+    say(f"disk     {check_disk(output.parent, plan.parameters)}")
+
+    # The first process decides what may be continued; the others look when it has done so.
+    identity = identity_of_run(args)
+    with process.main_process_first():
+        if process.is_main_process:
+            open_unfinished(unfinished, identity, args.fresh)
+        checkpoint = last_checkpoint(unfinished)
+
+    # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
+    model = load_or_exit(load_for_training, args.base_model).to(process.device)
+    if not keeps_documents_apart(model):
+        say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
+        rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
+        say_lines(data_lines(tokenized, rows_of))
+    use_sparse_embedding_gradient(model)
+
+    # From here on a kill costs at most CHECKPOINT_EVERY updates.
+    trainer = build_trainer(args, unfinished, plan, model, tokenizer, rows_of, data)
+    log = run_to_the_end(trainer, checkpoint)
+
+    if process.is_main_process:
+        # Room for the model that `finish` loads to check what was saved.
+        del model, trainer
+        gc.collect()
+        report = {
+            "settings": {**identity, "output_dir": args.output_dir.name},
+            "data": data,
+            "plan": asdict(plan),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "log": log,
+        }
+        print(finish(unfinished, output, tokenizer, rows_of["val"], process.device, report))
+
+
+def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
+    """Complete the best model's folder, check it and put it in place; returns the verdict.
+
+    Ends the program, and leaves `output` as it was, if the saved model is not the one whose loss was measured.
+    """
+    # The base model does not compete: when training made it worse, that is what the report has to show.
+    base, *later = evaluations(report["log"])
+    best = min(later, key=lambda entry: entry["eval_loss"])
+    report["base"] = base
+    report["best"] = best
+    report["verdict"] = verdict(base, best, report["data"]["val"]["conversations"])
+
+    folder = unfinished / "best"
+    save_companions(folder, tokenizer, report)
+    check_saved(folder, rows, device, report["plan"]["precision"], best["eval_loss"])
+
+    # The names must not reach the disk before what they name.
+    flush_to_disk(folder)
+    put_in_place(folder, output)
+    shutil.rmtree(unfinished)
+    return report["verdict"]
+
+
+def data_file(args: argparse.Namespace, split: str) -> Path:
+    return args.data_dir / f"{split}_data.jsonl"
+
+
+def load_or_exit(load, name: str):
+    """What `load(name)` returns; a model that cannot be had is one sentence, not a traceback."""
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason}).")
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -107,34 +202,79 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
+def say_lines(lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
 # ---------------------------------------------------------------------------- conversations
 def read_conversations(path: Path) -> list[dict]:
-    """The conversations of a JSONL file; a line that holds none ends the run and is named by its number."""
+    """The conversations of a JSONL file; a line that holds none ends the program and is named by its number."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run extract_blog_data.py first.")
+
+    # Ends at the first bad line: a model trained on half of the data would look like a success.
     conversations = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            conversation = json.loads(line)
-            turns = [(str.lower(turn["role"]), str.encode(turn["content"])) for turn in conversation["messages"]]
-            complete = any(text for role, text in turns if role == "assistant")
-        except (ValueError, KeyError, TypeError):
-            complete = False
-        if not complete:
+        conversation = parse_conversation(line)
+        if conversation is None:
             sys.exit(f"{path}, line {number} holds no conversation with an answer: run extract_blog_data.py again.")
         conversations.append(conversation)
+
     if not conversations:
         sys.exit(f"{path} is empty: more posts are needed, see data/extraction_report.json for what was left out.")
     return conversations
 
 
+def parse_conversation(line: bytes) -> dict | None:
+    """The conversation in a line of JSON; None if there is none, or nothing in it that the author says."""
+    answers = []
+    try:
+        conversation = json.loads(line)
+        for turn in conversation["messages"]:
+            # Both raise TypeError for what is no text, and encode raises UnicodeError for half a character.
+            role = str.lower(turn["role"])
+            text = str.encode(turn["content"])
+            if role == "assistant":
+                answers.append(text)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+    return conversation if any(answers) else None
+
+
 def author_bytes(conversations: list[dict]) -> int:
     """UTF-8 bytes of the author's text: the denominator of bits per byte."""
-    turns = (message for conversation in conversations for message in conversation["messages"])
-    return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
+    total = 0
+    for conversation in conversations:
+        total += sum(len(turn["content"].encode()) for turn in conversation["messages"] if turn["role"] == "assistant")
+    return total
+
+
+def count_data(conversations: dict[str, list[dict]], rows_of: dict[str, Dataset]) -> dict[str, dict]:
+    """What training_report.json says about each split."""
+    return {
+        split: {
+            "conversations": len(entries),
+            "private": sum(entry.get("visibility") == "private" for entry in entries),
+            "author_tokens": scored_tokens(rows_of[split]),
+            "author_bytes": author_bytes(entries),
+        }
+        for split, entries in conversations.items()
+    }
 
 
 # ---------------------------------------------------------------------------- tokens
+# For models without a chat template. Plain text instead of new control tokens: those would grow the vocabulary by rows
+# that nothing has trained. `generation` marks the answer for tools that ask for it (TRL); rendering ignores it.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "Assistant:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
 def load_tokenizer(name: str):
     """The model's tokenizer; it keeps its chat template, or gets the plain one.
 
@@ -143,16 +283,27 @@ def load_tokenizer(name: str):
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token is None:
         sys.exit(f"The tokenizer of {name} has no end-of-text token, so the model could never learn to stop.")
+
     if tokenizer.chat_template is None:
-        starts_with_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-        tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + PLAIN_TEMPLATE
+        # Such models (Llama) have seen no text without their token of beginning in front.
+        bos = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
+        tokenizer.chat_template = bos + PLAIN_TEMPLATE
+    # GPT-2 has none; which token it is does not matter, because nothing that pads is scored.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def disarm(text: str, tokenizer) -> str:
-    """`text` with control tokens that stand in it as words broken by a space, so that they stay words."""
+def starts_with_bos(tokenizer) -> bool:
+    """Whether the tokenizer by itself puts a token of beginning before a text."""
+    return tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def break_control_tokens(text: str, tokenizer) -> str:
+    """`text` with control tokens that stand in it as words broken by a space, so that they stay words.
+
+    The extraction breaks those of the usual models, for whoever uses its files; this breaks those of this tokenizer.
+    """
     for token in tokenizer.all_special_tokens:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -160,146 +311,249 @@ def disarm(text: str, tokenizer) -> str:
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """A conversation as the model sees it, in its chat template."""
-    safe = [{**message, "content": disarm(message["content"], tokenizer)} for message in messages]
+    safe = []
+    for message in messages:
+        safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
     try:
         return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
 
 
+def tokenize(tokenizer, conversations: list[dict]) -> list[tuple[list[int], list[bool]]]:
+    return [conversation_tokens(tokenizer, conversation["messages"]) for conversation in conversations]
+
+
 def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether it is the author's (its end-of-text token included).
+    """Token ids of a conversation, and for each whether it is scored: the author's words and the end of the turn.
+
+    In ChatML, with the scored part in [brackets]; the author is the assistant, and the last sign is a line break:
+
+        <|im_start|>user
+        Write a post about bread.<|im_end|>
+        <|im_start|>assistant
+        [It rises at night.<|im_end|>]
 
     Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. Where a
     template renders earlier turns otherwise once a later one follows (Qwen3), that one brings its own context.
     """
-    ids, scored, done = [], [], ""
+    ids = []
+    scored = []
+    done = ""  # the rendering up to the end of the last answer
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+
         full = render(tokenizer, messages[: turn + 1])
-        asked = messages[:turn] and render(tokenizer, messages[:turn], add_generation_prompt=True)
-        prompt = os.path.commonprefix([full, asked or full.partition(disarm(message["content"], tokenizer))[0]])
-        context = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
-        answer = tokenizer.encode(full[len(prompt) :], add_special_tokens=False)
-        ends = [place for place, token in enumerate(answer) if token in tokenizer.all_special_ids]
-        if not ends:  # a template that never closes the turn
-            answer, ends = [*answer, tokenizer.eos_token_id], [len(answer)]
-        ids += context + answer
-        scored += [False] * len(context) + [place <= ends[-1] for place in range(len(answer))]
+        prompt = prompt_of_answer(tokenizer, messages[: turn + 1], full)
+        # Each for itself, as the prompt will be when the model is asked: no token may reach over the border.
+        before = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
+        reply, closed_at = reply_tokens(tokenizer, full[len(prompt) :])
+
+        ids += before + reply
+        scored += [False] * len(before)
+        scored += [place <= closed_at for place in range(len(reply))]
         done = full
     return ids, scored
 
 
-def cut(ids: list[int], scored: list[bool], context: int, overlap: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows (ids, labels) of at most `context` tokens; each scored token has its label in exactly one of them."""
-    for start in range(0, max(len(ids) - overlap, 1), context - overlap):
-        end, fresh = start + context, start + overlap if start else 0
-        labels = [
-            token if scored[place] and place >= fresh else UNSCORED
-            for place, token in enumerate(ids[start:end], start=start)
-        ]
-        if any(label != UNSCORED for label in labels):
-            yield ids[start:end], labels
+def prompt_of_answer(tokenizer, messages: list[dict], full: str) -> str:
+    """The beginning of `full`, the rendering of `messages`, after which the model writes the last message."""
+    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True) if messages[:-1] else ""
+    if not prompt:  # the author speaks first
+        prompt, _, _ = full.partition(break_control_tokens(messages[-1]["content"], tokenizer))
+    return os.path.commonprefix([full, prompt])
 
 
-def pack(windows: list[tuple], size: int) -> list[list[tuple]]:
-    """Windows put together into rows of at most `size` tokens: the longest first, each where it fits best."""
-    rows, open_rows = [], defaultdict(list)
-    for window in sorted(windows, key=lambda window: len(window[0]), reverse=True):
-        length = len(window[0])
-        free = next((free for free in range(length, size) if open_rows[free]), size)
-        row = open_rows[free].pop() if free < size else []
-        if not row:
-            rows.append(row)
-        row.append(window)
-        open_rows[free - length].append(row)
-    return rows
+def reply_tokens(tokenizer, text: str) -> tuple[list[int], int]:
+    """Token ids of an answer, and the place of the control token that closes it; what follows is the template's."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    control = set(tokenizer.all_special_ids)
+    ends = [place for place, token in enumerate(ids) if token in control]
+    if not ends:  # a template that never closes the turn
+        return [*ids, tokenizer.eos_token_id], len(ids)
+    return ids, ends[-1]
 
 
-def make_rows(tokenized: list[tuple], context: int, overlap: int, packed: bool = True, multiple: int = 1) -> Dataset:
-    """Rows of token ids, labels, the conversation's number per token and, if packed, positions (from 0 in a window).
+# ---------------------------------------------------------------------------- rows
+UNSCORED = -100  # label of a token that is context only
 
-    Rows without labels fill up to a `multiple`.
+
+class Window(NamedTuple):
+    """Up to CONTEXT_TOKENS tokens of one conversation."""
+
+    ids: list[int]
+    labels: list[int]  # the token itself where it is scored, else UNSCORED
+    conversation: int  # its number in the data
+
+
+def cut(ids: list[int], scored: list[bool], conversation: int, context: int, overlap: int) -> Iterator[Window]:
+    """Windows of at most `context` tokens; each scored token has its label in exactly one of them."""
+    labels = [token if counts else UNSCORED for token, counts in zip(ids, scored, strict=True)]
+    step = context - overlap
+    stop = max(len(ids) - overlap, 1)
+    for start in range(0, stop, step):
+        end = start + context
+        # What overlaps is there to be read; it has its labels in the window before.
+        repeated = overlap if start else 0
+        fresh = labels[start + repeated : end]
+
+        # A window of nothing but a long question would cost time and teach nothing.
+        teaches = any(label != UNSCORED for label in fresh)
+        if teaches:
+            window_labels = [UNSCORED] * repeated + fresh
+            yield Window(ids[start:end], window_labels, conversation)
+
+
+def pack(windows: list[Window], size: int) -> list[list[Window]]:
+    """Windows in groups of at most `size` tokens: the longest first, each where it leaves the least room."""
+    groups = []
+    open_groups = defaultdict(list)  # by the number of tokens that still fit
+    for window in sorted(windows, key=lambda window: len(window.ids), reverse=True):
+        length = len(window.ids)
+        # The fullest group that still takes it, found by its room, or a new one.
+        room = next((room for room in range(length, size) if open_groups[room]), size)
+
+        if room < size:
+            group = open_groups[room].pop()
+        else:
+            group = []
+            groups.append(group)
+        group.append(window)
+        open_groups[room - length].append(group)
+    return groups
+
+
+def make_rows(
+    tokenized: list[tuple[list[int], list[bool]]],
+    context: int,
+    overlap: int,
+    packed: bool = True,
+    multiple: int = 1,
+) -> Dataset:
+    """Rows of up to `context` tokens from (ids, scored) of each conversation, see `conversation_tokens`.
+
+    Columns, each a list as long as the row: input_ids, labels, conversation (its number) and, if packed,
+    position_ids, which restart at 0 in each window. Rows without labels fill up to a `multiple`.
     """
-    windows = [(*window, number) for number, entry in enumerate(tokenized) for window in cut(*entry, context, overlap)]
-    rows = pack(windows, context) if packed else [[window] for window in windows]
-    rows += [[([0, 0], [UNSCORED, UNSCORED], 0)]] * (-len(rows) % multiple)
-    columns = {
-        "input_ids": [[token for ids, _, _ in row for token in ids] for row in rows],
-        "labels": [[label for _, labels, _ in row for label in labels] for row in rows],
-        "conversation": [[number for ids, _, number in row for _ in ids] for row in rows],
-    }
+    windows = []
+    for number, (ids, scored) in enumerate(tokenized):
+        windows += cut(ids, scored, number, context, overlap)
+
+    groups = pack(windows, context) if packed else [[window] for window in windows]
+    # Fillers change no loss: they have no label, and the loss is divided by the number of labels.
+    filler = Window(ids=[0, 0], labels=[UNSCORED, UNSCORED], conversation=0)
+    while len(groups) % multiple:
+        groups.append([filler])
+
+    # A dict of columns and not a list of rows, because a Dataset of no rows must have its columns too.
+    columns = {"input_ids": [], "labels": [], "conversation": []}
     if packed:
-        columns["position_ids"] = [[place for ids, _, _ in row for place in range(len(ids))] for row in rows]
+        columns["position_ids"] = []
+    for group in groups:
+        row = one_row(group)
+        for name, column in columns.items():
+            column.append(row[name])
     return Dataset.from_dict(columns)
 
 
-def all_rows(tokenizer, config, conversations: dict, processes: int, packed: bool = True) -> dict[str, Dataset]:
-    """Rows of both splits; says how many of the author's tokens they hold, each of them exactly once."""
-    context = min(CONTEXT_TOKENS, getattr(config.get_text_config(), "max_position_embeddings", CONTEXT_TOKENS))
-    rows = {}
-    for split, entries in conversations.items():
-        tokenized = [conversation_tokens(tokenizer, entry["messages"]) for entry in entries]
-        # Whole updates, so that one process or several shuffle the same rows into the same updates.
-        multiple = BATCH_SIZE * math.lcm(GRADIENT_ACCUMULATION, processes) if split == "train" else 1
-        rows[split] = make_rows(tokenized, context, OVERLAP_TOKENS, packed, multiple)
-        tokens, scored = sum(sum(scored) for _, scored in tokenized), scored_tokens(rows[split])
-        say(f"{split:<8} {len(entries):,} conversations, {tokens:,} tokens of the author's, {scored:,} scored an epoch")
-    return rows
+def one_row(windows: list[Window]) -> dict[str, list[int]]:
+    row = {"input_ids": [], "labels": [], "conversation": [], "position_ids": []}
+    for window in windows:
+        length = len(window.ids)
+        row["input_ids"] += window.ids
+        row["labels"] += window.labels
+        row["conversation"] += [window.conversation] * length
+        row["position_ids"] += range(length)
+    return row
 
 
-def scored_tokens(rows: Dataset) -> int:
-    return sum(label != UNSCORED for labels in rows["labels"] for label in labels)
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows as (rows, longest) tensors. Padding counts as one more document, so no attention mask is needed:
-    with one, models no longer see from the positions where a packed document begins."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    fillers = {name: UNSCORED if name == "labels" else 0 for name in rows[0]}
+def split_rows(tokenized: dict[str, list], config, processes: int, packed: bool = True) -> dict[str, Dataset]:
+    """Rows of each split, no longer than the model has positions."""
+    context = min(CONTEXT_TOKENS, positions_of(config))
+    # Whole updates, so that one process or several shuffle the same rows into the same updates.
+    multiple = BATCH_SIZE * math.lcm(GRADIENT_ACCUMULATION, processes)
     return {
-        name: torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
-        for name, filler in fillers.items()
+        "train": make_rows(tokenized["train"], context, OVERLAP_TOKENS, packed, multiple),
+        "val": make_rows(tokenized["val"], context, OVERLAP_TOKENS, packed),
     }
 
 
-# ---------------------------------------------------------------------------- model
-def load_model(name: str):
+def positions_of(config) -> int:
+    """Tokens that the model can read at once; CONTEXT_TOKENS for one without such a limit (Mamba, BLOOM)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", CONTEXT_TOKENS)
+
+
+def data_lines(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> list[str]:
+    """A line per split; its two numbers of tokens are the same, or something was lost or is scored twice."""
+    lines = []
+    for split, entries in tokenized.items():
+        tokens = sum(sum(scored) for _, scored in entries)
+        lines.append(
+            f"{split:<8} {len(entries):,} conversations, {tokens:,} tokens of the author's, "
+            f"{scored_tokens(rows_of[split]):,} scored an epoch"
+        )
+    return lines
+
+
+def scored_tokens(rows: Dataset) -> int:
+    total = 0
+    for labels in rows["labels"]:
+        total += sum(label != UNSCORED for label in labels)
+    return total
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows as tensors of shape (rows, longest).
+
+    Padding counts as one more document, so no attention mask is needed: with one, models no longer see from the
+    positions where a packed document begins.
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    batch = {}
+    for name in examples[0]:
+        # 0 in position_ids too: that is what begins another document.
+        filler = UNSCORED if name == "labels" else 0
+        padded = [example[name] + [filler] * (longest - len(example[name])) for example in examples]
+        batch[name] = torch.tensor(padded)
+    return batch
+
+
+# ---------------------------------------------------------------------------- model and loss
+def load_for_training(name: str):
     """The model in float32: updates of 2e-5 would be rounded away in bfloat16 weights.
 
     Raises OSError when `name` is neither a folder nor to be had from the hub.
     """
     config = AutoConfig.from_pretrained(name)
-    stock = {key: value for key, value in config.to_dict().items() if str(value) in FUSED_ACTIVATIONS}
-    for key, value in config.to_dict().items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(config, key, DROPOUT)
-    for key, value in stock.items():
-        setattr(config, key, FUSED_ACTIVATIONS[value])
+    set_dropout(config)
+    usual_names = fuse_activations(config)
     if hasattr(config, "n_positions"):
         config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
+
     model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
-    for key, value in stock.items():  # the saved folder keeps the name that other tools know
+    for key, value in usual_names.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
 
 
-def spare_the_embedding(model) -> None:
-    """Have the input embedding's gradient name only the rows that were read: 6 % faster on a CPU.
-
-    Only where it is added to the output layer's, which makes it dense; AdamW and DistributedDataParallel want that.
-    """
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" and model.device.type == "cpu"
-    embedding.sparse = alone and output is not None and output.weight is embedding.weight
+def set_dropout(config) -> None:
+    """DROPOUT wherever the architecture has a place for it: the names of these keys differ."""
+    for key, value in config.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, key, DROPOUT)
 
 
 @torch.no_grad()
 def keeps_documents_apart(model) -> bool:
-    """Whether this architecture sees from positions alone that a second document begins in a row."""
+    """Whether this architecture sees from positions alone that a second document begins in a row.
+
+    Asked of the model itself: eight tokens, twice at the positions 0 to 3, against the last four alone.
+    """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
+
+    # Eight different tokens, so that what leaks from the first four makes a difference.
     ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % model.config.vocab_size
     positions = torch.arange(4, device=model.device).repeat(2).reshape(1, 8)
     model.eval()
@@ -310,48 +564,33 @@ def keeps_documents_apart(model) -> bool:
 
 def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (scored tokens, vocabulary) and targets (scored tokens): the rest never meets the output layer."""
+    # The logits at a place are about the token after it.
     following = functional.pad(batch["labels"][:, 1:], (0, 1), value=UNSCORED)
     keep = following != UNSCORED
+
+    # No cache and no attention mask: with either, packed documents see each other.
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    return model(**inputs, use_cache=False, logits_to_keep=keep).logits, following[keep]
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """Sum of the negative log-likelihoods, in nats, of targets (tokens,) under logits (tokens, vocabulary).
-
-    The gradient is made in the same pass, 64 tokens at a time in float32 and kept in bfloat16 under bfloat16 logits,
-    where autograd would hold several float32 tensors of that size: GPT-2 medium trains 9 % faster on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        kept = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32  # float16 would lose what is rare
-        total, gradient = logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits, dtype=kept)
-        for some, wanted, out in zip(logits.split(64), targets.split(64), gradient.split(64), strict=True):
-            log_probabilities = functional.log_softmax(some.float(), dim=-1)
-            total += functional.nll_loss(log_probabilities, wanted, reduction="sum")
-            probabilities = log_probabilities.exp_()
-            probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-            out.copy_(probabilities)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0].mul_(upstream), None
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
+    return logits, following[keep]
 
 
 @torch.inference_mode()
 def conversation_losses(model, rows: Dataset) -> np.ndarray:
     """Exact negative log-likelihood of the author's tokens, in nats, by number of the conversation."""
     model.eval()
-    losses = np.zeros(1 + max(map(max, rows["conversation"]), default=0))
+    conversations = 1 + max(map(max, rows["conversation"]), default=0)
+    losses = np.zeros(conversations)
+
+    # One row at a time: nothing is padded, and logits over a whole vocabulary are large.
     for row in rows:
         batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         logits, targets = scored_logits(model, batch)
-        nats = functional.cross_entropy(logits.float(), targets, reduction="none").cpu().double().numpy()
-        owners = np.array(row["conversation"][1:])[np.array(row["labels"][1:]) != UNSCORED]
-        np.add.at(losses, owners, nats)
+        nats = functional.cross_entropy(logits.float(), targets, reduction="none")
+
+        # A row may hold several conversations. Nothing predicts its first token, so that has no loss.
+        is_scored = np.array(row["labels"][1:]) != UNSCORED
+        owners = np.array(row["conversation"][1:])[is_scored]
+        np.add.at(losses, owners, nats.cpu().double().numpy())
     return losses
 
 
@@ -361,59 +600,147 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     model.eval()
     text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    # Trainer has switched off the cache in the model's config.
     settings = {**SAMPLING, "max_new_tokens": max_new_tokens, "do_sample": True, "use_cache": True}
+
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    prompt_length = inputs["input_ids"].shape[1]
+    return tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------- plan
-def pick_precision(device: torch.device) -> str:
-    """PRECISION, or "fp32" where the device has no fast kernels for it; what the user should know is said."""
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
+
+# From the fastest to the thriftiest: (Trainer's name of the optimizer, whether activations are computed twice).
+WAYS_TO_TRAIN = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan means for this data on this machine: said once and kept nowhere."""
+
+    base_model: str
+    rows: int  # that hold a scored token
+    updates: int
+    memory: dict[str, int]  # bytes needed, by purpose
+    free_memory: int  # bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the run will be done. training_report.json keeps it under "plan"."""
+
+    device: str
+    precision: str  # "bf16", "fp16" or "fp32"
+    optimizer: str
+    checkpointing: bool  # activations are computed again in the backward pass, which saves memory
+    accumulation: int  # batches of one process in an update
+    evaluate_every: int  # updates
+    parameters: int
+
+    def lines(self, forecast: Forecast) -> list[str]:
+        """The plan for people, a line each."""
+        lines = []
+        # The user should know why it is slower than on another machine.
+        if self.optimizer != WAYS_TO_TRAIN[0][0]:
+            recomputed = " and recomputed activations." if self.checkpointing else ""
+            lines.append(f"Memory is short: training with {self.optimizer}{recomputed}")
+
+        size = f"{self.parameters / 1e6:.0f}M parameters"
+        lines.append(f"model    {forecast.base_model}, {size}, {self.precision} on {self.device}")
+        lines.append(f"data     {forecast.rows:,} rows of up to {CONTEXT_TOKENS} tokens, {forecast.updates} updates")
+
+        gigabytes = {name: f"{needed / 1e9:.1f}" for name, needed in forecast.memory.items()}
+        parts = ", ".join(f"{name} {size}" for name, size in gigabytes.items())
+        needed = sum(forecast.memory.values()) / 1e9
+        free = forecast.free_memory / 1e9
+        lines.append(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
+        return lines
+
+
+def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialState) -> tuple[Plan, Forecast]:
+    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
+    with torch.device("meta"):  # tensors that have a shape and take no memory
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+
+    device = process.device
+    precision = pick_precision(device, PRECISION)
+    available = free_memory(device)
+    tokens = BATCH_SIZE * min(CONTEXT_TOKENS, max(map(len, rows["input_ids"])))
+    optimizer, checkpointing, memory = fit_into_memory(config, parameters, tokens, precision != "fp32", available)
+
+    # An update has the same rows, however many processes share them.
+    updates_per_epoch = math.ceil(len(rows) / (BATCH_SIZE * GRADIENT_ACCUMULATION))
+    updates = args.max_steps or math.ceil(updates_per_epoch * args.epochs)
+    plan = Plan(
+        device=device.type,
+        precision=precision,
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        accumulation=max(1, GRADIENT_ACCUMULATION // process.num_processes),
+        # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
+        evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
+        parameters=parameters,
+    )
+    filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
+    return plan, Forecast(args.base_model, filled, updates, memory, available)
+
+
+def pick_precision(device: torch.device, wanted: str) -> str:
+    """`wanted` ("bf16", "fp16" or "fp32"), or "fp32" where the device has no fast kernels for it.
+
+    Says so, and says what would be faster on a card of before 2020.
+    """
     if device.type == "cuda":
-        if PRECISION == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        # 8.0 is the first generation that computes in bfloat16: RTX 30xx, A100.
+        if wanted == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
             say(f'{torch.cuda.get_device_name(device)} only emulates bfloat16: PRECISION = "fp16" is faster on it.')
-        return PRECISION
+        return wanted
+
+    # Of the other devices only a CPU is trusted, with bf16 alone: Trainer refuses fp16 there.
     fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
-    if PRECISION == "fp32" or (PRECISION == "bf16" and fast):
-        return PRECISION
-    say(f"This {device.type.upper()} has no fast {PRECISION}: float32 it is.")
+    if wanted == "fp32" or (wanted == "bf16" and fast):
+        return wanted
+    say(f"This {device.type.upper()} has no fast {wanted}: float32 it is.")
     return "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Matrix products in `precision` over float32 weights; nothing at all for "fp32"."""
-    return torch.autocast(device.type, {"fp16": torch.float16}.get(precision, torch.bfloat16), precision != "fp32")
+    number_type = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, number_type, enabled=precision != "fp32")
 
 
 def memory_needed(config, parameters: int, tokens: int, mixed: bool, checkpointing: bool, optimizer: str) -> dict:
-    """Bytes by purpose. Activations: about 60 bytes per layer, token and channel as measured, 4 when recomputed."""
+    """Bytes by purpose, for `tokens` tokens in a batch; `mixed` when autocast keeps a second copy of the weights.
+
+    Activations: about 60 bytes per layer, token and channel as measured, 4 when they are computed twice.
+    """
     text = config.get_text_config()
     per_layer = tokens * text.hidden_size * (4 if checkpointing else 60)
     return {
-        "weights": parameters * (6 if mixed else 4),
+        "weights": parameters * (6 if mixed else 4),  # float32, and the copy of 2 bytes that autocast makes
         "gradients": parameters * 4,
-        "optimizer": parameters * (2 if "8bit" in optimizer else 8),
+        "optimizer": parameters * (2 if "8bit" in optimizer else 8),  # AdamW's two averages
         "activations": per_layer * text.num_hidden_layers + tokens * (text.hidden_size * 60 + text.vocab_size * 14),
     }
 
 
-def choose_frugality(config, parameters: int, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
-    """The first of three ways to train that leaves 1 GB of `available` bytes: (optimizer, checkpointing, memory)."""
-    ways = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
-    for optimizer, checkpointing in ways:
+def fit_into_memory(config, parameters: int, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
+    """The first way to train that leaves 1 GB of `available` bytes: (optimizer, checkpointing, bytes by purpose)."""
+    # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
+    for optimizer, checkpointing in WAYS_TO_TRAIN:
         memory = memory_needed(config, parameters, tokens, mixed, checkpointing, optimizer)
-        if sum(memory.values()) + 1e9 <= available:
-            break
-    else:
-        sys.exit(
-            f"Training needs about {sum(memory.values()) / 1e9:.1f} GB of memory plus 1 GB to spare and "
-            f"{available / 1e9:.1f} GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
-        )
-    if optimizer != "adamw_torch_fused":
-        say(f"Memory is short: training with {optimizer}" + " and recomputed activations." * checkpointing)
-    return optimizer, checkpointing, memory
+        needed = sum(memory.values())
+        if needed + 1e9 <= available:
+            return optimizer, checkpointing, memory
+
+    sys.exit(
+        f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
+        f"{available / 1e9:.1f} GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
+    )
 
 
 def free_memory(device: torch.device) -> int:
@@ -422,66 +749,27 @@ def free_memory(device: torch.device) -> int:
 
 def check_disk(folder: Path, parameters: int) -> str:
     """Ends a run that lacks room for two checkpoints (12 bytes a parameter each) and the best weights (4)."""
-    needed, free = parameters * (2 * 12 + 4), shutil.disk_usage(folder).free
+    needed = parameters * (2 * 12 + 4)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         sys.exit(f"Training needs {needed / 1e9:.1f} GB on disk for its checkpoints, and {free / 1e9:.1f} GB are free.")
     return f"{needed / 1e9:.1f} GB of {free / 1e9:.0f} GB free"
 
 
-# ---------------------------------------------------------------------------- unfinished runs
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and whose best model still lies beside it."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/complete")]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if newest is None:
-        return None
-    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-    return newest if state["best_metric"] is None or (folder / "best").is_dir() else None
-
-
-def open_unfinished(folder: Path, identity: dict, fresh: bool) -> Path | None:
-    """The checkpoint to continue from, if one of the same data and settings lies in `folder`; else an empty folder."""
-    record, checkpoint = folder / "run.json", last_checkpoint(folder)
-    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if earlier == identity and not fresh:
-        if checkpoint:
-            say(f"Continuing the run that stopped after update {checkpoint.name.split('-')[1]} (--fresh starts over).")
-        return checkpoint
-    if checkpoint and not fresh:
-        other = ", ".join(key for key in identity if earlier.get(key) != identity[key])
-        say(f"The unfinished run in {folder} had other values for {other}: it is not continued, this one starts over.")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
-    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    return None
-
-
-def sync(folder: Path) -> None:
-    """Have every file of `folder` on the disk, so that a power cut cannot take it back."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def put_in_place(new: Path, place: Path) -> None:
-    """Make `new` the folder at `place`, in one step where the system can swap two names (Linux); the old one goes."""
-    if not place.exists():
-        new.rename(place)
-        return
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
-    if swap is None or swap(here, os.fsencode(new), here, os.fsencode(place), exchange) != 0:
-        aside = place.with_name(place.name + "-previous")
-        place.rename(aside)
-        new.rename(place)
-        new = aside
-    shutil.rmtree(new)
-
-
 # ---------------------------------------------------------------------------- training
 class BlogTrainer(Trainer):
-    """Trainer whose loss is the author's tokens' only, each of the same weight, and whose evaluation is exact."""
+    """Trainer whose loss is the author's tokens' only, each of the same weight, and whose evaluation is exact.
+
+    `validation_bytes`: UTF-8 bytes of the author's text in eval_dataset, for bits per byte.
+    """
+
+    def __init__(self, *arguments, validation_bytes: int = 0, **options):
+        super().__init__(*arguments, **options)
+        self.validation_bytes = validation_bytes
+        # compute_loss divides by the scored tokens of the whole update: Trainer has to count them, ...
+        self.model_accepts_loss_kwargs = True
+        # ... and not to divide by the number of batches after that.
+        self.loss_is_scaled_for_ga = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits, targets = scored_logits(model, inputs)
@@ -489,39 +777,200 @@ class BlogTrainer(Trainer):
         return loss * self.accelerator.num_processes  # which average their gradients
 
     def evaluate(self, **_) -> dict[str, float]:
-        rank, world = self.args.process_index, self.args.world_size
-        rows = self.eval_dataset.select(range(rank, len(self.eval_dataset), world))
+        """Nats per token and bits per byte over all of eval_dataset; Trainer's own is a mean of the batches' means."""
+        # Each process measures every n-th row; nats add up, whoever measured them.
+        rank = self.args.process_index
+        mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
         with self.compute_loss_context_manager():
-            losses = conversation_losses(self.model, rows)
+            losses = conversation_losses(self.model, mine)
+        # As Python numbers, because not every device has float64.
         nats = sum(gather_object([losses.sum()]))
-        bits = nats / math.log(2) / self.validation_bytes
-        metrics = {"eval_loss": nats / scored_tokens(self.eval_dataset), "eval_bits_per_byte": bits}
-        if self.state.global_step and metrics["eval_loss"] < (self.state.best_metric or math.inf):
-            self.keep_best()
+
+        metrics = {
+            "eval_loss": nats / scored_tokens(self.eval_dataset),
+            "eval_bits_per_byte": nats / math.log(2) / self.validation_bytes,
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def keep_best(self) -> None:
-        if self.is_world_process_zero():
-            new = Path(self.args.output_dir, "best-incomplete")
-            self.model.config.use_cache = True  # which Trainer switches off
-            self.model.save_pretrained(new)
-            sync(new)
-            put_in_place(new, Path(self.args.output_dir, "best"))
+
+def build_trainer(
+    args: argparse.Namespace, folder: Path, plan: Plan, model, tokenizer, rows_of: dict[str, Dataset], data: dict
+) -> BlogTrainer:
+    # They are called in this order: a loss that is no number ends the run before anything is printed about it,
+    # and Progress prints the sample that LogSample has left in the log.
+    callbacks = [
+        CastWeightsOnce(autocast(model.device, plan.precision)),
+        StopAtNaN(),
+        KeepBest(),
+        LogSample(tokenizer),
+        Progress(data["train"]["author_tokens"]),
+        EarlyStoppingCallback(PATIENCE),
+    ]
+
+    trainer = BlogTrainer(
+        model=model,
+        args=training_arguments(args, folder, plan),
+        data_collator=collate,
+        train_dataset=rows_of["train"],
+        eval_dataset=rows_of["val"],
+        validation_bytes=data["val"]["author_bytes"],
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # which prints the whole log entry to stdout
+    return trainer
 
 
-class CastWeightsOnce(TrainerCallback):
-    """Autocast around a whole update, so that its micro-batches share one low-precision copy of the weights."""
+def training_arguments(args: argparse.Namespace, folder: Path, plan: Plan) -> TrainingArguments:
+    updates = {
+        "per_device_train_batch_size": BATCH_SIZE,
+        "gradient_accumulation_steps": plan.accumulation,
+        "num_train_epochs": args.epochs,
+        "max_steps": args.max_steps or -1,  # Trainer's word for "as many as the epochs need"
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": WARMUP_SHARE,  # below 1, Trainer reads it as a share
+        "optim": plan.optimizer,
+        "seed": SEED,
+        "data_seed": SEED,
+    }
+    hardware = {
+        "use_cpu": plan.device == "cpu",
+        "bf16": plan.precision == "bf16",
+        "fp16": plan.precision == "fp16",
+        "activation_checkpointing": plan.checkpointing,
+    }
 
-    def __init__(self, context: torch.autocast):
-        self.context = context
+    # Early stopping and `KeepBest` compare by the loss; checkpoints are only there to continue from.
+    watching = {
+        "eval_strategy": "steps",
+        "eval_steps": plan.evaluate_every,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "save_steps": CHECKPOINT_EVERY,
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+    # Every update is logged as it is, also a loss that is no number: `StopAtNaN` has to see it.
+    logging = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True}
+
+    # Nothing is reported anywhere. The model does not read the column "conversation", our loss does.
+    other = {"report_to": "none", "push_to_hub": False, "remove_unused_columns": False}
+    return TrainingArguments(output_dir=str(folder), **updates, **hardware, **watching, **logging, **other)
+
+
+def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> list[dict]:
+    """Train, from `checkpoint` if there is one; returns the log. A run that the user stopped ends the program here."""
+    checkpoints = Checkpoints()
+    trainer.add_callback(checkpoints)
+    # The base model is measured before the first update.
+    trainer.args.eval_on_start = checkpoint is None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    done = trainer.state.global_step
+    planned = trainer.state.max_steps
+    if checkpoints.asked_to_stop and done < planned:
+        sys.exit(f"Stopped after update {done} of {planned}: run the same command again to continue.")
+    if done < planned:
+        say(f"Stopped early after update {done} of {planned}: validation did not improve in {PATIENCE} evaluations.")
+    return trainer.state.log_history
+
+
+def evaluations(log_history: list[dict]) -> list[dict]:
+    """The evaluations of a run, the base model's first."""
+    return [entry for entry in log_history if "eval_loss" in entry]
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends the program when the loss is no number any more: no later update can mend the weights."""
+
+    def on_log(self, args, state, control, logs, **_):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            sys.exit(
+                f"The loss became {logs['loss']} at update {state.global_step}: lower LEARNING_RATE and start with "
+                "--fresh; nothing was overwritten."
+            )
+
+
+class KeepBest(TrainerCallback):
+    """Has the model with the lowest validation loss so far in the folder "best"; the base model does not count."""
+
+    def on_evaluate(self, args, state, control, metrics, model, **_):
+        # Trainer notes the new best after this, so best_metric is still that of the evaluations before.
+        is_better = metrics["eval_loss"] < (state.best_metric or math.inf)
+        if is_better and state.global_step > 0 and state.is_world_process_zero:
+            self.save(model, Path(args.output_dir))
+
+    def save(self, model, folder: Path) -> None:
+        new = folder / "best-incomplete"
+        model.config.use_cache = True  # which Trainer switches off
+        model.save_pretrained(new)
+        flush_to_disk(new)
+        put_in_place(new, folder / "best")
+
+
+class LogSample(TrainerCallback):
+    """Puts an answer of the model into the log entry of each evaluation, so that the voice is seen arriving."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def on_evaluate(self, args, state, control, model, **_):
+        if state.is_world_process_zero:
+            words = answer(model, self.tokenizer, SAMPLE_PROMPT, max_new_tokens=40).split()
+            state.log_history[-1]["sample"] = " ".join(words)
+
+
+class Progress(TrainerCallback):
+    """Prints a line every few updates and at each evaluation."""
+
+    def __init__(self, tokens_per_epoch: int):
+        self.tokens_per_epoch = tokens_per_epoch
+        self.seconds = 0.0  # in updates only, without evaluations
+        self.updates = 0  # of this process: fewer than the state's after a checkpoint
+        self.losses = []  # since the last line
 
     def on_step_begin(self, args, state, control, **_):
-        self.context.__enter__()
+        self.began = time.monotonic()
 
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        self.context.__exit__(None, None, None)
+    def on_step_end(self, args, state, control, **_):
+        self.seconds += time.monotonic() - self.began
+        self.updates += 1
+        if sys.stderr.isatty():
+            say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
+
+    def time_left(self, state) -> str:
+        seconds = self.seconds / self.updates * (state.max_steps - state.global_step)
+        return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" not in logs:
+            return
+        self.losses.append(logs["loss"])
+
+        # About forty lines for a run of any length.
+        if state.global_step % max(1, state.max_steps // 40) == 0:
+            tokens_per_update = self.tokens_per_epoch * state.epoch / state.global_step
+            speed = tokens_per_update * self.updates / self.seconds
+            say(
+                f"epoch {state.epoch:.2f}  update {state.global_step}/{state.max_steps}  "
+                f"train {np.mean(self.losses):.3f}  {speed:.0f} tokens/s  {self.time_left(state)} left"
+            )
+            self.losses.clear()
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        if not state.is_world_process_zero:
+            return
+        base = evaluations(state.log_history)[0]
+        bits = metrics["eval_bits_per_byte"]
+        change = bits - base["eval_bits_per_byte"]
+
+        say(
+            f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  "
+            f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)\n"
+            f"  {SAMPLE_PROMPT} {state.log_history[-1]['sample']}"
+        )
 
 
 class Checkpoints(TrainerCallback):
@@ -540,140 +989,158 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if self.asked_to_stop:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True
 
     def on_save(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            new = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            sync(new)
-            (new / "complete").touch()
-            sync(new)
-            for old in Path(args.output_dir).glob("checkpoint-*"):
-                if old != new:
-                    shutil.rmtree(old)
-
-
-class Progress(TrainerCallback):
-    """A line every few updates and at each evaluation, with a sample, so that the voice is seen arriving."""
-
-    def __init__(self, tokenizer, tokens_per_epoch: int):
-        self.tokenizer, self.tokens_per_epoch = tokenizer, tokens_per_epoch
-        self.seconds, self.updates, self.losses = 0.0, 0, []
-
-    def on_step_begin(self, args, state, control, **_):
-        self.began = time.monotonic()
-
-    def on_step_end(self, args, state, control, **_):
-        self.seconds += time.monotonic() - self.began
-        self.updates += 1
-        if sys.stderr.isatty():
-            say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
-
-    def time_left(self, state) -> str:
-        seconds = self.seconds / self.updates * (state.max_steps - state.global_step)
-        return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-    def on_log(self, args, state, control, logs, **_):
-        if "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            sys.exit(
-                f"The loss became {logs['loss']} at update {state.global_step}: lower LEARNING_RATE and start with "
-                "--fresh; nothing was overwritten."
-            )
-        self.losses.append(logs["loss"])
-        if state.global_step % max(1, state.max_steps // 40) == 0:
-            tokens_per_update = self.tokens_per_epoch * state.epoch / state.global_step
-            speed = tokens_per_update * self.updates / self.seconds
-            say(
-                f"epoch {state.epoch:.2f}  update {state.global_step}/{state.max_steps}  "
-                f"train {np.mean(self.losses):.3f}  {speed:.0f} tokens/s  {self.time_left(state)} left"
-            )
-            self.losses.clear()
-
-    def on_evaluate(self, args, state, control, metrics, model, **_):
         if not state.is_world_process_zero:
             return
-        sample = " ".join(answer(model, self.tokenizer, SAMPLE_PROMPT, 40).split())
-        state.log_history[-1]["sample"] = sample
-        bits, base = metrics["eval_bits_per_byte"], evaluations(state.log_history)[0]["eval_bits_per_byte"]
-        say(
-            f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  "
-            f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({bits - base:+.4f} against base)\n"
-            f"  {SAMPLE_PROMPT} {sample}"
-        )
+        new = Path(args.output_dir, f"checkpoint-{state.global_step}")
+
+        # The mark must not reach the disk before what it vouches for.
+        flush_to_disk(new)
+        (new / "complete").touch()
+        flush_to_disk(new)
+
+        for old in Path(args.output_dir).glob("checkpoint-*"):
+            if old != new:
+                shutil.rmtree(old)
 
 
-def evaluations(log_history: list[dict]) -> list[dict]:
-    """The evaluations of a run, the base model's first."""
-    return [entry for entry in log_history if "eval_loss" in entry]
+# ---------------------------------------------------------------------------- unfinished runs
+def identity_of_run(args: argparse.Namespace) -> dict:
+    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass."""
+    settings = {}
+    for name in SETTINGS:
+        if name not in NOT_IN_THE_IDENTITY:
+            settings[name.lower()] = globals()[name]
+
+    # A flag, or its default, is what the run really has.
+    flags = {name: value for name, value in vars(args).items() if name in settings}
+    identity = {**flags, **(settings | flags)}
+    for split in SPLITS:
+        identity[f"{split}_sha256"] = hashlib.sha256(data_file(args, split).read_bytes()).hexdigest()
+    return identity
 
 
-def training_arguments(args: argparse.Namespace, folder: Path, plan: dict) -> TrainingArguments:
-    """The user's settings in Trainer's words."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=plan["device"] == "cpu",
-        per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=plan["accumulation"],
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=WARMUP_SHARE,
-        optim=plan["optimizer"],
-        activation_checkpointing=plan["checkpointing"],
-        bf16=plan["precision"] == "bf16",
-        fp16=plan["precision"] == "fp16",
-        seed=SEED,
-        data_seed=SEED,
-        eval_strategy="steps",
-        eval_steps=plan["evaluate_every"],
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        save_steps=CHECKPOINT_EVERY,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        push_to_hub=False,
-    )
+def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
+    """Leave `folder` as it is if it holds a checkpoint of the same run; else empty it, so that nothing is continued.
+
+    Says which of both, and what differs; `fresh` means that the user wants no continuation.
+    """
+    recover(folder / "best")  # which each better evaluation replaces
+    record = folder / "run.json"
+    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    checkpoint = last_checkpoint(folder)
+
+    if checkpoint and not fresh:
+        if earlier == identity:
+            say(f"Continuing the run that stopped after update {checkpoint.name.split('-')[1]} (--fresh starts over).")
+            return
+        other = ", ".join(key for key in identity if earlier.get(key) != identity[key])
+        say(f"The unfinished run in {folder} had other values for {other}: it is not continued, this one starts over.")
+
+    # For its owner's eyes only: a checkpoint can repeat what is private.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end and whose best model still lies beside it."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/complete")]
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if newest is None:
+        return None
+
+    # Once the best model has been moved to its place, the run is over and there is nothing to continue.
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    needs_best = state["best_metric"] is not None
+    return None if needs_best and not (folder / "best").is_dir() else newest
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Have every file of `folder` on the disk, so that a power cut cannot take it back."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# A folder is replaced by names alone, because a rename happens whole or not at all:
+#
+#     step                           after a kill here                         what `recover` does at the next start
+#     new   -> PLACE-ready           the old one is at its place, new ready    moves the new one in
+#     PLACE -> PLACE-previous        nothing at the place, both beside it      moves the new one in
+#     PLACE-ready -> PLACE           the new one is at its place               removes the old one
+#     remove PLACE-previous          the same, with less of the old one        removes the rest
+#
+# Only a complete folder ever gets the name "-ready", and "-previous" is removed only beside a complete one.
+# tests/test_train_model.py kills a process before each of these steps and in the middle of recovering.
+
+
+def put_in_place(new: Path, place: Path) -> None:
+    """Make the complete folder `new`, on the same disk, the one at `place`; what was there before goes.
+
+    Raises OSError when the system refuses; the old or the new folder is then still there, see `recover`.
+    """
+    recover(place)
+    new.rename(beside(place, "ready"))
+    move_in(place)
+
+
+def recover(place: Path) -> None:
+    """Finish what a killed `put_in_place` began, so that `place` is a complete folder: the new one or the old one.
+
+    Says what it did; does nothing, and says nothing, when nothing was left half done.
+    """
+    ready = beside(place, "ready")
+    previous = beside(place, "previous")
+
+    # Killed while the old folder was removed. Beside a broken one it may be the only model there is.
+    if previous.exists() and place.exists():
+        if not is_complete(place):
+            sys.exit(f"{place} holds no complete model, {previous} an earlier one: move one of the two away.")
+        remove(previous)
+
+    # Without the new one (somebody has taken it away) the old one is better than none.
+    if ready.exists():
+        move_in(place)
+        say(f"A run was stopped while it put its model in place: the new one is in {place} now.")
+    elif previous.exists():
+        previous.rename(place)
+        say(f"A run was stopped while it put its model in place: the previous one is back in {place}.")
+
+
+def move_in(place: Path) -> None:
+    """The last three steps of the table above; needs PLACE-ready, and no PLACE-previous beside PLACE."""
+    previous = beside(place, "previous")
+    if place.exists():
+        place.rename(previous)
+    beside(place, "ready").rename(place)
+    if previous.exists():
+        remove(previous)
+
+
+def beside(place: Path, word: str) -> Path:
+    return place.with_name(f"{place.name}-{word}")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether it looks like a saved model; of more than that `check_saved` is sure before it is moved."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def remove(folder: Path) -> None:
+    if folder.is_symlink():  # a model folder may be a link to another disk
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------- the finished folder
-def check_saved(folder: Path, rows: Dataset, device: torch.device, precision: str, reported: float) -> None:
-    """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    with autocast(device, precision):
-        losses = conversation_losses(model, rows)
-    loss = losses.sum() / scored_tokens(rows)
-    if not abs(loss - reported) < 1e-3:
-        sys.exit(f"The saved model's validation loss is {loss:.4f}, not {reported:.4f}: {folder} was not put in place.")
-
-
-def draw_curve(history: list[dict], path: Path) -> None:
-    """Train and validation loss over updates, the base model as a line."""
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    validation = [(entry["step"], entry["eval_loss"]) for entry in evaluations(history)]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), color="0.75", label="train, each update")
-    axes.plot(*zip(*validation, strict=True), marker="o", color="tab:blue", label="validation: posts it never saw")
-    axes.axhline(validation[0][1], linestyle="--", color="tab:orange", label="base model on the same posts")
-    axes.set(xlabel="updates", ylabel="loss (nats per token)", title="Blue below the dashed line: it learned")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def model_card(report: dict) -> str:
-    """README.md in the hub's format."""
-    base_model, train, val = report["settings"]["base_model"], report["data"]["train"], report["data"]["val"]
-    before, after = report["base"], report["best"]
-    return f"""---
-base_model: {base_model}
+CARD = """---
+base_model: {settings[base_model]}
 library_name: transformers
 pipeline_tag: text-generation
 license: other
@@ -681,95 +1148,293 @@ license_name: private
 ---
 # A model that writes like one blogger
 
-Fine-tuned from `{base_model}` (whose licence goes with its part) on {train["conversations"]:,} conversations,
-{train["author_tokens"]:,} tokens of one author's blog; {train["private"]:,} of the conversations are private.
+Fine-tuned from `{settings[base_model]}` (whose licence goes with its part) on \
+{data[train][conversations]:,} conversations,
+{data[train][author_tokens]:,} tokens of one author's blog; {data[train][private]:,} of the conversations are private.
 
 **It was trained on private writing and can repeat it: do not publish it.**
 
-| on {val["conversations"]:,} conversations it never saw | bits per byte | nats per token |
+| on {data[val][conversations]:,} conversations it never saw | bits per byte | nats per token |
 |---|---|---|
-| base model | {before["eval_bits_per_byte"]:.4f} | {before["eval_loss"]:.4f} |
-| this model | {after["eval_bits_per_byte"]:.4f} | {after["eval_loss"]:.4f} |
+| base model | {base[eval_bits_per_byte]:.4f} | {base[eval_loss]:.4f} |
+| this model | {best[eval_bits_per_byte]:.4f} | {best[eval_loss]:.4f} |
 
 ```python
 from transformers import pipeline
 
-write = pipeline("text-generation", "{report["settings"]["output_dir"]}")
-print(write([{{"role": "user", "content": "{SAMPLE_PROMPT}"}}])[0]["generated_text"][-1]["content"])
+write = pipeline("text-generation", "{settings[output_dir]}")
+print(write([{{"role": "user", "content": "{sample_prompt}"}}])[0]["generated_text"][-1]["content"])
 ```
 """
 
 
-def chat_pieces(tokenizer) -> dict[str, str] | None:
-    """What the chat template puts at the start, around each turn and before an answer; None if that varies."""
-    mark = "\ue000"
-    user, assistant = {"role": "user", "content": mark}, {"role": "assistant", "content": mark}
-    one, two, three = (render(tokenizer, [user, assistant, user][:turns]) for turns in (1, 2, 3))
-    pieces = {"answer": render(tokenizer, [user], add_generation_prompt=True)[len(one) :]}
-    pieces["user"], _, pieces["user_end"] = three[len(two) :].partition(mark)
-    pieces["assistant"], _, pieces["assistant_end"] = two[len(one) :].partition(mark)
-    pieces["start"] = one.partition(mark)[0].removesuffix(pieces["user"])
-    question, reply = pieces["user"] + mark + pieces["user_end"], pieces["assistant"] + mark + pieces["assistant_end"]
-    whole = pieces["start"] + question + reply + question + pieces["answer"]
-    return pieces if whole == render(tokenizer, [user, assistant, user], add_generation_prompt=True) else None
-
-
-def modelfile(tokenizer, stops: list[str], positions: int) -> str:
-    """Ollama's description of the model in blog-model.gguf: the same template, stop strings and sampling settings."""
-    if pieces := chat_pieces(tokenizer):
-        if tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
-            pieces["start"] = pieces["start"].removeprefix(tokenizer.bos_token)  # llama.cpp puts it there itself
-        template = (
-            '{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}{{{{ .Content }}}}{user_end}'
-            "{{{{ else }}}}{assistant}{{{{ .Content }}}}{assistant_end}{{{{ end }}}}{{{{ end }}}}{answer}"
-        ).format(**pieces)
-    else:
-        say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
-        template = "{{ .Prompt }}"
-    names = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
-    settings = [(names.get(name, name), value) for name, value in SAMPLING.items()]
-    settings += [("num_ctx", positions), *(("stop", json.dumps(stop)) for stop in stops)]
-    parameters = "".join(f"PARAMETER {name} {value}\n" for name, value in settings)
-    return f'FROM ./blog-model.gguf\nTEMPLATE """{template}"""\n{parameters}'
-
-
 def save_companions(folder: Path, tokenizer, report: dict) -> None:
-    """Everything that belongs beside the weights: tokenizer, sampling settings, report, curve, card and Modelfile."""
-    exchange = [{"role": role, "content": "x"} for role in ("user", "assistant")]
-    closing = [token for token, scored in zip(*conversation_tokens(tokenizer, exchange), strict=True) if scored][-1]
-    stops = sorted({closing, tokenizer.eos_token_id})
-    GenerationConfig(
+    """Everything that belongs beside the weights: tokenizer, sampling settings, report, card, Modelfile and curve."""
+    stops = stop_tokens(tokenizer)
+    tokenizer.save_pretrained(folder)
+    generation_config(tokenizer, stops).save_pretrained(folder)
+
+    # As whoever loads the folder will read it.
+    positions = positions_of(AutoConfig.from_pretrained(folder))
+    texts = {
+        "training_report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "README.md": CARD.format(**report, sample_prompt=SAMPLE_PROMPT),
+        "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+    draw_curve(report["log"], folder / "loss_curve.png")
+
+
+def stop_tokens(tokenizer) -> list[int]:
+    """The token that closes an answer in this template, and the end of text: after either, the model is done."""
+    exchange = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    ids, scored = conversation_tokens(tokenizer, exchange)
+    last_scored = max(place for place, counts in enumerate(scored) if counts)
+    return sorted({ids[last_scored], tokenizer.eos_token_id})
+
+
+def generation_config(tokenizer, stops: list[int]) -> GenerationConfig:
+    return GenerationConfig(
         **SAMPLING,
         do_sample=True,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "training_report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report), encoding="utf-8")
-    positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
-    description = modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions)
-    (folder / "Modelfile").write_text(description, encoding="utf-8")
-    draw_curve(report["log"], folder / "loss_curve.png")
-
-
-def verdict(base: dict, best: dict, data: dict) -> str:
-    """What came of the run, in words."""
-    before, after = base["eval_bits_per_byte"], best["eval_bits_per_byte"]
-    unseen = f"over {data['conversations']} conversations it never saw"
-    if after < before:
-        change = f"fell from {before:.2f} to {after:.2f}" if before - after >= 0.01 else f"fell by {before - after:.4f}"
-        return f"Validation {change} bits per byte {unseen}: it learned."
-    return (
-        f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, {unseen}): it did not learn; "
-        "train longer or raise LEARNING_RATE."
     )
 
 
-# ---------------------------------------------------------------------------- main
+def check_saved(folder: Path, rows: Dataset, device: torch.device, precision: str, reported: float) -> None:
+    """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device)
+    with autocast(device, precision):
+        nats = conversation_losses(model, rows).sum()
+    loss = nats / scored_tokens(rows)
+
+    if not abs(loss - reported) < 1e-3:  # so that a loss that is no number fails too
+        sys.exit(f"The saved model's validation loss is {loss:.4f}, not {reported:.4f}: {folder} was not put in place.")
+
+
+def draw_curve(log_history: list[dict], path: Path) -> None:
+    """Loss over updates as a picture: training, validation, and the base model's validation as a line."""
+    updates = [entry for entry in log_history if "loss" in entry]
+    measured = evaluations(log_history)
+    base_loss = measured[0]["eval_loss"]
+
+    # Not by pyplot, which keeps every figure and may look for a screen.
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*curve(updates, "loss"), color="0.75", label="train, each update")
+    label = "validation: posts it never saw"
+    axes.plot(*curve(measured, "eval_loss"), marker="o", color="tab:blue", label=label)
+    axes.axhline(base_loss, linestyle="--", color="tab:orange", label="base model on the same posts")
+
+    axes.set(xlabel="updates", ylabel="loss (nats per token)", title="Blue below the dashed line: it learned")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def curve(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
+    updates = [entry["step"] for entry in entries]
+    values = [entry[key] for entry in entries]
+    return updates, values
+
+
+def verdict(base: dict, best: dict, conversations: int) -> str:
+    """Whether the model learned, in one sentence; `base` and `best` are evaluations."""
+    before = base["eval_bits_per_byte"]
+    after = best["eval_bits_per_byte"]
+    unseen = f"over {conversations} conversations it never saw"
+    if after >= before:
+        return (
+            f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, {unseen}): "
+            "it did not learn; train longer or raise LEARNING_RATE."
+        )
+
+    # With two digits a smaller change would read "fell from 1.28 to 1.28".
+    visible = before - after >= 0.01
+    change = f"fell from {before:.2f} to {after:.2f}" if visible else f"fell by {before - after:.4f}"
+    return f"Validation {change} bits per byte {unseen}: it learned."
+
+
+# ---------------------------------------------------------------------------- speed on a CPU
+# Nothing here changes what the model learns; a reader who has a graphics card may skip all of it.
+#
+#     trick                                                          tokens/s      gain
+#     keep_freed_memory: memory is not asked for anew each time      75-80 -> 86   10 %
+#     CastWeightsOnce: one low-precision copy of the weights         86 -> 91       6 %
+#     FUSED_ACTIVATIONS: one kernel in place of eight                91 -> 98       7 %
+#     use_sparse_embedding_gradient: only the rows that were read                   6 %
+#     SummedCrossEntropy: loss and gradient in one pass                             9 %
+#
+# GPT2-medium on two Zen 4 cores (AVX512-BF16), one run each, in the order in which they were added; of the last two
+# only the gain was noted. This measures all of them beside a stock Trainer; to see what one is worth, take it out:
+#
+#     python benchmarks/bench_train.py MODEL --data-dir data
+
+# GPT-2's activation is written as eight operations; this is the same function as one.
+FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+
+
+def fuse_activations(config) -> dict[str, str]:
+    """Name the fused form of each activation in `config`; returns the names that stood there."""
+    usual_names = {key: value for key, value in config.to_dict().items() if str(value) in FUSED_ACTIVATIONS}
+    for key, value in usual_names.items():
+        setattr(config, key, FUSED_ACTIVATIONS[value])
+    return usual_names
+
+
+def use_sparse_embedding_gradient(model) -> None:
+    """Have the input embedding's gradient name only the rows that were read, and not hold a zero for all others.
+
+    Only where it is added to the output layer's, which makes it dense; AdamW and DistributedDataParallel want that.
+    """
+    embedding = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and model.device.type == "cpu"
+    embedding.sparse = alone and output is not None and output.weight is embedding.weight
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the negative log-likelihoods, in nats, of targets (tokens,) under logits (tokens, vocabulary).
+
+    The gradient is made in the same pass, 64 tokens at a time in float32 and kept in bfloat16 under bfloat16 logits,
+    where autograd would hold several float32 tensors of that size.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total = logits.new_zeros((), dtype=torch.float32)
+        # float16 would lose what is rare.
+        kept_type = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32
+        gradient = torch.empty_like(logits, dtype=kept_type)
+
+        for some, wanted, out in zip(logits.split(64), targets.split(64), gradient.split(64), strict=True):
+            log_probabilities = functional.log_softmax(some.float(), dim=-1)
+            total += functional.nll_loss(log_probabilities, wanted, reduction="sum")
+
+            # The gradient of a token's loss: the probabilities, less 1 at the target.
+            probabilities = log_probabilities.exp_()
+            places = torch.arange(len(wanted), device=wanted.device)
+            probabilities[places, wanted] -= 1
+            out.copy_(probabilities)
+
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0].mul_(upstream), None
+
+
+class CastWeightsOnce(TrainerCallback):
+    """Autocast around a whole update, so that its micro-batches share one low-precision copy of the weights."""
+
+    def __init__(self, casting: torch.autocast):
+        self.casting = casting
+
+    def on_step_begin(self, args, state, control, **_):
+        self.casting.__enter__()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        self.casting.__exit__(None, None, None)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep big blocks instead of mapping them anew for every tensor."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    mmap_threshold = -3  # options of mallopt(3)
+    trim_threshold = -1
+    top_pad = -2
+    libc.mallopt(mmap_threshold, 32 << 20)
+    libc.mallopt(trim_threshold, 1 << 30)
+    libc.mallopt(top_pad, 64 << 20)
+
+
+# ---------------------------------------------------------------------------- for Ollama
+# A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. Its template is
+# written in Go's template language, so the pieces of the model's own template, which is Jinja, are put into this one.
+OLLAMA_TEMPLATE = (
+    '{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}{{{{ .Content }}}}{user_end}'
+    "{{{{ else }}}}{assistant}{{{{ .Content }}}}{assistant_end}{{{{ end }}}}{{{{ end }}}}{answer}"
+)
+OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
+
+
+def modelfile(tokenizer, stops: list[str], positions: int) -> str:
+    """Text of the Modelfile for blog-model.gguf, which `make gguf` writes.
+
+    `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
+    """
+    lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
+    for name, value in SAMPLING.items():
+        lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
+    lines.append(f"PARAMETER num_ctx {positions}")
+
+    # JSON's quotes are Ollama's too.
+    for stop in stops:
+        lines.append(f"PARAMETER stop {json.dumps(stop)}")
+    return "\n".join(lines) + "\n"
+
+
+def ollama_template(tokenizer) -> str:
+    pieces = chat_pieces(tokenizer)
+    if pieces is None:
+        say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
+        return "{{ .Prompt }}"
+    if tokenizer.bos_token and starts_with_bos(tokenizer):
+        pieces["start"] = pieces["start"].removeprefix(tokenizer.bos_token)  # llama.cpp puts it there itself
+    return OLLAMA_TEMPLATE.format(**pieces)
+
+
+def chat_pieces(tokenizer) -> dict[str, str] | None:
+    """What the chat template puts at the start, around each turn and before an answer; None if that varies.
+
+    ChatML has nothing at the start, "<|im_start|>user\\n" and "<|im_end|>\\n" around a user's turn, and
+    "<|im_start|>assistant\\n" before an answer.
+    """
+    mark = "\ue000"  # stands for what is said; a sign of the private use area is in no template
+    user = {"role": "user", "content": mark}
+    assistant = {"role": "assistant", "content": mark}
+    one = render(tokenizer, [user])
+    two = render(tokenizer, [user, assistant])
+    three = render(tokenizer, [user, assistant, user])
+    asked = render(tokenizer, [user], add_generation_prompt=True)
+
+    # What each turn adds to the rendering so far; what is left of the first one is the start.
+    before_reply, _, after_reply = two.removeprefix(one).partition(mark)
+    before_question, _, after_question = three.removeprefix(two).partition(mark)
+    start = one.partition(mark)[0].removesuffix(before_question)
+    before_answer = asked.removeprefix(one)
+
+    # A template that treats a turn by its place, or by what is said, is not the sum of its pieces.
+    question = before_question + mark + after_question
+    reply = before_reply + mark + after_reply
+    whole = start + question + reply + question + before_answer
+    if whole != render(tokenizer, [user, assistant, user], add_generation_prompt=True):
+        return None
+    return {
+        "start": start,
+        "user": before_question,
+        "user_end": after_question,
+        "assistant": before_reply,
+        "assistant_end": after_reply,
+        "answer": before_answer,
+    }
+
+
+# ---------------------------------------------------------------------------- command line
+HERE = Path(__file__).resolve().parent
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    # One sentence as for every other error, without the usage that argparse prints before it.
     parser.error = lambda message: sys.exit(f"train_model.py: {message} (--help lists the flags)")
     parser.add_argument("--base-model", default=BASE_MODEL, metavar="NAME_OR_FOLDER")
     parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
@@ -778,155 +1443,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+
     args = parser.parse_args(argv)
     if args.epochs <= 0 or args.learning_rate <= 0 or args.max_steps < 0:
         parser.error("--epochs and --learning-rate must be above zero, --max-steps not below")
     return args
-
-
-def make_plan(args: argparse.Namespace, config, rows: dict, process: PartialState) -> dict:
-    """What will be done and what it takes, printed before any weights are loaded."""
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    device, precision = process.device, pick_precision(process.device)
-    tokens = BATCH_SIZE * min(CONTEXT_TOKENS, max(map(len, rows["train"]["input_ids"])))
-    optimizer, checkpointing, memory = choose_frugality(
-        config, parameters, tokens, precision != "fp32", free_memory(device)
-    )
-    per_epoch = math.ceil(len(rows["train"]) / (BATCH_SIZE * GRADIENT_ACCUMULATION))
-    updates = args.max_steps or math.ceil(per_epoch * args.epochs)
-    say(f"model    {args.base_model}, {parameters / 1e6:.0f}M parameters, {precision} on {device.type}")
-    filled = sum(max(labels) != UNSCORED for labels in rows["train"]["labels"])
-    say(f"data     {filled:,} rows of up to {CONTEXT_TOKENS} tokens, {updates} updates")
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.items())
-    say(f"memory   {sum(memory.values()) / 1e9:.1f} GB ({parts}) of {free_memory(device) / 1e9:.1f} GB free")
-    say(f"disk     {check_disk(args.output_dir.parent, parameters)}")
-    return {
-        "device": device.type,
-        "precision": precision,
-        "optimizer": optimizer,
-        "checkpointing": checkpointing,
-        "accumulation": max(1, GRADIENT_ACCUMULATION // process.num_processes),
-        "evaluate_every": math.ceil(min(updates, per_epoch) / EVALUATIONS_PER_EPOCH),
-        "parameters": parameters,
-    }
-
-
-def load_or_exit(load, name: str):
-    """What `load(name)` returns; a model that cannot be had is one sentence, not a traceback."""
-    try:
-        return load(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        sys.exit(f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason}).")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep big blocks instead of mapping them anew for every tensor: 10 % faster on a CPU."""
-    mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # options of mallopt(3)
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        for option, value in ((mmap_threshold, 32 << 20), (trim_threshold, 1 << 30), (top_pad, 64 << 20)):
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def describe(args: argparse.Namespace, conversations: dict) -> dict:
-    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass."""
-    files = {split: (args.data_dir / f"{split}_data.jsonl").read_bytes() for split in conversations}
-    names = ("CONTEXT_TOKENS", "OVERLAP_TOKENS", "BATCH_SIZE", "GRADIENT_ACCUMULATION", "WARMUP_SHARE", "DROPOUT")
-    names += ("PRECISION", "SEED", "EVALUATIONS_PER_EPOCH", "PATIENCE")
-    return {
-        **{name: getattr(args, name) for name in ("base_model", "epochs", "max_steps", "learning_rate")},
-        **{name.lower(): globals()[name] for name in names},
-        **{f"{split}_sha256": hashlib.sha256(content).hexdigest() for split, content in files.items()},
-    }
-
-
-def count_data(conversations: dict, rows: dict) -> dict:
-    return {
-        split: {
-            "conversations": len(entries),
-            "private": sum(entry.get("visibility") == "private" for entry in entries),
-            "author_tokens": scored_tokens(rows[split]),
-            "author_bytes": author_bytes(entries),
-        }
-        for split, entries in conversations.items()
-    }
-
-
-def finish(folder: Path, output: Path, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
-    """Complete the best model's folder, check it and put it in place; returns the verdict."""
-    base, *later = evaluations(report["log"])
-    best = min(later, key=lambda entry: entry["eval_loss"])
-    report |= {"base": base, "best": best, "verdict": verdict(base, best, report["data"]["val"])}
-    save_companions(folder / "best", tokenizer, report)
-    check_saved(folder / "best", rows, device, report["plan"]["precision"], best["eval_loss"])
-    sync(folder / "best")
-    put_in_place(folder / "best", output)
-    shutil.rmtree(folder)
-    return report["verdict"]
-
-
-def build_trainer(args, folder: Path, plan: dict, model, tokenizer, rows: dict, data: dict) -> BlogTrainer:
-    """The Trainer with everything that watches over it."""
-    trainer = BlogTrainer(
-        model=model,
-        args=training_arguments(args, folder, plan),
-        data_collator=collate,
-        train_dataset=rows["train"],
-        eval_dataset=rows["val"],
-        callbacks=[
-            CastWeightsOnce(autocast(model.device, plan["precision"])),
-            Progress(tokenizer, data["train"]["author_tokens"]),
-            EarlyStoppingCallback(PATIENCE),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.validation_bytes = data["val"]["author_bytes"]
-    # compute_loss divides by the number of tokens of the whole update: Trainer has to count them, and not divide again.
-    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
-    return trainer
-
-
-def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> list[dict]:
-    """Train, from `checkpoint` if there is one; returns the log. A run that the user stopped ends the program here."""
-    checkpoints = Checkpoints()
-    trainer.add_callback(checkpoints)
-    trainer.args.eval_on_start = checkpoint is None
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    done, of = trainer.state.global_step, trainer.state.max_steps
-    if checkpoints.asked_to_stop and done < of:
-        sys.exit(f"Stopped after update {done} of {of}: run the same command again to continue.")
-    if done < of:
-        say(f"Stopped early after update {done} of {of}: validation did not improve in {PATIENCE} evaluations.")
-    return trainer.state.log_history
-
-
-def train(args: argparse.Namespace) -> None:
-    process = PartialState(cpu=not torch.accelerator.is_available())
-    output = args.output_dir.absolute()
-    conversations = {split: read_conversations(args.data_dir / f"{split}_data.jsonl") for split in ("train", "val")}
-    tokenizer = load_or_exit(load_tokenizer, args.base_model)
-    config = load_or_exit(AutoConfig.from_pretrained, args.base_model)
-    rows = all_rows(tokenizer, config, conversations, process.num_processes)
-    data, plan = count_data(conversations, rows), make_plan(args, config, rows, process)
-
-    folder = output.with_name(output.name + "-unfinished")
-    identity = describe(args, conversations)
-    with process.main_process_first():
-        checkpoint = open_unfinished(folder, identity, args.fresh and process.is_main_process)
-    model = load_or_exit(load_model, args.base_model).to(process.device)
-    if not keeps_documents_apart(model):
-        say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
-        rows = all_rows(tokenizer, config, conversations, process.num_processes, packed=False)
-    spare_the_embedding(model)
-    trainer = build_trainer(args, folder, plan, model, tokenizer, rows, data)
-    report = {"settings": {**identity, "output_dir": args.output_dir.name}, "data": data, "plan": plan}
-    report |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    report["log"] = run_to_the_end(trainer, checkpoint)
-    if process.is_main_process:
-        del model, trainer  # room for the model that is loaded to be checked
-        gc.collect()
-        print(finish(folder, output, tokenizer, rows["val"], process.device, report))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -935,10 +1456,12 @@ def main(argv: list[str] | None = None) -> int:
     if Path(args.base_model).is_dir():  # a download shows its progress
         transformers.logging.disable_progress_bar()
     keep_freed_memory()
+
     try:
         args.output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
         train(args)
     except RuntimeError as error:
+        # The kinds of RuntimeError that a user can do something about are only told apart by their words.
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit("Out of memory: lower CONTEXT_TOKENS or choose a smaller BASE_MODEL; the last checkpoint stands.")
         if "PytorchStreamWriter" in str(error):

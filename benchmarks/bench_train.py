@@ -74,14 +74,14 @@ def measure_stock(model_folder: str, conversations: list[dict], updates: int) ->
 
 def measure_ours(model_folder: str, conversations: list[dict], updates: int, full: bool) -> dict:
     train_model.keep_freed_memory()
-    tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_model(model_folder)
+    tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_for_training(model_folder)
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
     rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
     if full:
         rows = rows.filter(lambda row: len(row["input_ids"]) == 512)
     rows = rows.shuffle(seed=0).select(range(updates * UPDATE))
     clock = Clock()
-    train_model.spare_the_embedding(model)
+    train_model.use_sparse_embedding_gradient(model)
     trainer = train_model.BlogTrainer(
         model=model,
         args=TrainingArguments(
@@ -92,7 +92,6 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
         data_collator=train_model.collate, train_dataset=rows,
         callbacks=[train_model.CastWeightsOnce(train_model.autocast(model.device, "bf16")), clock],
     )  # fmt: skip
-    trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = True
     trainer.train()
     authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
     return figures(clock, [len(ids) for ids in rows["input_ids"]], authors)

@@ -113,7 +113,7 @@ def test_a_folder_without_a_model_and_a_shape_that_llama_cpp_does_not_know_are_o
 def test_a_disk_without_room_leaves_the_old_file(real_gpt2, tmp_path):
     """A limit on the size of files (in kilobytes) stands for the disk."""
     folder = shutil.copytree(real_gpt2, tmp_path / "model")
-    train_model.load_model(real_gpt2).save_pretrained(folder)
+    train_model.load_for_training(real_gpt2).save_pretrained(folder)
     (folder / "blog-model.gguf").write_bytes(b"the old one")
     assert "the disk is full" in fail_to_convert(folder, "ulimit -f 4000; ")
     assert (folder / "blog-model.gguf").read_bytes() == b"the old one"

@@ -1,5 +1,6 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
+import itertools
 import json
 import math
 import os
@@ -147,22 +148,24 @@ def test_template_of_the_data_and_of_the_prompt_agree(gpt2_folder, llama_folder)
 def test_each_scored_token_is_scored_once(answers, context, overlap):
     scored = [flag for asked, answered in answers for flag in [False] * asked + [True] * answered]
     ids = list(range(len(scored)))
-    windows = list(train_model.cut(ids, scored, context, overlap))
-    labels = [label for _, labels in windows for label in labels if label != -100]
+    windows = list(train_model.cut(ids, scored, 7, context, overlap))
+    labels = [label for window in windows for label in window.labels if label != -100]
     assert labels == [token for token, counts in zip(ids, scored, strict=True) if counts]
-    for start, (window, marks) in enumerate(windows):
-        assert len(window) == len(marks) <= context
-        first = next(place for place, label in enumerate(marks) if label != -100)
-        assert first >= (1 if start == 0 else 0) and window[first] == marks[first]
+    for number, window in enumerate(windows):
+        assert len(window.ids) == len(window.labels) <= context and window.conversation == 7
+        first = next(place for place, label in enumerate(window.labels) if label != -100)
+        assert first >= (1 if number == 0 else 0) and window.ids[first] == window.labels[first]
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=60))
 @settings(deadline=None)
 def test_packing_keeps_every_window_whole(lengths):
-    windows = [([number] * length, [number] * length, number) for number, length in enumerate(lengths)]
-    rows = train_model.pack(windows, 64)
-    assert sorted(window[2] for row in rows for window in row) == list(range(len(lengths)))
-    assert all(sum(len(window[0]) for window in row) <= 64 for row in rows)
+    windows = [
+        train_model.Window([number] * length, [number] * length, number) for number, length in enumerate(lengths)
+    ]
+    groups = train_model.pack(windows, 64)
+    assert sorted(window.conversation for group in groups for window in group) == list(range(len(lengths)))
+    assert all(sum(len(window.ids) for window in group) <= 64 for group in groups)
 
 
 def test_short_posts_share_rows(gpt2_folder, data_folder):
@@ -178,7 +181,7 @@ def test_short_posts_share_rows(gpt2_folder, data_folder):
 @pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
 def test_packed_documents_do_not_see_each_other(shape, request):
     folder = request.getfixturevalue(shape)
-    tokenizer, model = train_model.load_tokenizer(folder), train_model.load_model(folder).eval()
+    tokenizer, model = train_model.load_tokenizer(folder), train_model.load_for_training(folder).eval()
     posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(3, words=8)]
     row = train_model.make_rows(posts, 200, 8)[0]
     assert len(set(row["conversation"])) == 3
@@ -197,7 +200,7 @@ def test_packed_documents_do_not_see_each_other(shape, request):
 
 def test_losses_are_exact(gpt2_folder):
     """Against the plainest computation there is: each post alone, whole, in the model's own forward."""
-    tokenizer, model = train_model.load_tokenizer(gpt2_folder), train_model.load_model(gpt2_folder).eval()
+    tokenizer, model = train_model.load_tokenizer(gpt2_folder), train_model.load_for_training(gpt2_folder).eval()
     posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(6, words=20)]
     measured = train_model.conversation_losses(model, train_model.make_rows(posts, 200, 8))
     for (ids, scored), nats in zip(posts, measured, strict=True):
@@ -219,10 +222,10 @@ def test_the_loss_and_its_gradient_are_those_of_cross_entropy(tokens):
 
 @pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
 def test_naming_the_rows_of_the_embedding_changes_no_gradient(folder, request):
-    model = train_model.load_model(request.getfixturevalue(folder))
+    model = train_model.load_for_training(request.getfixturevalue(folder))
     batch = train_model.collate([{"input_ids": [5, 9, 5, 7], "labels": [5, 9, 5, 7]}])
     gradients = []
-    for prepare in (lambda model: None, train_model.spare_the_embedding):
+    for prepare in (lambda model: None, train_model.use_sparse_embedding_gradient):
         prepare(model)
         model.zero_grad()
         train_model.SummedCrossEntropy.apply(*train_model.scored_logits(model, batch)).backward()
@@ -232,14 +235,14 @@ def test_naming_the_rows_of_the_embedding_changes_no_gradient(folder, request):
 
 def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folder, monkeypatch):
     monkeypatch.setattr(train_model, "DROPOUT", 0.25)
-    model = train_model.load_model(gpt2_folder)
+    model = train_model.load_for_training(gpt2_folder)
     layers = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
     assert layers and set(layers) == {0.25}
 
 
 def test_float16_with_loss_scaling_gives_the_gradients_of_float32(gpt2_folder):
     """As far as a CPU allows: Trainer refuses float16 there, so the scaler is driven by hand."""
-    model, device = train_model.load_model(gpt2_folder).train(), torch.device("cpu")
+    model, device = train_model.load_for_training(gpt2_folder).train(), torch.device("cpu")
     batch = train_model.collate([{"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}])
     scaler, optimizer, gradients = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters(), lr=0.0), {}
     for precision in ("fp32", "fp16"):
@@ -326,11 +329,21 @@ def test_other_architectures_train_and_keep_their_template(architecture, data_fo
     )
 
 
+def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
+    """As Mamba and BLOOM are; the Modelfile then names the length of the windows it was trained with."""
+    base = make_model_folder(tmp_path / "base", "mamba", False)
+    config = json.loads((base / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert "PARAMETER num_ctx 64\n" in (tmp_path / "model" / "Modelfile").read_text()
+
+
 def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
     def frugal(*_):
         return "adamw_bnb_8bit", True, {"weights": 1}
 
-    monkeypatch.setattr(train_model, "choose_frugality", frugal)
+    monkeypatch.setattr(train_model, "fit_into_memory", frugal)
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
     assert AutoConfig.from_pretrained(tmp_path / "model").use_cache
@@ -431,6 +444,170 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
     assert train_model.last_checkpoint(tmp_path).name == "checkpoint-5"
 
 
+def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, data_folder, tmp_path, capsys):
+    """Killed between moving its best model out and removing the rest: the checkpoint belongs to no model any more."""
+    unfinished = tmp_path / "model-unfinished"
+    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    identity = train_model.identity_of_run(args)
+    (unfinished / "checkpoint-9").mkdir(parents=True)
+    (unfinished / "checkpoint-9" / "trainer_state.json").write_text('{"best_metric": 1.0}')
+    (unfinished / "checkpoint-9" / "complete").touch()
+    (unfinished / "run.json").write_text(json.dumps(identity))
+    train_model.open_unfinished(unfinished, identity, fresh=False)
+    assert [path.name for path in unfinished.iterdir()] == ["run.json"]
+    assert not capsys.readouterr().err
+
+
+def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    """But for those that are named as making no difference; so a new setting cannot be forgotten."""
+    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    before = train_model.identity_of_run(args)
+    assert list(before)[:6] == [
+        "base_model",
+        "epochs",
+        "max_steps",
+        "learning_rate",
+        "context_tokens",
+        "overlap_tokens",
+    ]
+    assert list(before)[-2:] == ["train_sha256", "val_sha256"]
+    with_flags = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE"}
+    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - with_flags:
+        with monkeypatch.context() as patch:
+            patch.setattr(train_model, name, "another")
+            changed = train_model.identity_of_run(args)
+        assert [key for key in before if changed[key] != before[key]] == [name.lower()]
+
+
+# ---------------------------------------------------------------------------- replacing a folder
+STEPS = ("rename", "unlink", "rmdir")  # what changes names on the disk; a rename of pathlib's and rmtree end in these
+
+
+def model_folder(path: Path, content: str) -> None:
+    path.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (path / name).write_text(content)
+
+
+def kill_before_step(number: int, act, *arguments: Path) -> bool:
+    """Runs `act` in a process that is killed before the given step; whether it was, or came to its end before."""
+    child = os.fork()
+    if child == 0:
+        steps = itertools.count()
+
+        def counting(original):
+            def step(*args, **options):
+                if next(steps) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **options)
+
+            return step
+
+        for name in STEPS:
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            act(*arguments)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def whole_contents(folder: Path) -> set[str]:
+    """What the complete model folders in `folder`, of whatever name, say; a folder with files missing says nothing."""
+    found = [[path.read_text() for path in place.iterdir()] for place in folder.iterdir()]
+    return {texts[0] for texts in found if len(texts) == 3 and len(set(texts)) == 1}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("old", [True, False], ids=["with an old model", "without"])
+def test_a_kill_at_any_step_of_replacing_a_folder_loses_no_model(old, tmp_path, capsys):
+    """Also when the recovery is killed, at any step of its own; then the next one brings a whole folder back."""
+    kills, outcomes = 0, set()
+    for first in itertools.count():
+        killed = True
+        for second in itertools.count():
+            home = tmp_path / f"{first}-{second}"
+            place, new = home / "model", home / "best"
+            if old:
+                model_folder(place, "old")
+            model_folder(new, "new")
+            killed = kill_before_step(first, train_model.put_in_place, new, place)
+            kills += killed
+            assert whole_contents(home), (first, second)
+            killed_again = kill_before_step(second, train_model.recover, place)
+            assert whole_contents(home), (first, second)
+            train_model.recover(place)
+
+            moved = not new.exists()
+            assert [path.name for path in home.iterdir() if path != new] == ["model"] * (old or moved), (first, second)
+            if place.exists():
+                expected = "new" if moved else "old"
+                assert {path.read_text() for path in place.iterdir()} == {expected}
+                assert len(list(place.iterdir())) == 3
+            outcomes.add(capsys.readouterr().err)
+            train_model.recover(place)
+            assert not capsys.readouterr().err
+            if not killed_again:
+                break
+        if not killed:
+            break
+    assert kills > (10 if old else 1)
+    assert any("the new one is in" in said for said in outcomes)
+
+
+def test_a_previous_model_alone_is_moved_back_and_one_beside_a_broken_folder_is_kept(tmp_path, capsys):
+    model_folder(tmp_path / "model-previous", "old")
+    train_model.recover(tmp_path / "model")
+    assert "the previous one is back" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    (tmp_path / "model").rename(tmp_path / "model-previous")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(SystemExit, match="move one of the two away"):
+        train_model.recover(tmp_path / "model")
+    assert (tmp_path / "model-previous" / "config.json").exists()
+
+
+def test_a_link_to_a_model_on_another_disk_is_replaced_and_its_folder_kept(tmp_path):
+    model_folder(tmp_path / "disk", "old")
+    model_folder(tmp_path / "best", "new")
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    train_model.put_in_place(tmp_path / "best", tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+
+
+KILLED_IN_THE_MIDDLE = """
+import os, signal
+rename = os.rename
+def kill_between_the_two(old, new):
+    rename(old, new)
+    if str(new).endswith("model-previous"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = kill_between_the_two
+"""
+
+
+def test_a_run_killed_between_its_two_renames_has_its_model_at_the_next_start(
+    gpt2_folder, data_folder, tmp_path, capsys
+):
+    model_folder(tmp_path / "model", "old")
+    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "model")[:-1], "2"]
+    process = start(*arguments, launcher=("-c", KILLED_IN_THE_MIDDLE + DRIVER))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+
+    train_model.recover(tmp_path / "model")
+    assert f"the new one is in {tmp_path / 'model'} now" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == "gpt2"
+    assert json.loads((tmp_path / "model" / "training_report.json").read_text())["verdict"]
+    assert not (tmp_path / "model-previous").exists() and not (tmp_path / "model-ready").exists()
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 # ---------------------------------------------------------------------------- several processes
 @pytest.mark.parametrize(
     "launcher",
@@ -460,16 +637,35 @@ def medium() -> tuple:
     return config, 354_823_168, 512, True
 
 
-def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(capsys):
-    optimizer, _, memory = train_model.choose_frugality(*medium(), available=int(7.6e9))
+def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare():
+    optimizer, _, memory = train_model.fit_into_memory(*medium(), available=int(7.6e9))
     assert sum(memory.values()) <= 6.6e9
-    assert optimizer == "adamw_bnb_8bit" and "8bit" in capsys.readouterr().err
-    assert train_model.choose_frugality(*medium(), available=int(24e9))[0] == "adamw_torch_fused"
+    assert optimizer == "adamw_bnb_8bit"
+    assert train_model.fit_into_memory(*medium(), available=int(24e9))[0] == "adamw_torch_fused"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "checkpointing", "first"),
+    [
+        ("adamw_torch_fused", False, "model    gpt2, 355M parameters, bf16 on cuda"),
+        ("adamw_bnb_8bit", False, "Memory is short: training with adamw_bnb_8bit"),
+        ("adamw_bnb_8bit", True, "Memory is short: training with adamw_bnb_8bit and recomputed activations."),
+    ],
+)
+def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing, first):
+    plan = train_model.Plan("cuda", "bf16", optimizer, checkpointing, 8, 20, 354_823_168)
+    memory = {"weights": int(2.1e9), "optimizer": int(0.7e9)}
+    lines = plan.lines(train_model.Forecast("gpt2", 1320, 495, memory, int(7.6e9)))
+    assert lines[0] == first
+    assert lines[-2:] == [
+        "data     1,320 rows of up to 64 tokens, 495 updates",
+        "memory   2.8 GB (weights 2.1, optimizer 0.7) of 7.6 GB free",
+    ]
 
 
 def test_what_cannot_fit_stops_before_anything_is_loaded(gpt2_folder, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train_model, "free_memory", lambda device: int(5e8))
-    monkeypatch.setattr(train_model, "load_model", None)
+    monkeypatch.setattr(train_model, "load_for_training", None)
     with pytest.raises(SystemExit, match="choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
         run(gpt2_folder, data_folder, tmp_path / "model")
 
@@ -483,23 +679,20 @@ def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, m
 
 
 def test_an_old_card_is_told_what_is_faster(monkeypatch, capsys):
-    monkeypatch.setattr(train_model, "PRECISION", "bf16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
-    assert train_model.pick_precision(torch.device("cuda")) == "bf16"
+    assert train_model.pick_precision(torch.device("cuda"), "bf16") == "bf16"
     assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" is faster' in capsys.readouterr().err
 
 
-def test_a_card_trains_in_float16_when_told_to(monkeypatch, capsys):
-    monkeypatch.setattr(train_model, "PRECISION", "fp16")
-    assert train_model.pick_precision(torch.device("cuda")) == "fp16"
+def test_a_card_trains_in_float16_when_told_to(capsys):
+    assert train_model.pick_precision(torch.device("cuda"), "fp16") == "fp16"
     assert not capsys.readouterr().err
 
 
 def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch, capsys):
-    monkeypatch.setattr(train_model, "PRECISION", "bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert train_model.pick_precision(torch.device("cpu")) == "fp32"
+    assert train_model.pick_precision(torch.device("cpu"), "bf16") == "fp32"
     assert "float32 it is" in capsys.readouterr().err
 
 
@@ -580,16 +773,15 @@ def test_out_of_memory_names_the_settings(gpt2_folder, data_folder, tmp_path, mo
 
 
 def test_a_saved_model_that_differs_is_not_put_in_place(gpt2_folder, data_folder, tmp_path, monkeypatch):
-    original = train_model.BlogTrainer.keep_best
+    original = train_model.KeepBest.save
 
-    def spoil(self):
-        original(self)
-        folder = Path(self.args.output_dir, "best")
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    def spoil(self, model, folder):
+        original(self, model, folder)
+        model = AutoModelForCausalLM.from_pretrained(folder / "best")
         model.lm_head.weight.data += 0.1 * torch.randn_like(model.lm_head.weight)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder / "best")
 
-    monkeypatch.setattr(train_model.BlogTrainer, "keep_best", spoil)
+    monkeypatch.setattr(train_model.KeepBest, "save", spoil)
     with pytest.raises(SystemExit, match="was not put in place"):
         run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
     assert not (tmp_path / "model").exists()
