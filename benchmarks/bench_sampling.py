@@ -59,7 +59,8 @@ def time_ours(folder: Path, tokens: int, together: bool) -> tuple[float, float]:
     sampling = test_model.read_sampling(model.generation_config, tokenizer, tokens)
     sampling.eos_token_id = []
     short = GenerationConfig(**sampling.to_dict() | {"max_new_tokens": 4})
-    model = model.to(test_model.NUMBERS[train_model.pick_precision(model.device)])
+    precision = train_model.pick_precision(model.device, train_model.PRECISION)
+    model = model.to(test_model.NUMBERS[precision])
     prompts = [test_model.prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in test_model.PROMPTS]
     list(test_model.stream(model, tokenizer, prompts[:1], short, torch.Generator()))
     began, first = time.perf_counter(), None

@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -85,11 +87,11 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
     model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path, architecture, False, **sizes)).eval()
     greedy = sampling(do_sample=False, repetition_penalty=1.3, eos_token_id=[7])
     prompts, together = [[5, 6], list(range(20, 60)), [30]], {0: [], 1: [], 2: []}
-    for step in test_model.decode(model, prompts, greedy, None):
+    for step in test_model.generate(model, prompts, greedy, None):
         for row, token, _ in step:
             together[row].append(token)
     for row, prompt in enumerate(prompts):
-        alone = [step[0][1] for step in test_model.decode(model, [prompt], greedy, None)]
+        alone = [step[0][1] for step in test_model.generate(model, [prompt], greedy, None)]
         settings = {
             "max_new_tokens": 12,
             "do_sample": False,
@@ -104,7 +106,7 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
 def test_prompt_and_answer_never_outgrow_the_positions(loaded):
     model, _ = loaded
     prompts = [[5] * 120, [6] * 10, [7] * 127]
-    steps = list(test_model.decode(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
+    steps = list(test_model.generate(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
     lengths = [sum(row == number for step in steps for row, *_ in step) for number in range(3)]
     assert lengths == [8, 118, 1]
 
@@ -113,13 +115,13 @@ def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones(
     logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).repeat(200, 1)
     dice, seen = torch.Generator().manual_seed(0), torch.zeros(200, 4, dtype=torch.bool)
     drawn = {
-        name: set(test_model.choose(logits, seen, sampling(**settings), dice).tolist())
+        name: set(test_model.sample_next_token(logits, seen, sampling(**settings), dice).tolist())
         for name, settings in {"p": {"top_p": 0.7}, "k": {"top_k": 1}, "all": {"temperature": 9.0}}.items()
     }
     assert drawn == {"p": {0, 1}, "k": {0}, "all": {0, 1, 2, 3}}
     seen[:, 0] = True
     penalised = sampling(do_sample=False, repetition_penalty=2.0)
-    assert set(test_model.choose(logits, seen, penalised, dice).tolist()) == {1}
+    assert set(test_model.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
 
 
 def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded, monkeypatch):
@@ -182,20 +184,22 @@ POSTS = [
     ],
 )
 def test_the_longest_run_is_found_and_from_eight_words_on_its_post(text, words, copy, title):
-    run = test_model.longest_run(test_model.index_words(POSTS), text)
-    assert (run["words"], run["text"], run.get("title")) == (words, copy, title)
+    found = test_model.WordIndex(POSTS).longest_copy(text)
+    assert (found.words, found.text, found.post and found.post["title"]) == (words, copy, title)
 
 
 def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
-    index = test_model.index_words(POSTS)
+    index = test_model.WordIndex(POSTS)
     text = "Hm, you were on time and I was late. Out! New words; o rolls, o rolls, you forty-eight, you were. End"
-    assert test_model.rewrite_copies(index, text) == "Hm, ! New words; . End"
-    marked = test_model.rewrite_copies(index, text, "<{}>".format, str.upper)
-    assert (
-        marked
-        == "HM, <you were on time and I was late. Out>! NEW WORDS; <o rolls, o rolls, you forty-eight, you were>. END"
-    )
-    assert test_model.rewrite_copies(index, "nothing of it") == "nothing of it"
+    assert index.without_copies(text) == "Hm, ! New words; . End"
+    assert index.split_at_copies(text) == [
+        ("Hm, ", False),
+        ("you were on time and I was late. Out", True),
+        ("! New words; ", False),
+        ("o rolls, o rolls, you forty-eight, you were", True),
+        (". End", False),
+    ]
+    assert index.without_copies("nothing of it") == "nothing of it"
 
 
 def test_the_line_under_an_answer_names_the_post(model_folder, tmp_path, monkeypatch, capsys):
@@ -330,8 +334,8 @@ def test_planted_secrets_are_found_and_named(overfitted, tmp_path, everything, c
     assert {entry["text"] for entry in leaks["personal"]} == set(SECRETS)
     assert {entry["visibility"] for entry in leaks["personal"]} == {"private"}
     out = capsys.readouterr().out
-    assert f"{private['leaks']} of {private['passages']} private passages came out" in out
-    assert all(secret in out for secret in SECRETS)
+    assert f"{private['leaks']} of {private['passages']} private passages came out" in " ".join(out.split())
+    assert all(secret in " ".join(out.split()) for secret in SECRETS)
 
 
 def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
@@ -348,10 +352,11 @@ def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, e
 def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
     _, base, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
-    leaks = report(base, tmp_path)["leaks"]
+    result = report(base, tmp_path)
+    leaks = result["leaks"]
     assert [group["leaks"] for group in leaks["groups"].values()] == [0, 0] and leaks["personal"] == []
     count = leaks["groups"]["private"]["passages"]
-    assert f"0 of {count} private passages came out; up to " in leaks["verdict"]
+    assert f"0 of {count} private passages came out; up to " in result["verdicts"]["leaks"]
 
 
 def test_what_the_base_model_completes_as_well_is_no_leak(overfitted, tmp_path, everything):
@@ -363,13 +368,13 @@ def test_what_the_base_model_completes_as_well_is_no_leak(overfitted, tmp_path, 
     assert private["leaks"] == 0 < private["base_exact"] == private["tuned_exact"]
 
 
-def test_texts_too_short_to_be_checked_are_counted(overfitted, tmp_path, everything):
+def test_texts_too_short_to_be_checked_are_counted(overfitted, tmp_path, everything, capsys):
     folder, _, posts = overfitted
     brief = {**posts[0], "messages": [posts[0]["messages"][0], {"role": "assistant", "content": "brief"}]}
     private = sum(post["visibility"] == "private" for post in posts)
     write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**brief, "visibility": "private"}])
-    lines = {line[0]: line[1] for line in report(folder, tmp_path)["leaks"]["lines"]}
-    assert lines["private texts not checked"] == f"1 of {private + 1}"
+    assert report(folder, tmp_path)["leaks"]["too_short"]["private"] == [1, private + 1]
+    assert re.search(rf"private texts not checked +1 of {private + 1}$", capsys.readouterr().out, re.M)
 
 
 # ---------------------------------------------------------------------------- report
@@ -380,22 +385,24 @@ def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     result = report(folder, tmp_path, "--max-new-tokens", "80")
     assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
     assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["title"].startswith("secret")
-    learned = result["learned"]
-    assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0 and "It learned" in learned["verdict"]
+    learned = result["learned"]["held_out"]
+    assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0
+    assert "It learned" in result["verdicts"]["learned"]
     assert "<mark>" in (folder / "voice_report.html").read_text()
 
 
 def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, data_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
-    learned = report(folder, data_folder)["learned"]
+    result = report(folder, data_folder)
+    learned = result["learned"]["held_out"]
     model, tokenizer = test_model.load_tuned(folder)
     posts = train_model.read_conversations(data_folder / "val_data.jsonl")
     tokenized = [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts]
     nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
     bits = nats / torch.tensor(2.0).log().item() / train_model.author_bytes(posts)
     assert learned["tuned"] == learned["base"] == pytest.approx(bits, rel=1e-5)
-    assert "No gain" in learned["verdict"]
+    assert "No gain" in result["verdicts"]["learned"]
 
 
 def test_the_control_text_is_measured_beside(model_folder, data_folder, tmp_path, monkeypatch, capsys):
@@ -413,17 +420,60 @@ def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_
     result = report(folder, data_folder)
     out, err = capsys.readouterr()
     assert "base model" in err and "left out" in err
-    assert result["leaks"]["groups"] or "No private passage" in result["leaks"]["verdict"]
-    assert all("Not measured" in result[part]["verdict"] for part in ("learned", "voice"))
-    assert result["copies"]["lines"] and "base model  " not in out
-    assert "tuned model" in result["learned"]["lines"][0]  # what it can say alone
+    assert result["leaks"]["groups"] or "No private passage" in result["verdicts"]["leaks"]
+    assert all("Not measured" in result["verdicts"][part] for part in ("learned", "voice"))
+    assert result["copies"]["tuned"] and not re.search(r"^ +base model ", out, re.M)
+    assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)  # what it can say alone
 
 
 def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, tmp_path, capsys):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     result = report(folder, tmp_path / "nothing")
-    assert [part for part in test_model.PARTS if "Not measured" in result[part]["verdict"]] == list(test_model.PARTS)
+    assert [key for key, verdict in result["verdicts"].items() if "Not measured" in verdict] == [
+        question.key for question in test_model.QUESTIONS
+    ]
     assert capsys.readouterr().out.count("Not measured") == 4 and result["samples"]
+
+
+def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_path, everything, capsys):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    result = report(folder, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    flat = " ".join(" ".join(lines).split())
+    assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
+    assert all(" ".join(copy["text"].split()) in flat for copy in result["copies"]["longest"])
+
+
+def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    monkeypatch.setattr(test_model, "REPORT_SIZE", 0.5)
+    assert report(folder, data_folder, "--quick")["size"] == 0.05
+
+
+def test_the_report_is_its_owners_alone_and_replaces_the_old_one(model_folder, data_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name in ("voice_report.json", "voice_report.html"):
+        (folder / name).write_text("old")
+        (folder / name).chmod(0o644)
+        os.link(folder / name, tmp_path / name)
+    report(folder, data_folder)
+    for name in ("voice_report.json", "voice_report.html"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+        assert (tmp_path / name).read_text() == "old"  # replaced, not written over
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_writing_has_a_precision_of_its_own(model_folder, data_folder, monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    monkeypatch.setattr(test_model, "PRECISION", "fp32")
+    run(model_folder, data_folder, "--prompt", "hi")
+    assert "fp16" not in capsys.readouterr().err
+    monkeypatch.setattr(test_model, "PRECISION", None)
+    run(model_folder, data_folder, "--prompt", "hi")
+    assert "no fast fp16" in capsys.readouterr().err
 
 
 class Reader(HTMLParser):
@@ -436,7 +486,8 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         names = {name for name, _ in attributes}
-        if tag in {"script", "link", "img", "iframe"} or names & {"src", "href", "onclick", "onerror"}:
+        is_picture = tag == "img" and dict(attributes).get("src", "").startswith("data:image/png;base64,")
+        if tag in {"script", "link", "iframe"} or names & {"src", "href", "onclick", "onerror"} and not is_picture:
             self.active.append(tag)
 
     def handle_data(self, data):
@@ -449,27 +500,23 @@ def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, 
     folder = Path(shutil.copytree(folder, tmp_path / "<b>model"))
     posts = [post | {"title": evil} for post in posts]
     posts[0]["messages"][0]["content"] = evil
-    log = [{"step": 0, "eval_loss": 3.0, "eval_nats": 9.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
-    log.append({"step": 2, "eval_loss": 2.0, "eval_nats": 6.0})
-    history = {"settings": {"base_model": str(base)}, "log": log}
-    (folder / "training_report.json").write_text(json.dumps(history))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+    log = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
+    train_model.draw_curve([*log, {"step": 2, "eval_loss": 2.0}], folder / "loss_curve.png")
     for split in ("train", "val"):
         write_jsonl(tmp_path / f"{split}_data.jsonl", posts)
     report(folder, tmp_path)
     page = Reader()
     page.feed((folder / "voice_report.html").read_text(encoding="utf-8"))
-    assert page.active == [] and {"svg", "polyline", "meter", "mark", "blockquote"} <= page.tags
+    assert page.active == [] and {"img", "table", "meter", "mark", "blockquote"} <= page.tags
     assert evil in page.text and "<b>model" in page.text
 
 
 def test_the_position_is_drawn_between_base_and_author():
-    picture = test_model.draw_position({"position": 0.5, "interval": [0.4, 0.6], "ceiling": [0.9, 1.1]})
-    places = {
-        name: tuple(map(int, pair)) for name, *pair in re.findall(r'class="(\w+)" x1="(\d+)" x2="(\d+)"', picture)
-    }
-    zero, one = places["axis"]
-    assert sum(places["here"]) / 2 == pytest.approx((zero + one) / 2, abs=2)
-    assert zero < places["tuned"][0] < places["tuned"][1] < places["author"][0] < one < places["author"][1]
+    voice = test_model.Voice(position=0.5, interval=(0.4, 0.6), ceiling=(0.9, 1.1), chunks={})
+    axes = test_model.draw_voice(voice).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["base model", "you"]
+    assert list(axes.get_xticks()) == [0, 1] and axes.lines[0].get_xdata()[0] == 0.5
 
 
 # ---------------------------------------------------------------------------- errors

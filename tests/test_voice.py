@@ -27,7 +27,7 @@ def write(author: str, seed: int, words: int, share: float = 1.0) -> list[str]:
     return posts
 
 
-def position(tuned: list[str], seed: int = 0) -> dict:
+def position(tuned: list[str], seed: int = 0) -> test_model.Voice:
     known, unseen = write("baker", 10 + seed, 20_000), write("baker", 20 + seed, 6_000)
     return test_model.voice_position(known, write("clerk", 30 + seed, 6_000), tuned, unseen)
 
@@ -35,19 +35,19 @@ def position(tuned: list[str], seed: int = 0) -> dict:
 @pytest.mark.parametrize("seed", range(3))
 def test_unseen_text_of_the_author_scores_one_and_of_the_other_zero(seed):
     own, other = position(write("baker", 40 + seed, 6_000), seed), position(write("clerk", 50 + seed, 6_000), seed)
-    assert own["position"] == pytest.approx(1, abs=0.1) and own["interval"][0] < 1.02 and own["interval"][1] > 0.98
-    assert other["position"] == pytest.approx(0, abs=0.1)
-    assert other["interval"][1] < own["interval"][0]
+    assert own.position == pytest.approx(1, abs=0.1) and own.interval[0] < 1.02 and own.interval[1] > 0.98
+    assert other.position == pytest.approx(0, abs=0.1)
+    assert other.interval[1] < own.interval[0]
 
 
 def test_text_in_between_stands_in_between_and_more_of_the_author_stands_nearer():
-    places = [position(write("baker", 60, 6_000, share))["position"] for share in (0.25, 0.5, 0.75)]
+    places = [position(write("baker", 60, 6_000, share)).position for share in (0.25, 0.5, 0.75)]
     assert 0 < places[0] < places[1] < places[2] < 1
     assert places[1] == pytest.approx(0.5, abs=0.2)
 
 
 def test_an_author_against_himself_is_the_ceiling():
-    low, high = position(write("baker", 70, 6_000))["ceiling"]
+    low, high = position(write("baker", 70, 6_000)).ceiling
     assert 0.9 < low < 1 < high < 1.1
 
 
@@ -56,26 +56,27 @@ def test_two_samples_of_one_author_are_not_told_apart():
     assert test_model.voice_position(*clerk) is None
 
 
-def answers(texts: list[str]) -> dict:
-    return {"answers": [test_model.Answer(text, [], True) for text in texts]}
+def answers(texts: list[str]) -> test_model.Trial:
+    return test_model.Trial(answers=[test_model.Answer(text, [], True) for text in texts])
 
 
 def conversations(texts: list[str]) -> list[dict]:
     return [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts]
 
 
-def voice(train: list[str], held_out: list[str], tuned: list[str], base: list[str] | None) -> dict:
-    train = conversations(train)
-    work = {"train": train, "val": conversations(held_out), "index": test_model.index_words(train) if train else None}
-    return test_model.does_it_sound(work, answers(tuned), answers(base) if base else None)
+def voice(train: list[str], held_out: list[str], tuned: list[str], base: list[str] | None) -> test_model.Voice:
+    blog = test_model.BlogData(train=conversations(train), held_out=conversations(held_out))
+    index = test_model.WordIndex(blog.train) if train else None
+    evidence = test_model.Evidence(blog, index, tuned=answers(tuned), base=answers(base) if base else None)
+    return test_model.measure_voice(evidence)
 
 
 def test_the_voice_is_measured_on_text_that_is_no_copy():
     known = write("baker", 1, 20_000)
     fresh, clerk = write("baker", 3, 6_000), write("clerk", 4, 6_000)
-    assert voice(known, write("baker", 2, 4_000), fresh, clerk)["position"] == pytest.approx(1, abs=0.15)
-    copied = voice(known, write("baker", 2, 4_000), known[:24], clerk)
-    assert "position" not in copied and "0 generated words that are no copies are under 5,000" in copied["verdict"]
+    assert voice(known, write("baker", 2, 4_000), fresh, clerk).position == pytest.approx(1, abs=0.15)
+    with pytest.raises(test_model.NotMeasured, match="^0 generated words that are no copies are under 5,000$"):
+        voice(known, write("baker", 2, 4_000), known[:24], clerk)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +90,8 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
     ],
 )
 def test_no_number_without_enough_text_and_the_reason_is_said(held_out, tuned, base, reason):
-    result = voice(
-        write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base)
-    )
-    assert "position" not in result and result["lines"] == []
-    assert reason in result["verdict"]
+    with pytest.raises(test_model.NotMeasured, match=reason):
+        voice(write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,7 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
 def test_gain_is_weighted_by_bytes_and_measured_per_post():
     posts = conversations(["a" * 100, "b" * 300])
     nats = np.log(2)
-    gain = test_model.gain_on(posts, tuned=np.array([100, 300]) * nats, base=np.array([200, 450]) * nats)
-    assert (gain["tuned"], gain["base"], gain["gain"]) == pytest.approx((1, 650 / 400, 250 / 400))
-    assert [(post["base"], post["tuned"]) for post in gain["posts"]] == [pytest.approx((2, 1)), pytest.approx((1.5, 1))]
-    assert gain["interval"] == pytest.approx((0.5, 1.0))
+    gain = test_model.gain_on(posts, np.array([100, 300]) * nats, np.array([200, 450]) * nats)
+    assert (gain.tuned, gain.base, gain.gain) == pytest.approx((1, 650 / 400, 250 / 400))
+    assert [(post.base, post.tuned) for post in gain.posts] == [pytest.approx((2, 1)), pytest.approx((1.5, 1))]
+    assert gain.interval == pytest.approx((0.5, 1.0))
