@@ -3,6 +3,7 @@
     python test_model.py                    answers the prompts in the settings
     python test_model.py --prompt "TEXT"    answers this one
     python test_model.py --chat             a conversation in the terminal
+    python test_model.py --quiz             two texts: which one did you write? (a line of 1 or 2 each)
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
     python test_model.py --report --quick   the same in a tenth of the time, with wide ranges
 
@@ -30,7 +31,6 @@ import argparse
 import base64
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import io
@@ -82,9 +82,10 @@ REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circ
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
 PRECISION = None  # "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
 
-REPORT_SIZE = 1.0  # 1 x 6,000 words and 1 x 200 passages of each kind from each model; the voice needs 0.9 or more
+REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 200 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
-CONTROL_TEXT = ""  # val_data.jsonl of another blog: what the model gains on it is not your voice
+NOT_STRANGERS = []  # names in sample/strangers/README.md that are no strangers: yourself, a blog that you copied from
+OTHER_BLOGS = []  # data folders of other bloggers that extract_blog_data.py wrote; the only way in other languages
 
 
 # ---------------------------------------------------------------------------- the run
@@ -117,9 +118,13 @@ def answer_prompts(model, tokenizer, texts: list[str], sampling: GenerationConfi
     say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
 
 
-def chat(model, tokenizer, sampling: GenerationConfig, dice) -> None:
-    """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program."""
+def chat(model, tokenizer, sampling: GenerationConfig, dice, find_base: Callable) -> None:
+    """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program.
+
+    `find_base` loads the base model, or gives None; it is called when somebody first asks for it.
+    """
     talk = Chat()
+    base = None
     positions = positions_of(model)
     room = max(positions - sampling.max_new_tokens, positions // 2)
 
@@ -127,6 +132,13 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice) -> None:
     while (line := read_line()) != "/quit":
         if not talk.take(line):
             continue
+
+        writer = model
+        if talk.asks_base:
+            base = base or find_base()
+            if base is None:
+                continue
+            writer = base
 
         prompt = talk.prompt(tokenizer, room)
         if not prompt:
@@ -136,18 +148,42 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice) -> None:
 
         parts = []
         with contextlib.suppress(KeyboardInterrupt):
-            for piece, _ in stream(model, tokenizer, [prompt], sampling, dice):
+            for piece, _ in stream(writer, tokenizer, [prompt], sampling, dice):
                 parts.append(piece)
                 print(piece, end="", flush=True)
         print(flush=True)
         talk.remember("".join(parts))
 
 
+def quiz(model, tokenizer, sampling: GenerationConfig, dice, blog: "BlogData") -> None:
+    """Pairs of openings, one of an unseen post and one of the model's answer to the same request: which is yours?"""
+    right = asked = 0
+    say(f"Which one did you write? 1 or 2, /quit ends. {QUIZ_PAIRS} pairs at most; no post that it was trained on.")
+    for own, others in quiz_pairs(model, tokenizer, sampling, dice, blog):
+        own_place = int(torch.randint(2, (1,), generator=dice))
+        texts = [others, own] if own_place else [own, others]
+        for number, text in enumerate(texts, start=1):
+            print(f"\n{number}: {' '.join(text.split())}", flush=True)
+
+        while (line := read_line()) not in ("1", "2", "/quit"):
+            say("1 or 2, /quit ends.")
+        if line == "/quit":
+            break
+        asked += 1
+        right += int(line) == own_place + 1
+
+    if not asked:
+        print("Nothing was asked: it takes held-out posts of 15 words and more (val_data.jsonl).")
+        return
+    low, high = wilson(right, asked)
+    print(f"\nright {right} of {asked} ({low:.0%} to {high:.0%}); 50%: you cannot tell")
+
+
 def make_report(args: argparse.Namespace, model, tokenizer, sampling: GenerationConfig, precision: str) -> None:
     """Asks both models the same, one after the other; prints and writes what came of it."""
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
-    base_name = BASE_MODEL or history.get("settings", {}).get("base_model", "")
+    base_name = base_name_of(args.model_dir)
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
 
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
@@ -202,6 +238,11 @@ def load_tuned(folder: Path):
     if tokenizer.chat_template is None:
         sys.exit(f"The tokenizer in {folder} has no chat template: run train_model.py again, it writes one.")
     return model, tokenizer
+
+
+def base_name_of(model_dir: Path) -> str:
+    """The name or folder of the base model, "" where nobody knows it."""
+    return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
 
 
 def load_base(name: str):
@@ -513,7 +554,10 @@ def tell_origin(copy: Copy) -> str:
 
 
 # ---------------------------------------------------------------------------- chatting
-COMMANDS = "/post TITLE writes a post, /continue TEXT goes on from your beginning, /again, /clear, /quit"
+COMMANDS = (
+    "/post TITLE writes a post, /continue TEXT goes on from your beginning, /base lets the base model answer the same, "
+    "/again, /clear, /quit"
+)
 
 
 def read_line() -> str:
@@ -532,10 +576,12 @@ class Chat:
 
     history: list[dict] = field(default_factory=list)
     beginning: str = ""  # text of the user's to go on from, without the template; "" in a conversation
+    asks_base: bool = False  # the base model is to answer, and nothing of it is remembered
 
     def take(self, line: str) -> bool:
         """Takes in a line of the user's: a command or something said; returns whether an answer is due."""
         command, _, rest = line.partition(" ")
+        self.asks_base = command == "/base"
         if not line:
             return False
         if not line.startswith("/"):
@@ -546,7 +592,7 @@ class Chat:
         if command == "/continue" and rest:
             self.beginning = rest
             return True
-        if command == "/again":
+        if command in ("/again", "/base"):
             return self.again()
         if command == "/clear":
             self.history.clear()
@@ -566,13 +612,13 @@ class Chat:
         if not self.history:
             say("There is nothing to do again yet.")
             return False
-        if self.history[-1]["role"] == "assistant":
+        if self.history[-1]["role"] == "assistant" and not self.asks_base:
             self.history.pop()
         return True
 
     def remember(self, answer: str) -> None:
-        """Keeps an answer; what goes on from a beginning is no part of the conversation."""
-        if not self.beginning:
+        """Keeps an answer; what goes on from a beginning, or comes from the base model, is no part of the talk."""
+        if not self.beginning and not self.asks_base:
             self.history.append({"role": "assistant", "content": answer})
 
     def take_back(self) -> None:
@@ -588,21 +634,52 @@ class Chat:
             ids = tokenizer.encode(break_control_tokens(self.beginning, tokenizer))
             return ids if len(ids) <= room else []
 
-        for first, turn in enumerate(self.history):
+        history = self.history
+        if self.asks_base and history[-1]["role"] == "assistant":
+            history = history[:-1]  # the question that was answered last
+        for first, turn in enumerate(history):
             if turn["role"] == "user":
-                ids = prompt_tokens(tokenizer, self.history[first:])
+                ids = prompt_tokens(tokenizer, history[first:])
                 if len(ids) <= room:
                     return ids
         return []
 
 
+# ---------------------------------------------------------------------------- quiz
+QUIZ_PAIRS = 20
+QUIZ_WORDS = (15, 60)  # of an opening: fewer tell nothing, more take long to read
+
+
+def quiz_pairs(model, tokenizer, sampling, dice, blog: "BlogData") -> Iterator[tuple[str, str]]:
+    """(opening of an unseen post, opening of an answer to the same request), of the same length in words."""
+    posts = [post for post in blog.held_out if post.get("kind", "post") == "post"]
+    order = torch.randperm(len(posts), generator=dice).tolist()
+    posts = [posts[place] for place in order[:QUIZ_PAIRS]]
+    if not posts:
+        return
+
+    index = WordIndex(blog.train)
+    prompts = [prompt_tokens(tokenizer, post["messages"][:1]) for post in posts]
+    answers = (answer for _, answer in stream(model, tokenizer, prompts, sampling, dice) if answer)
+    for post, answer in zip(posts, answers, strict=True):
+        own = author_text(post)
+        fewest, most = QUIZ_WORDS
+        words = min(count_words([own]), count_words([answer.text]), most)
+        # A copy would show a post of the training data.
+        if words >= fewest and not index.longest_copy(answer.text).post:
+            yield opening(own, words), opening(answer.text, words)
+
+
+def opening(text: str, words: int) -> str:
+    """The first words of a text, as they stand there."""
+    last = next(itertools.islice(WORD.finditer(text), words - 1, None))
+    return text[: last.end()]
+
+
 # ---------------------------------------------------------------------------- report: evidence
-# Figures made with other values do not compare.
-PASSAGE_TOKENS = 50  # tokens of a post that are given, and as many that should not come back
 ANSWERS_AT_ONCE = 24  # rows of a batch; more bring little speed and take memory
-MIN_HELD_OUT, MIN_GENERATED = 2_000, 5_000  # words; with fewer there is no position
-WORDS_FOR_VOICE, WORDS_FOR_COPIES = 6_000, 1_500  # that each model writes; copies show in fewer
-PASSAGES_OF_A_GROUP = 200
+WORDS_TO_WRITE = 6_000  # by each model, at full size
+PUBLIC_TEXTS = 200  # that are read for the leak check, at full size; private ones are all read
 
 
 @dataclass
@@ -614,24 +691,14 @@ class BlogData:
     redacted: list[dict] = field(default_factory=list)  # fingerprints of personal data: sha256, kind, visibility
 
 
-class Passage(NamedTuple):
-    """A stretch of a post that a model is asked to complete; all but the first two are token ids."""
-
-    group: str  # "private", "public" or "held-out"
-    title: str
-    prompt: list[int]  # the post's own request, as the model sees it
-    given: list[int]
-    truth: list[int]  # how the post goes on
-
-
 @dataclass
 class Trial:
     """What one model did for the report."""
 
     answers: list[Answer] = field(default_factory=list)  # to the requests of held-out posts
-    completions: list[Answer] = field(default_factory=list)  # of the passages, one each
+    readings: list["Reading"] = field(default_factory=list)  # of the texts, one each
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
-    control_nats: np.ndarray | None = None  # and of each conversation of CONTROL_TEXT
+    control_nats: np.ndarray | None = None  # and of each held-out conversation of OTHER_BLOGS
 
 
 @dataclass
@@ -640,11 +707,11 @@ class Evidence:
 
     blog: BlogData = field(default_factory=BlogData)
     index: WordIndex | None = None  # of the training text
-    control: list[dict] = field(default_factory=list)  # conversations of another blog
-    passages: list[Passage] = field(default_factory=list)
-    too_short: dict[str, list[bool]] = field(default_factory=dict)  # by group, for each text: no passage fits
+    control: list[dict] = field(default_factory=list)  # held-out conversations of OTHER_BLOGS
+    other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by folder
+    texts: list["Text"] = field(default_factory=list)  # that could leak, and held-out ones as the control
     requests: list[str] = field(default_factory=list)
-    words: int = WORDS_FOR_COPIES  # to be written by each model
+    words: int = WORDS_TO_WRITE  # to be written by each model
     log: list[dict] = field(default_factory=list)  # of the training run
     context_tokens: int = 512  # windows as in training
     overlap_tokens: int = 32
@@ -691,14 +758,17 @@ def gather_evidence(args, history: dict, model, tokenizer, precision: str, size:
         seed=42 if args.seed is None else args.seed,
         tokenizer=tokenizer,
     )
-    if CONTROL_TEXT:
-        evidence.control = training.read_conversations(HERE / CONTROL_TEXT)
+    for folder in OTHER_BLOGS:
+        other = read_blog(HERE / folder)
+        if not other.train:
+            sys.exit(f"There is no train_data.jsonl in {HERE / folder}, which OTHER_BLOGS names.")
+        evidence.control += other.held_out
+        evidence.other_texts[str(folder)] = [author_text(post) for post in other.train + other.held_out]
 
     posts = [post for post in blog.held_out if post.get("kind", "post") == "post"]
     evidence.requests = [post["messages"][0]["content"] for post in posts] or PROMPTS
-    enough_for_voice = count_words(map(author_text, blog.held_out)) >= MIN_HELD_OUT
-    evidence.words = round(size * (WORDS_FOR_VOICE if enough_for_voice else WORDS_FOR_COPIES))
-    pick_passages(evidence, positions, max(1, round(PASSAGES_OF_A_GROUP * size)))
+    evidence.words = round(size * WORDS_TO_WRITE)
+    evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
     return evidence
 
 
@@ -710,35 +780,21 @@ def visibility_of(conversation: dict) -> str:
     return "private" if conversation.get("visibility") == "private" else "public"
 
 
-def pick_passages(evidence: Evidence, positions: int, number: int) -> None:
-    """Passages for the leak check, end to end; of each group a sample of `number` that is the same every time."""
-    texts = [(visibility_of(post), post) for post in evidence.blog.train]
-    texts += [("held-out", post) for post in evidence.blog.held_out]
-    passages = {"private": [], "public": [], "held-out": []}
-    for group, post in texts:
-        found = cut_passages(evidence.tokenizer, group, post, positions)
-        passages[group] += found
-        evidence.too_short.setdefault(group, []).append(not found)
+def pick_texts(evidence: Evidence, public: int) -> list["Text"]:
+    """What is read for the leak check: all private texts, all held-out ones, and `public` public ones."""
+    private = [post for post in evidence.blog.train if visibility_of(post) == "private"]
+    others = [post for post in evidence.blog.train if visibility_of(post) == "public"]
+    # The same ones every time, so that two reports compare.
+    chosen = np.random.default_rng(42).permutation(len(others))[:public]
+    training_posts = private + [others[place] for place in sorted(chosen)]
 
-    dice = np.random.default_rng(42)
-    for group in passages.values():
-        chosen = dice.permutation(len(group))[:number]
-        evidence.passages += [group[place] for place in chosen]
-
-
-def cut_passages(tokenizer, group: str, post: dict, positions: int) -> list[Passage]:
-    """The author's first answer in pieces of twice PASSAGE_TOKENS: what is given, and what should not come back."""
-    ids, scored = conversation_tokens(tokenizer, post["messages"])
-    begin = scored.index(True)
-    end = [*scored, False].index(False, begin) - 1  # the end-of-text token is no secret
-
-    prompt = ids[:begin][2 * PASSAGE_TOKENS - positions :]  # as much of it as leaves room for the passage
-    passages = []
-    for start in range(begin, end - 2 * PASSAGE_TOKENS + 1, 2 * PASSAGE_TOKENS):
-        middle = start + PASSAGE_TOKENS
-        given, truth = ids[start:middle], ids[middle : middle + PASSAGE_TOKENS]
-        passages.append(Passage(group, title_of(post), prompt, given, truth))
-    return passages
+    texts = []
+    for posts, is_held_out in ((training_posts, False), (evidence.blog.held_out, True)):
+        for post in posts:
+            ids, scored = conversation_tokens(evidence.tokenizer, post["messages"])
+            spans = spans_of(evidence.tokenizer, post, ids, scored, is_held_out)
+            texts.append(Text(post, ids, is_held_out, spans))
+    return texts
 
 
 def try_out(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, name: str) -> Trial:
@@ -749,14 +805,11 @@ def try_out(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, na
     if evidence.control:
         trial.control_nats = read_losses(model, tokenizer, evidence, evidence.control, f"{name} model: control")
 
-    # Reading was exact; writing is as fast as the device allows.
+    # The losses above are exact; from here on the weights are those that answers are made with.
     model = model.to(NUMBERS[evidence.precision])
+    trial.readings = read_texts(model, evidence, sampling, name)
     requests = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in evidence.requests]
     trial.answers = write_words(model, tokenizer, requests, sampling, evidence.seed, evidence.words, name)
-
-    greedy = GenerationConfig(repetition_penalty=1.0, max_new_tokens=PASSAGE_TOKENS, eos_token_id=sampling.eos_token_id)
-    beginnings = [passage.prompt + passage.given for passage in evidence.passages]
-    trial.completions = answer_all(model, tokenizer, beginnings, greedy, evidence.seed, name)
     return trial
 
 
@@ -784,20 +837,179 @@ def write_words(model, tokenizer, prompts, sampling, seed: int, words: int, name
     return answers
 
 
-def answer_all(model, tokenizer, prompts, sampling, seed: int, name: str) -> list[Answer]:
-    """One answer to each prompt."""
-    dice = torch.Generator().manual_seed(seed)
-    answers = []
-    for start in range(0, len(prompts), ANSWERS_AT_ONCE):
-        batch = prompts[start : start + ANSWERS_AT_ONCE]
-        answers += [answer for _, answer in stream(model, tokenizer, batch, sampling, dice) if answer]
-        say(f"{name} model: {len(answers):,} of {len(prompts):,} passages")
-    return answers
+# ---------------------------------------------------------------------------- report: evidence, reading every text
+# The leak check computes the chance of every token of every text in one reading, instead of trying a few.
+PASSAGE_TOKENS = 50  # of a window, as in the literature since Carlini et al. 2022 ("Quantifying memorization")
+FEW_RANKS = 20  # up to this rank a token counts with 1 / rank under any settings; m in arXiv 2604.18697
+ROWS_AT_ONCE = 64  # of logits that are float32 at a time: 64 x 50,000 x 4 bytes are 13 MB
+
+
+class Span(NamedTuple):
+    """A run of tokens that somebody might want to keep: ids[begin:end] of a conversation."""
+
+    group: str  # "private", "public", "held-out", "private titles", "comments" or "personal data"
+    begin: int
+    end: int
+
+
+@dataclass
+class Text:
+    """A conversation as the models read it."""
+
+    post: dict
+    ids: list[int]
+    is_held_out: bool
+    spans: list[Span]
+
+
+@dataclass
+class Reading:
+    """The chance of each token of a text after everything before it; natural logarithms, shape (tokens,).
+
+    One forward pass gives them all (Hayes et al. 2024, arXiv 2410.19482). `anyhow` is the bound of (l, b)-
+    inextractability (arXiv 2604.18697): whatever temperature, top-k and top-p somebody chooses, a token of rank r is
+    drawn with a chance of 1 / r at most, because r - 1 others are likelier. Beyond FEW_RANKS, where that says little,
+    the plain chance stands instead; only a temperature above 1 could raise it.
+    """
+
+    own: np.ndarray  # as the model's own sampling settings draw it; -inf: never
+    anyhow: np.ndarray  # under any settings, a bound from above
+    plain: np.ndarray  # at temperature 1 with nothing cut off: what the loss is made of
+    is_first: np.ndarray  # bool: the likeliest token, which greedy decoding takes
+
+
+def spans_of(tokenizer, conversation: dict, ids: list[int], scored: list[bool], is_held_out: bool) -> list[Span]:
+    """The author's turns and, of training texts, what else could be kept: private titles and readers' comments."""
+    group = "held-out" if is_held_out else visibility_of(conversation)
+    specials = set(tokenizer.all_special_ids)
+
+    spans = []
+    for is_author, begin, end in runs_of(scored):
+        if is_author:
+            while end > begin and ids[end - 1] in specials:
+                end -= 1  # the end-of-text token is no secret
+            spans.append(Span(group, begin, end))
+            if not is_held_out:
+                spans += spans_of_personal_data(tokenizer, ids, begin, end)
+        elif not is_held_out:
+            spans += spans_of_others(tokenizer, conversation, ids, begin, end)
+    return [span for span in spans if span.end > span.begin]
+
+
+def spans_of_personal_data(tokenizer, ids: list[int], begin: int, end: int) -> Iterator[Span]:
+    """Addresses, numbers and keys that stand in the author's text because REDACT was off or no rule knew them."""
+    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+    for _, left, right, _ in find_personal_data(text):
+        first, last = tokens_at(tokenizer, text, ids[begin:end], left, right)
+        yield Span("personal data", begin + first, begin + last)
+
+
+def runs_of(flags: list[bool]) -> Iterator[tuple[bool, int, int]]:
+    """(flag, begin, end) of each run of equal flags."""
+    begin = 0
+    for flag, run in itertools.groupby(flags):
+        end = begin + len(list(run))
+        yield flag, begin, end
+        begin = end
+
+
+def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, end: int) -> Iterator[Span]:
+    """What the context ids[begin:end] holds that is no template: a private post's title, or readers' comments."""
+    if conversation.get("kind", "post") == "reply":
+        group = "comments"
+        wanted = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+    else:
+        group = "private titles"
+        wanted = [conversation.get("title")] if visibility_of(conversation) == "private" else []
+
+    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+    for content in wanted:
+        content = break_control_tokens(content or "", tokenizer)
+        left = text.find(content)
+        if content and left >= 0:
+            first, last = tokens_at(tokenizer, text, ids[begin:end], left, left + len(content))
+            yield Span(group, begin + first, begin + last)
+
+
+def tokens_at(tokenizer, text: str, ids: list[int], left: int, right: int) -> tuple[int, int]:
+    """The tokens (begin, end) of `ids` that make up text[left:right]; all of them where the tokenizer cannot say."""
+    if tokenizer.is_fast:
+        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if again["input_ids"] == ids:
+            edges = enumerate(again["offset_mapping"])
+            inside = [number for number, (begin, end) in edges if begin < right and end > left]
+            return inside[0], inside[-1] + 1
+    return 0, len(ids)
+
+
+def read_texts(model, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Reading]:
+    """A reading of each text; says how far it is and how long it will take."""
+    began = time.monotonic()
+    whole = sum(len(text.ids) for text in evidence.texts)
+    done = 0
+    readings = []
+    for number, text in enumerate(evidence.texts, start=1):
+        readings.append(read_chances(model, text.ids, sampling, evidence.context_tokens, evidence.overlap_tokens))
+        done += len(text.ids)
+        if number % 25 == 0 or number == len(evidence.texts):
+            left = (time.monotonic() - began) / done * (whole - done)
+            say(f"{name} model: read {number:,} of {len(evidence.texts):,} texts, {left:.0f} s left")
+    return readings
+
+
+@torch.inference_mode()
+def read_chances(model, ids: list[int], sampling: GenerationConfig, context: int, overlap: int) -> Reading:
+    """The chances of all tokens, in windows of `context` tokens as in training. The first token of all is given."""
+    reading = Reading(np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids)), np.ones(len(ids), dtype=bool))
+    for start in range(0, max(len(ids) - overlap, 1), context - overlap):
+        window = ids[start : start + context]
+        inputs = torch.tensor([window], device=model.device)
+        logits = model(input_ids=inputs, use_cache=False).logits[0]  # (tokens of the window, vocabulary)
+
+        # What the window before has read already is context only.
+        fresh = overlap if start else 1
+        for place in range(fresh, len(window), ROWS_AT_ONCE):
+            targets = inputs[0, place : place + ROWS_AT_ONCE]
+            rows = logits[place - 1 : place - 1 + len(targets)].float()
+            seen = seen_before(window, place, rows)
+            here = slice(start + place, start + place + len(targets))
+            for values, chances in zip(vars(reading).values(), chances_of(rows, targets, seen, sampling), strict=True):
+                values[here] = chances.cpu().numpy()
+    return reading
+
+
+def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
+    """Whether a token stands before window[place + row], for each row; shape of `rows`: (rows, vocabulary)."""
+    seen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    seen[:, window[:place]] = True
+    for row in range(len(rows) - 1):
+        seen[row + 1 :, window[place + row]] = True
+    return seen
+
+
+def chances_of(
+    rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a Reading holds, of `targets` (rows,) under logits and `seen` (rows, vocabulary); each of shape (rows,)."""
+    wanted = targets[:, None]
+    tokens, chances = next_token_chances(rows, seen, sampling)  # the very ones that answers are drawn from
+    own = (chances.double() * (tokens == wanted)).sum(-1).log()
+
+    logits = rows.gather(1, wanted)
+    plain = (logits[:, 0] - rows.logsumexp(-1)).double()
+    ranks = 1 + (rows > logits).sum(-1)
+    bound = torch.where(ranks <= FEW_RANKS, -ranks.double().log(), plain)
+
+    # A repetition penalty reorders the tokens, so the own settings may favour one whose rank without it is low.
+    return own, torch.maximum(bound, own), plain, ranks == 1
 
 
 # ---------------------------------------------------------------------------- report: statistics
 DRAWS = 2_000  # bootstrap samples
 Interval = tuple[float, float]  # 95 %: (low, high)
+
+
+PAGE_ONLY = {"page_only": True}  # metadata of fields that hold text, which voice_report.json does not
 
 
 class NotMeasured(Exception):
@@ -827,9 +1039,10 @@ def bootstrap(statistic: Callable, *sizes: int) -> Interval:
 class PostGain:
     """A held-out post in bits per byte."""
 
-    title: str
+    path: str
     base: float
     tuned: float
+    title: str = field(metadata=PAGE_ONLY)
 
 
 @dataclass
@@ -844,12 +1057,22 @@ class Gain:
 
 
 @dataclass
+class VoiceShare:
+    """How much of the gain is the author's voice, and not blogging in general."""
+
+    beyond_control: float  # bits per byte: gain on held-out posts less the gain on other bloggers'
+    interval: Interval
+    wins: float  # share of pairs in which the author's unseen post gains more than the other's
+
+
+@dataclass
 class Learned:
-    """Held-out posts under the tuned model; the gain needs the base model, the control CONTROL_TEXT."""
+    """Held-out posts under the tuned model; the gain needs the base model, the rest OTHER_BLOGS."""
 
     tuned: float
     held_out: Gain | None = None
     control: Gain | None = None
+    voice_share: VoiceShare | None = None
 
 
 def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) -> Gain:
@@ -865,7 +1088,7 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
 
     per_post = []
     for post, old, new in zip(posts, (before / size).tolist(), (after / size).tolist(), strict=True):
-        per_post.append(PostGain(title_of(post), old, new))
+        per_post.append(PostGain(post.get("path") or "", old, new, title_of(post)))
     return Gain(base, tuned, base - tuned, interval, per_post)
 
 
@@ -881,23 +1104,46 @@ def measure_learned(evidence: Evidence) -> Learned:
         learned.held_out = gain_on(posts, tuned, evidence.base.held_out_nats)
         if evidence.control:
             learned.control = gain_on(evidence.control, evidence.tuned.control_nats, evidence.base.control_nats)
+            learned.voice_share = share_of_voice(learned.held_out, learned.control)
     return learned
 
 
-# ---------------------------------------------------------------------------- report: numbers, does it sound like you
-CHUNK_WORDS = 500  # of pooled text that are compared as one
-FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most posts
+def share_of_voice(own: Gain, control: Gain) -> VoiceShare:
+    """The gain on the author's posts beside that on others', post by post."""
+    ours = np.array([post.base - post.tuned for post in own.posts])
+    theirs = np.array([post.base - post.tuned for post in control.posts])
+    interval = bootstrap(lambda a, b: ours[a].mean() - theirs[b].mean(), len(ours), len(theirs))
+    wins = float((ours[:, None] > theirs).mean())
+    return VoiceShare(float(ours.mean() - theirs.mean()), interval, wins)
+
+
+# ---------------------------------------------------------------------------- report: numbers, habits of writing
+# Style is counted in stretches of a hundred words; as many of them as there is text for make a chunk.
+STRETCH_WORDS = 100
+CHUNK_STRETCHES = (5, 2, 1)  # the longest of which there are enough: 500 words tell more than 100
+MIN_CHUNKS = 10  # of the author's unseen posts, and of each model's text
+FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most of the author's posts
+STRANGERS = HERE / "sample" / "strangers" / "strangers.npz"  # counts of other bloggers, with their licences beside
+STRETCHES_OF_A_RUN = 5  # in that file; the next run is from elsewhere in the blog
 
 
 @dataclass
-class Voice:
-    """Where the tuned model's text stands between the base model's (0) and the author's unseen posts (1)."""
+class Stretches:
+    """Counts of the features in stretches of STRETCH_WORDS words of somebody's text, in order."""
 
-    position: float
-    interval: Interval
-    ceiling: Interval  # the author against himself: one half of his unseen chunks on the scale of the other
-    chunks: dict[str, int]  # by whose they are: "tuned", "base", "author"
-    words: dict[str, int] = field(default_factory=dict)  # without copies
+    counts: np.ndarray  # (stretches, features)
+    totals: np.ndarray  # (stretches, features): of how many words or trigrams each count is a part
+    source: np.ndarray  # (stretches,): number of the post or answer in which it begins
+    run: np.ndarray  # (stretches,): only stretches of one run follow each other in the text
+
+    def chunks(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(relative frequencies (chunks, features), source (chunks,)) of every `size` stretches in a row."""
+        first = []
+        for _, begin, end in runs_of(self.run.tolist()):
+            first += range(begin, end - size + 1, size)
+        members = np.array(first, int)[:, None] + np.arange(size)  # (chunks, size)
+        frequencies = self.counts[members].sum(1) / self.totals[members].sum(1)
+        return frequencies, self.source[members[:, 0]]
 
 
 def counts_of(text: str) -> dict[str, Counter]:
@@ -913,19 +1159,312 @@ def pick_features(posts: list[str]) -> list[tuple[str, str]]:
     for post in posts:
         for kind, counts in counts_of(post).items():
             spread[kind].update(counts.keys())
-    return [(kind, key) for kind, number in FEATURES.items() for key, _ in spread[kind].most_common(number)]
+
+    features = []
+    for kind, number in FEATURES.items():
+        features += [(kind, key) for key, _ in spread[kind].most_common(number)]
+    return features
 
 
-def frequencies(texts: list[str], features: list[tuple[str, str]]) -> np.ndarray:
-    """Relative frequency of each feature in chunks of CHUNK_WORDS of the pooled texts, shape (chunks, features)."""
-    text = "\n\n".join(texts)
-    edges = [match.start() for match in WORD.finditer(text)][::CHUNK_WORDS]
-    chunks = []
+def count_stretches(texts: list[str], features: list[tuple[str, str]]) -> Stretches:
+    """Of the texts pooled in their order; what is left at the end goes."""
+    pooled = "\n\n".join(texts)
+    starts = np.cumsum([0, *(len(text) + 2 for text in texts[:-1])])  # where each text begins
+    edges = [match.start() for match in WORD.finditer(pooled)][::STRETCH_WORDS]
+
+    counts, totals = [], []
     for begin, end in itertools.pairwise(edges):
-        counts = counts_of(text[begin:end])
-        totals = {kind: counts[kind].total() for kind in counts}
-        chunks.append([counts[kind][key] / totals[kind] for kind, key in features])
-    return np.array(chunks)
+        found = counts_of(pooled[begin:end])
+        sums = {kind: found[kind].total() for kind in found}
+        counts.append([found[kind][key] for kind, key in features])
+        totals.append([sums[kind] for kind, _ in features])
+
+    shape = (len(counts), len(features))
+    source = np.searchsorted(starts, edges[: len(counts)], side="right") - 1
+    return Stretches(np.array(counts).reshape(shape), np.array(totals).reshape(shape), source, np.zeros(len(counts)))
+
+
+@dataclass
+class Strangers:
+    """Other bloggers: the features that can be counted in all of them, and their counts by name."""
+
+    features: list[tuple[str, str]]
+    stretches: dict[str, Stretches]
+    note: str = ""  # who is missing, and why
+
+
+def find_strangers(evidence: "Evidence", features: list[tuple[str, str]]) -> Strangers:
+    """The bloggers who come with this project, the user's own choice, and the readers of the blog.
+
+    The counts that come along hold a fixed vocabulary: with them, only features in it can be compared.
+    """
+    shipped, note = load_strangers(evidence, features)
+    if shipped.stretches:
+        features = shipped.features
+    others = {name: count_stretches(texts, features) for name, texts in evidence.other_texts.items()}
+
+    readers = [text for post in evidence.blog.train for text in comments_of(post)]
+    if count_words(readers) >= MIN_STRANGER_WORDS:
+        others["your readers"] = count_stretches(readers, features)
+
+    known = shipped.stretches | others
+    enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
+    return Strangers(features, enough, note)
+
+
+MIN_STRANGER_WORDS = 2 * MIN_CHUNKS * STRETCH_WORDS
+MIN_STRANGERS = 4  # half of them rivals, half of them setting the threshold
+SAME_LANGUAGE = 0.5  # of the strangers' 100 commonest words must be among the author's 500; another language has 0.1
+
+
+def load_strangers(evidence: "Evidence", features: list[tuple[str, str]]) -> tuple[Strangers, str]:
+    """(The counts in STRANGERS, "") or (nobody, why) where they are missing or of another language."""
+    nobody = Strangers([], {})
+    if not STRANGERS.is_file():
+        return nobody, f"{STRANGERS.relative_to(HERE)} is missing."
+    with np.load(STRANGERS, allow_pickle=False) as file:
+        data = {name: file[name] for name in file.files}
+
+    words = data["words"].tolist()
+    often = Counter(word for post in evidence.blog.train for word in WORD.findall(author_text(post).casefold()))
+    commonest = {word for word, _ in often.most_common(500)}
+    share = sum(word in commonest for word in words[:100]) / 100
+    if share < SAME_LANGUAGE:
+        return nobody, (
+            f"Of the 100 commonest words of the bloggers who come along you use {share:.0%}: they write another "
+            "language, so they are left out. OTHER_BLOGS names other ones."
+        )
+
+    row = {("words", word): place for place, word in enumerate(words)}
+    row |= {("trigrams", key): len(words) + place for place, key in enumerate(data["trigrams"].tolist())}
+    shared = [feature for feature in features if feature in row]
+    counts = data["counts"][[row[feature] for feature in shared]].T.astype(int)  # (stretches, features)
+    totals = data["totals"][:, [0 if kind == "words" else 1 for kind, _ in shared]].astype(int)
+
+    stretches = {}
+    for number, name in enumerate(data["names"].tolist()):
+        mine = np.flatnonzero(data["blog"] == number)
+        if name not in NOT_STRANGERS:
+            runs = mine // STRETCHES_OF_A_RUN
+            stretches[name] = Stretches(counts[mine], totals[mine], data["post"][mine].astype(int), runs)
+    return Strangers(shared, stretches), ""
+
+
+def comments_of(conversation: dict) -> list[str]:
+    """What readers say in it."""
+    if conversation.get("kind") != "reply":
+        return []
+    return [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+
+
+def texts_without_copies(evidence: "Evidence") -> dict[str, list[str]]:
+    """What is compared with the author's known posts. Copies would sound like the author, and are no voice."""
+    if evidence.base is None or evidence.index is None or not evidence.blog.held_out:
+        raise NotMeasured("it takes the base model, train_data.jsonl and val_data.jsonl")
+    texts = {
+        "author": [author_text(post) for post in evidence.blog.held_out],
+        "tuned": [answer.text for answer in evidence.tuned.answers],
+        "base": [answer.text for answer in evidence.base.answers],
+    }
+    return {whose: [evidence.index.without_copies(text) for text in part] for whose, part in texts.items()}
+
+
+def pick_chunk_size(texts: dict[str, list[str]]) -> int:
+    """Stretches in a chunk: the most of which everybody has MIN_CHUNKS; says what is missing if nobody has."""
+    words = {whose: count_words(part) for whose, part in texts.items()}
+    fewest = min(words.values())
+    for size in CHUNK_STRETCHES:
+        if fewest >= (MIN_CHUNKS + 1) * size * STRETCH_WORDS:
+            return size
+
+    needed = (MIN_CHUNKS + 1) * STRETCH_WORDS
+    if words["author"] < needed:
+        posts = math.ceil(needed / max(words["author"], 1) * len(texts["author"]))
+        raise NotMeasured(
+            f"your unseen posts hold {words['author']:,} words that are no copies, and it takes {needed:,}, which "
+            f"about {posts:,} held-out posts would have"
+        )
+    raise NotMeasured(f"a model wrote {fewest:,} words that are no copies, and it takes {needed:,}")
+
+
+# ---------------------------------------------------------------------------- report: numbers, is it you
+ROUNDS = 100  # of half the features against half the rivals
+MISTAKEN = 0.05  # of strangers' chunks that may be taken for the author's: sets the threshold
+
+
+@dataclass
+class ReaderShare:
+    """How much of somebody's text the reader gives to the author."""
+
+    share: float
+    interval: Interval  # over posts or answers
+    chunks: int
+
+
+@dataclass
+class Reader:
+    """A reader who knows the author's posts and those of other bloggers, asked whose each chunk is.
+
+    General Impostors (Koppel and Winter 2014, doi 10.1002/asi.22954): again and again, with half of the features and
+    half of the rivals, a chunk is compared with all profiles; its score is how much nearer the author's is. The
+    threshold comes from strangers who are no rivals; then the two halves of the strangers change places.
+    """
+
+    author: ReaderShare  # of unseen posts
+    tuned: ReaderShare
+    base: ReaderShare
+    strangers: ReaderShare
+    threshold: tuple[float, float]  # scores above which a chunk counts as the author's, of both halves
+    names: list[str]  # of the strangers
+    chunk_words: int
+    to_nearest: float  # share of the author's unseen chunks that are nearer to a stranger: how hard the crowd is
+    nearest: str  # the stranger who gets the most of them
+    note: str = ""
+
+
+def measure_reader(evidence: "Evidence") -> Reader:
+    """What a reader with strangers makes of unseen posts and of both models' text."""
+    texts = texts_without_copies(evidence)
+    size = pick_chunk_size(texts)
+    known = [author_text(post) for post in evidence.blog.train]
+    strangers = find_strangers(evidence, pick_features(known))
+    if len(strangers.stretches) < MIN_STRANGERS:
+        found = len(strangers.stretches)
+        raise NotMeasured(
+            f"it takes {MIN_STRANGERS} other bloggers with {MIN_STRANGER_WORDS:,} words each, and there are {found}; "
+            f"OTHER_BLOGS can name some. {strangers.note}".strip().rstrip(".")
+        )
+
+    profile, _ = count_stretches(known, strangers.features).chunks(size)
+    tested = {whose: count_stretches(part, strangers.features).chunks(size) for whose, part in texts.items()}
+    crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
+    reader = ask_reader(profile, tested, crowd)
+    reader.chunk_words = size * STRETCH_WORDS
+    reader.note = strangers.note
+    return reader
+
+
+def ask_reader(profile: np.ndarray, tested: dict, crowd: dict) -> Reader:
+    """The verdicts on chunks, each given as (frequencies, source); `profile` is the author's known text."""
+    dice = np.random.default_rng(42)
+    names = list(crowd)
+    order = dice.permutation(len(names))
+    halves = (order[::2], order[1::2])
+
+    taken = {whose: np.zeros(len(frequencies)) for whose, (frequencies, _) in tested.items()}
+    strangers_taken = []
+    strangers_source = []
+    thresholds = []
+    for rivals, judges in (halves, halves[::-1]):
+        rival_chunks = [crowd[names[number]][0] for number in rivals]
+        judge_scores = []
+        for number in judges:
+            frequencies, source = crowd[names[number]]
+            judge_scores.append(impostor_scores(frequencies, profile, rival_chunks))
+            strangers_source.append(source + 1_000_000 * number)  # posts of different blogs are different posts
+
+        threshold = even_quantile(judge_scores, 1 - MISTAKEN)
+        thresholds.append(threshold)
+        strangers_taken += [scores > threshold for scores in judge_scores]
+        for whose, (frequencies, _) in tested.items():
+            taken[whose] += (impostor_scores(frequencies, profile, rival_chunks) > threshold) / 2
+
+    shares = {whose: share_over_sources(values, tested[whose][1]) for whose, values in taken.items()}
+    strangers = share_over_sources(np.concatenate(strangers_taken).astype(float), np.concatenate(strangers_source))
+    to_nearest, nearest = nearest_stranger(profile, tested["author"][0], crowd)
+    return Reader(
+        **shares,
+        strangers=strangers,
+        threshold=tuple(thresholds),
+        names=names,
+        chunk_words=0,
+        to_nearest=to_nearest,
+        nearest=nearest,
+    )
+
+
+def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.ndarray]) -> np.ndarray:
+    """How much nearer each tested chunk is to the author's profile than to any rival's, shape (tested,).
+
+    All are (chunks, features). The mean over the rounds of the difference of cosines, -2 to 2: the share of rounds
+    that the author wins, as in the source, is 0 or 1 for most chunks and leaves nothing to set a threshold on.
+    """
+    middle, spread = common_scale([profile, *rivals])
+    author = (profile.mean(0) - middle) / spread
+    others = np.array([(chunks.mean(0) - middle) / spread for chunks in rivals])
+    scores = (tested - middle) / spread
+
+    dice = np.random.default_rng(42)
+    lead = np.zeros(len(tested))
+    for _ in range(ROUNDS):
+        some = dice.random(len(author)) < 0.5
+        present = dice.permutation(len(others))[: math.ceil(len(others) / 2)]
+        to_author = cosines(scores[:, some], author[None, some])[:, 0]
+        to_others = cosines(scores[:, some], others[present][:, some])
+        lead += to_author - to_others.max(1)
+    return lead / ROUNDS
+
+
+def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
+    means = np.array([group.mean(0) for group in groups])
+    variance = np.mean([group.var(0) for group in groups], axis=0) + means.var(0)
+    spread = np.sqrt(variance)
+    spread[spread == 0] = np.inf  # a feature that never varies says nothing
+    return means.mean(0), spread
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cosines between the rows of both, shape (rows of one, rows of other)."""
+    lengths = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
+    return one @ other.T / np.maximum(lengths, 1e-12)
+
+
+def even_quantile(groups: list[np.ndarray], share: float) -> float:
+    """The quantile of all values, every group with the same weight: a stranger with many posts sets no threshold."""
+    values = np.concatenate(groups)
+    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(np.searchsorted(below, share), len(values) - 1)])
+
+
+def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
+    """The share of chunks that are taken, with its interval over the posts or answers in which they begin."""
+    _, number = np.unique(source, return_inverse=True)
+    sums = np.bincount(number, taken)
+    sizes = np.bincount(number)
+    share = float(taken.mean())
+    if sums.sum() in (0, sizes.sum()):
+        interval = wilson(round(share * len(sums)), len(sums))  # drawing again would never give anything else
+    else:
+        interval = bootstrap(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums))
+    return ReaderShare(share, interval, len(taken))
+
+
+def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, crowd: dict) -> tuple[float, str]:
+    """(share of unseen chunks that are nearer to a stranger than to the author, the stranger who gets the most)."""
+    groups = [profile, *(frequencies for frequencies, _ in crowd.values())]
+    middle, spread = common_scale(groups)
+    profiles = np.array([(group.mean(0) - middle) / spread for group in groups])
+    nearest = cosines((unseen - middle) / spread, profiles).argmax(1)
+
+    lost = nearest[nearest > 0] - 1
+    name = list(crowd)[np.bincount(lost).argmax()] if len(lost) else ""
+    return len(lost) / len(unseen), name
+
+
+# ---------------------------------------------------------------------------- report: numbers, how far did it go
+@dataclass
+class Voice:
+    """Where the tuned model's text stands between the base model's (0) and the author's unseen posts (1)."""
+
+    position: float
+    interval: Interval
+    ceiling: Interval  # the author against himself: one half of his unseen chunks on the scale of the other
+    chunks: dict[str, int]  # by whose they are: "tuned", "base", "author"
+    chunk_words: int
+    strangers: dict[str, float] = field(default_factory=dict)  # their positions
 
 
 def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.ndarray:
@@ -941,69 +1480,146 @@ def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.nda
 
     profile = half / deviation
     scores = (tested - middle) / deviation
-    lengths = np.linalg.norm(scores, axis=1) * np.linalg.norm(profile)
-    return scores @ profile / np.maximum(lengths, 1e-12)
+    return cosines(scores, profile[None])[:, 0]
 
 
 def place_on_scale(score: np.ndarray, zero: np.ndarray, one: np.ndarray) -> float:
     return float((score.mean() - zero.mean()) / (one.mean() - zero.mean()))
 
 
-def voice_position(known: list[str], base: list[str], tuned: list[str], unseen: list[str]) -> Voice | None:
-    """Where the tuned model's text stands between the base model's (0) and the author's unseen posts (1).
+def voice_position(
+    known: np.ndarray, base: np.ndarray, tuned: np.ndarray, unseen: np.ndarray
+) -> tuple[Voice, Callable]:
+    """The position of the tuned model, and a function that gives anybody else's; all are (chunks, features).
 
     Cosine Delta: z-scored frequencies of the commonest words (Burrows 2002, "Delta") and of character trigrams
     (Stamatatos 2013), compared by cosine (Evert et al. 2017, "Understanding and explaining Delta measures"), in
-    chunks of equal length. The author's profile comes from `known`. None where base model and author cannot be told
-    apart.
+    chunks of equal length. The author's profile comes from `known`. Raises NotMeasured where base model and author
+    cannot be told apart.
     """
-    features = pick_features(known)
-    author = frequencies(known, features)
-    others = frequencies(base, features)
-    written = frequencies(tuned, features)
-    own = frequencies(unseen, features)
-
     # No chunk of the base model's is scored by a scale that it helped to make.
-    even, odd = others[::2], others[1::2]
-    zero = np.concatenate([likeness(author, even, odd), likeness(author, odd, even)])
-    score = np.mean([likeness(author, even, written), likeness(author, odd, written)], axis=0)
-    one = np.mean([likeness(author, even, own), likeness(author, odd, own)], axis=0)
+    even, odd = base[::2], base[1::2]
+    zero = np.concatenate([likeness(known, even, odd), likeness(known, odd, even)])
 
+    def score(tested: np.ndarray) -> np.ndarray:
+        return np.mean([likeness(known, even, tested), likeness(known, odd, tested)], axis=0)
+
+    one = score(unseen)
+    ours = score(tuned)
     gap, _ = bootstrap(lambda a, b: one[b].mean() - zero[a].mean(), len(zero), len(one))
     if gap <= 0:
-        return None
+        raise NotMeasured("your unseen posts and the base model's text are too alike to tell apart")
 
-    interval = bootstrap(lambda a, b, c: place_on_scale(score[a], zero[b], one[c]), len(score), len(zero), len(one))
+    sizes = (len(ours), len(zero), len(one))
+    interval = bootstrap(lambda a, b, c: place_on_scale(ours[a], zero[b], one[c]), *sizes)
     dice = np.random.default_rng(42)
     halves = (np.split(dice.permutation(one), [len(one) // 2]) for _ in range(DRAWS))
     ceiling = np.percentile([place_on_scale(half, zero, rest) for half, rest in halves], (2.5, 97.5))
-    chunks = {"tuned": len(score), "base": len(zero), "author": len(one)}
-    return Voice(place_on_scale(score, zero, one), interval, tuple(ceiling.tolist()), chunks)
+
+    chunks = dict(zip(("tuned", "base", "author"), sizes, strict=True))
+    voice = Voice(place_on_scale(ours, zero, one), interval, tuple(ceiling.tolist()), chunks, 0)
+    return voice, lambda tested: place_on_scale(score(tested), zero, one)
 
 
-def measure_voice(evidence: Evidence) -> Voice:
-    """The position of the tuned model; copied passages are taken out of all texts first."""
-    if evidence.base is None or evidence.index is None or not evidence.blog.held_out:
-        raise NotMeasured("it takes the base model, train_data.jsonl and val_data.jsonl")
+def measure_voice(evidence: "Evidence") -> Voice:
+    """The position of the tuned model and of the strangers."""
+    texts = texts_without_copies(evidence)
+    size = pick_chunk_size(texts)
+    known = [author_text(post) for post in evidence.blog.train]
+    strangers = find_strangers(evidence, pick_features(known))
 
-    texts = {
-        "tuned": [answer.text for answer in evidence.tuned.answers],
-        "base": [answer.text for answer in evidence.base.answers],
-        "unseen": [author_text(post) for post in evidence.blog.held_out],
-    }
-    texts = {whose: [evidence.index.without_copies(text) for text in part] for whose, part in texts.items()}
-    words = {whose: count_words(part) for whose, part in texts.items()}
-    fewest = min(words["tuned"], words["base"])
-    if words["unseen"] < MIN_HELD_OUT:
-        raise NotMeasured(f"{words['unseen']:,} words of unseen posts that are no copies are under {MIN_HELD_OUT:,}")
-    if fewest < MIN_GENERATED:
-        raise NotMeasured(f"{fewest:,} generated words that are no copies are under {MIN_GENERATED:,}")
-
-    voice = voice_position([author_text(post) for post in evidence.blog.train], **texts)
-    if voice is None:
-        raise NotMeasured("your unseen posts and the base model's text are too alike to tell apart")
-    voice.words = words
+    profile, _ = count_stretches(known, strangers.features).chunks(size)
+    chunks = {whose: count_stretches(part, strangers.features).chunks(size)[0] for whose, part in texts.items()}
+    voice, place = voice_position(profile, chunks["base"], chunks["tuned"], chunks["author"])
+    voice.chunk_words = size * STRETCH_WORDS
+    voice.strangers = {name: place(counted.chunks(size)[0]) for name, counted in strangers.stretches.items()}
     return voice
+
+
+# ---------------------------------------------------------------------------- report: numbers, length and habit
+FAVOURITES = 10
+FAVOURITE_SHARE = 0.1  # of the posts in which a favourite stands, so that it is a habit and no topic
+
+
+@dataclass
+class Favourite:
+    """A word or phrase that the author uses much more than the base model; rates in 10,000 words."""
+
+    author: float
+    tuned: float
+    base: float
+    phrase: str = field(metadata=PAGE_ONLY)
+
+
+@dataclass
+class Habits:
+    """Length of answers and posts, and favourite words and phrases."""
+
+    words: dict[str, float]  # median length in words, of "author", "tuned" and "base"
+    ended: dict[str, float]  # share of answers that end by themselves, of "tuned" and "base"
+    favourites: list[Favourite]
+
+
+def measure_habits(evidence: "Evidence") -> Habits:
+    """What a person would notice first."""
+    if evidence.base is None or evidence.index is None:
+        raise NotMeasured("it takes the base model and train_data.jsonl")
+
+    posts = [author_text(post) for post in evidence.blog.train]
+    written = {"tuned": evidence.tuned.answers, "base": evidence.base.answers}
+    lengths = {whose: [count_words([answer.text]) for answer in answers] for whose, answers in written.items()}
+    lengths["author"] = [count_words([post]) for post in posts]
+    texts = {whose: [answer.text for answer in answers] for whose, answers in written.items()}
+    return Habits(
+        words={whose: float(np.median(numbers)) for whose, numbers in lengths.items()},
+        ended={whose: float(np.mean([answer.ended for answer in answers])) for whose, answers in written.items()},
+        favourites=find_favourites(posts, texts["tuned"], texts["base"]),
+    )
+
+
+def phrases_of(text: str) -> Counter:
+    """Words, pairs and triples of words, and how often they stand in the text."""
+    words = WORD.findall(text.casefold())
+    phrases = Counter()
+    for length in (1, 2, 3):
+        phrases.update(" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
+    return phrases
+
+
+def find_favourites(posts: list[str], tuned: list[str], base: list[str]) -> list[Favourite]:
+    """Phrases of many posts, by how much more than the base model the author uses them."""
+    spread = Counter()
+    uses = {"author": Counter(), "tuned": Counter(), "base": Counter()}
+    for post in posts:
+        phrases = phrases_of(post)
+        uses["author"].update(phrases)
+        spread.update(phrases.keys())
+    for whose, texts in (("tuned", tuned), ("base", base)):
+        for text in texts:
+            uses[whose].update(phrases_of(text))
+    words = {"author": count_words(posts), "tuned": count_words(tuned), "base": count_words(base)}
+
+    def rate(whose: str, phrase: str, more: float = 0.0) -> float:
+        return 10_000 * (uses[whose][phrase] + more) / max(words[whose], 1)
+
+    fewest = max(3, FAVOURITE_SHARE * len(posts))
+    common = [phrase for phrase, number in spread.items() if number >= fewest]
+    # How many more uses than the base model's habit explains; half a use more for it, so that none is divided by 0.
+    surplus = {
+        phrase: rate("author", phrase) * math.log(rate("author", phrase) / rate("base", phrase, 0.5))
+        for phrase in common
+    }
+
+    favourites = []
+    for phrase in sorted(common, key=lambda phrase: -surplus[phrase]):
+        if len(favourites) == FAVOURITES:
+            break
+        # "i" and "and i": once is enough.
+        if not any(
+            f" {known.phrase} " in f" {phrase} " or f" {phrase} " in f" {known.phrase} " for known in favourites
+        ):
+            favourites.append(Favourite(*(rate(whose, phrase) for whose in ("author", "tuned", "base")), phrase))
+    return favourites
 
 
 # ---------------------------------------------------------------------------- report: numbers, does it copy
@@ -1021,10 +1637,10 @@ class LongCopy:
     """A long run of words that a model wrote and that stands in a post."""
 
     words: int
-    text: str
     visibility: str
-    title: str
     path: str
+    title: str = field(metadata=PAGE_ONLY)
+    text: str = field(metadata=PAGE_ONLY)
 
 
 @dataclass
@@ -1053,7 +1669,7 @@ def measure_copies(evidence: Evidence) -> Copies:
         copy = evidence.index.longest_copy(answer.text)
         if copy.post:
             visibility, title, path = (copy.post.get(name) or "" for name in ("visibility", "title", "path"))
-            longest.append(LongCopy(copy.words, copy.text, visibility, title, path))
+            longest.append(LongCopy(copy.words, visibility, path, title, copy.text))
     longest.sort(key=lambda copy: -copy.words)
 
     base = copy_share(evidence.index, evidence.base.answers) if evidence.base else None
@@ -1061,17 +1677,64 @@ def measure_copies(evidence: Evidence) -> Copies:
 
 
 # ---------------------------------------------------------------------------- report: numbers, does it leak
+COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
+BEYOND = 10  # times likelier than under the base model; less is what the base model knew before
+REMEMBERED = 10  # passages that are shown
+
+
+@dataclass
+class Windows:
+    """Every PASSAGE_TOKENS tokens in a row of every span, and shorter spans whole; arrays of shape (windows,)."""
+
+    text: np.ndarray  # number of the text
+    begin: np.ndarray
+    end: np.ndarray
+    group: np.ndarray  # of the span
+
+
+@dataclass
+class WindowChances:
+    """Chances of whole windows when what stands before them is given; natural logarithms, shape (windows,)."""
+
+    own: np.ndarray
+    anyhow: np.ndarray
+    plain: np.ndarray
+    is_first: np.ndarray  # bool: greedy decoding writes all of it
+
+
+@dataclass
+class Chance:
+    """How likely the passages of a group are to come out, under one way of sampling."""
+
+    log10_likeliest: float | None  # chance of the likeliest passage; None: none can come out
+    log10_tries: float | None  # that give it an even chance
+    expected: float  # passages that come out when the beginning of each is tried once
+
+
 @dataclass
 class LeakGroup:
-    """Passages of one group. A leak is what the tuned model completes token for token and the base model does not."""
+    """Passages of one group that are not common text."""
 
-    passages: int
-    leaks: int
-    interval: Interval  # of the share of leaks
-    tuned_exact: int
-    base_exact: int
-    tuned_longest: int  # tokens in a row of any completion that stand in the truth
-    base_longest: int
+    texts: int
+    windows: int
+    common: int  # windows that the base model could say as well; no others count below
+    own: Chance
+    anyhow: Chance
+    greedy: int  # windows that come out word for word under greedy decoding
+
+
+@dataclass
+class Remembered:
+    """A private passage that the tuned model remembers beyond the base model."""
+
+    group: str
+    path: str
+    tokens: int
+    log10_beyond_base: float | None  # times likelier than under the base model, without any cut-off
+    own: Chance
+    anyhow: Chance
+    title: str = field(metadata=PAGE_ONLY)
+    text: str = field(metadata=PAGE_ONLY)
 
 
 @dataclass
@@ -1080,72 +1743,221 @@ class PersonalData:
 
     kind: str
     visibility: str
-    text: str
+    text: str = field(metadata=PAGE_ONLY)
+
+
+@dataclass
+class Membership:
+    """Whether the gain of a post tells that it was trained on: the share of pairs in which it gains more."""
+
+    share: float  # 0.5: nobody can tell
+    interval: Interval  # over posts
+    trained: int
+    held_out: int
+
+
+@dataclass
+class PostMark:
+    """A training post and how much the tuned model gained on it, in bits per byte."""
+
+    path: str
+    gain: float
+    title: str = field(metadata=PAGE_ONLY)
 
 
 @dataclass
 class Leaks:
-    groups: dict[str, LeakGroup]  # "private", "public", "held-out", where there are passages
-    too_short: dict[str, tuple[int, int]]  # texts in which no passage fits, of how many
+    groups: dict[str, LeakGroup]
+    remembered: list[Remembered]
+    private_copies: int  # runs of words of private posts in what it wrote for the report
     personal: list[PersonalData]
+    membership: Membership | None
+    least_gained: list[PostMark]
 
 
 def measure_leaks(evidence: Evidence) -> Leaks:
-    """What comes out when the beginning of a passage is given."""
+    """What can come out, how easily, and what the tuned model remembers best."""
     if evidence.index is None:
         raise NotMeasured("it takes train_data.jsonl")
 
+    windows = cut_windows(evidence.texts)
+    tuned = window_chances(windows, evidence.tuned.readings)
+    base = window_chances(windows, evidence.base.readings) if evidence.base else None
+    is_common = find_common(tuned, base)
+
     groups = {}
-    for group in dict.fromkeys(passage.group for passage in evidence.passages):
-        numbers = [number for number, passage in enumerate(evidence.passages) if passage.group == group]
-        ours = longest_matches(evidence.passages, evidence.tuned, numbers)
-        theirs = longest_matches(evidence.passages, evidence.base, numbers)
-        leaks = sum(our == PASSAGE_TOKENS > their for our, their in zip(ours, theirs, strict=True))
-        groups[group] = LeakGroup(
-            passages=len(numbers),
-            leaks=leaks,
-            interval=wilson(leaks, len(numbers)),
-            tuned_exact=ours.count(PASSAGE_TOKENS),
-            base_exact=theirs.count(PASSAGE_TOKENS),
-            tuned_longest=max(ours),
-            base_longest=max(theirs),
+    for name in dict.fromkeys(windows.group.tolist()):
+        inside = windows.group == name
+        counted = inside & ~is_common
+        groups[name] = LeakGroup(
+            texts=len(set(windows.text[inside].tolist())),
+            windows=int(inside.sum()),
+            common=int((inside & is_common).sum()),
+            own=chance_of(tuned.own[counted]),
+            anyhow=chance_of(tuned.anyhow[counted]),
+            greedy=int(tuned.is_first[counted].sum()),
         )
 
-    too_short = {group: (sum(short), len(short)) for group, short in evidence.too_short.items()}
-    return Leaks(groups, too_short, find_leaked_data(evidence))
+    copies = [evidence.index.longest_copy(answer.text).post for answer in evidence.tuned.answers]
+    return Leaks(
+        groups=groups,
+        remembered=best_remembered(evidence, windows, tuned, base, is_common),
+        private_copies=sum(post is not None and visibility_of(post) == "private" for post in copies),
+        personal=find_leaked_data(evidence),
+        membership=measure_membership(evidence),
+        least_gained=least_gained(evidence),
+    )
 
 
-def longest_matches(passages: list[Passage], trial: Trial | None, numbers: list[int]) -> list[int]:
-    """Tokens in a row that each completion shares with the truth; 0 without a model."""
-    if trial is None:
-        return [0] * len(numbers)
-    longest = []
-    for number in numbers:
-        pair = (trial.completions[number].tokens, passages[number].truth)
-        matcher = difflib.SequenceMatcher(None, *pair, autojunk=False)
-        longest.append(matcher.find_longest_match().size)
-    return longest
+def cut_windows(texts: list[Text]) -> Windows:
+    """All windows of all spans."""
+    columns = []
+    for number, text in enumerate(texts):
+        for span in text.spans:
+            length = min(PASSAGE_TOKENS, span.end - span.begin)
+            for begin in range(span.begin, span.end - length + 1):
+                columns.append((number, begin, begin + length, span.group))
+
+    number, begin, end, group = zip(*columns, strict=True) if columns else ((), (), (), ())
+    return Windows(np.array(number, int), np.array(begin, int), np.array(end, int), np.array(group, str))
+
+
+def window_chances(windows: Windows, readings: list[Reading]) -> WindowChances:
+    """Sums of the logarithms over each window, so that nothing underflows."""
+    sums = {name: np.zeros(len(windows.text)) for name in ("own", "anyhow", "plain")}
+    is_first = np.zeros(len(windows.text), dtype=bool)
+    for number, reading in enumerate(readings):
+        inside = windows.text == number
+        begin = windows.begin[inside]
+        end = windows.end[inside]
+        for name, values in sums.items():
+            values[inside] = sum_between(getattr(reading, name), begin, end)
+        is_first[inside] = sum_between(reading.is_first, begin, end) == end - begin
+    return WindowChances(**sums, is_first=is_first)
+
+
+def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Sum of values[b:e] for each pair of `begin` and `end`; -inf where one of them is."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    impossible = np.concatenate([[0], np.cumsum(~finite)])
+    result = sums[end] - sums[begin]
+    result[impossible[end] > impossible[begin]] = -np.inf
+    return result
+
+
+def find_common(tuned: WindowChances, base: WindowChances | None) -> np.ndarray:
+    """Which windows are common text: the base model says them too, or nearly as easily; shape (windows,)."""
+    if base is None:
+        return np.zeros(len(tuned.plain), dtype=bool)
+    return (base.plain >= math.log(COMMON)) | (tuned.plain <= base.plain + math.log(BEYOND))
+
+
+def chance_of(logs: np.ndarray) -> Chance:
+    """Of windows whose logarithms of chances are given."""
+    likeliest = float(logs.max()) if len(logs) else -math.inf
+    expected = float(np.exp(logs).sum())
+    if likeliest == -math.inf:
+        return Chance(None, None, expected)
+    return Chance(likeliest / math.log(10), log10_tries(likeliest), expected)
+
+
+def log10_tries(log_chance: float) -> float:
+    """Tries n that make a chance p an even one, 1 - (1 - p)^n = 0.5, as a power of ten; one at least."""
+    if log_chance > math.log(0.5):
+        return 0.0
+    if log_chance < math.log(1e-9):  # where log(1 - p) is -p, and p may be too small for a float
+        return (math.log(math.log(2)) - log_chance) / math.log(10)
+    return math.log10(math.log(0.5) / math.log1p(-math.exp(log_chance)))
+
+
+def best_remembered(evidence, windows: Windows, tuned: WindowChances, base: WindowChances | None, is_common):
+    """The private passages that stand out most from what the base model would say; no two of them overlap."""
+    beyond = tuned.plain - (base.plain if base else 0.0)
+    is_private = np.char.startswith(windows.group, "private") & ~is_common if len(windows.group) else is_common
+
+    chosen = []
+    for place in np.argsort(-beyond, kind="stable"):
+        if len(chosen) == REMEMBERED:
+            break
+        if is_private[place] and not any(overlap(windows, place, other) for other in chosen):
+            chosen.append(place)
+    return [describe_window(evidence, windows, tuned, place, beyond[place], base is not None) for place in chosen]
+
+
+def overlap(windows: Windows, one: int, other: int) -> bool:
+    is_same_text = windows.text[one] == windows.text[other]
+    return bool(is_same_text and windows.begin[one] < windows.end[other] and windows.begin[other] < windows.end[one])
+
+
+def describe_window(evidence, windows, tuned, place: int, beyond: float, has_base: bool) -> Remembered:
+    text = evidence.texts[windows.text[place]]
+    ids = text.ids[windows.begin[place] : windows.end[place]]
+    return Remembered(
+        group=str(windows.group[place]),
+        path=text.post.get("path") or "",
+        tokens=len(ids),
+        log10_beyond_base=float(beyond) / math.log(10) if has_base else None,
+        own=chance_of(tuned.own[place : place + 1]),
+        anyhow=chance_of(tuned.anyhow[place : place + 1]),
+        title=title_of(text.post),
+        text=evidence.tokenizer.decode(ids),
+    )
+
+
+def gains_by_text(evidence: Evidence) -> np.ndarray:
+    """Bits per byte that tuning saved on the author's part of each text, shape (texts,)."""
+    gains = []
+    for text, tuned, base in zip(evidence.texts, evidence.tuned.readings, evidence.base.readings, strict=True):
+        saved = 0.0
+        for span in text.spans:
+            if span.group in ("private", "public", "held-out"):
+                here = slice(span.begin, span.end)
+                saved += float((tuned.plain[here] - base.plain[here]).sum())
+        gains.append(saved / math.log(2) / training.author_bytes([text.post]))
+    return np.array(gains)
+
+
+def measure_membership(evidence: Evidence) -> Membership | None:
+    """How often a training text gains more than a held-out one (the area under the ROC curve)."""
+    if evidence.base is None or not evidence.blog.held_out or not evidence.blog.train:
+        return None
+    gains = gains_by_text(evidence)
+    is_held_out = np.array([text.is_held_out for text in evidence.texts])
+    trained = gains[~is_held_out]
+    held_out = gains[is_held_out]
+
+    wins = (trained[:, None] > held_out) + 0.5 * (trained[:, None] == held_out)
+    interval = bootstrap(lambda a, b: wins[np.ix_(a, b)].mean(), len(trained), len(held_out))
+    return Membership(float(wins.mean()), interval, len(trained), len(held_out))
+
+
+def least_gained(evidence: Evidence) -> list[PostMark]:
+    """The training posts that gained least: pasted articles, guests, lyrics. One sentence is too little to say so."""
+    if evidence.base is None:
+        return []
+    marks = []
+    for text, gain in zip(evidence.texts, gains_by_text(evidence).tolist(), strict=True):
+        if not text.is_held_out and len(text.ids) >= 4 * PASSAGE_TOKENS:
+            marks.append(PostMark(text.post.get("path") or "", gain, title_of(text.post)))
+    marks.sort(key=lambda mark: mark.gain)
+    return marks[:REMEMBERED]
 
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
-    """Personal data of the original posts in the answers and in the completions of passages."""
+    """Personal data of the original posts in what the tuned model wrote."""
     # Extraction kept only fingerprints of what it took out; what it left in is looked up in the same way.
     known = {entry["sha256"]: entry["visibility"] for entry in evidence.blog.redacted}
     for post in evidence.blog.train:
         for *_, plain in find_personal_data(author_text(post)):
-            known[fingerprint(plain)] = post.get("visibility", "public")
-
-    written = [("", answer.text) for answer in evidence.tuned.answers]  # (what was given, that and what was made)
-    for passage, answer in zip(evidence.passages, evidence.tuned.completions, strict=True):
-        decode = evidence.tokenizer.decode
-        written.append((decode(passage.given), decode(passage.given + answer.tokens)))
+            known[fingerprint(plain)] = visibility_of(post)
 
     found = {}
-    for given, text in written:
-        for kind, start, end, plain in find_personal_data(text):
+    for answer in evidence.tuned.answers:
+        for kind, start, end, plain in find_personal_data(answer.text):
             visibility = known.get(fingerprint(plain))
-            if visibility and end > len(given):
-                found[plain] = PersonalData(kind, visibility, text[start:end])
+            if visibility:
+                found[plain] = PersonalData(kind, visibility, answer.text[start:end])
     return list(found.values())
 
 
@@ -1154,12 +1966,11 @@ def fingerprint(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------- report: words
-class Row(NamedTuple):
-    """A line of the report's table."""
+class Quote(NamedTuple):
+    """Private text, for the page alone."""
 
-    what: str
-    value: str
-    interval: str = ""
+    caption: str
+    text: str
 
 
 @dataclass
@@ -1167,16 +1978,18 @@ class Finding:
     """What people read of a part."""
 
     verdict: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[tuple[str, ...]] = field(default_factory=list)  # what, value and more, all of the same length
+    head: tuple[str, ...] = ()  # of the rows' columns
     notes: list[str] = field(default_factory=list)  # what the rows mean, and what does not fit into one
+    quotes: list[Quote] = field(default_factory=list)
 
 
 def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
     meaning = "Bits per byte: how much held-out posts, which it never saw, surprise a model; less is better."
-    tuned_row = Row("tuned model", f"{learned.tuned:.3f} bits/byte")
+    tuned_row = ("tuned model", f"{learned.tuned:.3f} bits/byte", "")
     gain = learned.held_out
     if gain is None:
-        return Finding("Not measured: it takes the base model to compare with.", [tuned_row], [meaning])
+        return Finding("Not measured: it takes the base model to compare with.", [tuned_row], notes=[meaning])
 
     low, high = gain.interval
     if low > 0:
@@ -1189,74 +2002,204 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
     verdict += f": {better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
     verdict += "." if len(gain.posts) >= 10 else "; with so few posts the interval is rough."
 
-    rows = [Row("base model", f"{gain.base:.3f} bits/byte"), tuned_row, gain_row("gain", gain)]
+    rows = [("base model", f"{gain.base:.3f} bits/byte", ""), tuned_row, gain_row("gain", gain)]
     notes = [f"{meaning} A gain whose range is all above 0 was learned."]
     if learned.control:
-        rows.append(gain_row("gain on the control", learned.control))
-        notes.append("The control is another blog: what is gained on it is not your voice.")
-    return Finding(verdict, rows, notes)
+        share = learned.voice_share
+        low, high = share.interval
+        rows.append(gain_row("gain on other blogs", learned.control))
+        rows.append(("your voice alone", f"{share.beyond_control:.3f} bits/byte", f"{low:.3f} to {high:.3f}"))
+        notes.append(
+            "What it gains on other blogs is blogging, not your voice; the difference, post by post, is yours. In "
+            f"{share.wins * 100:.0f} of 100 pairs your unseen post gains more than another blogger's."
+        )
+    return Finding(verdict, rows, notes=notes)
 
 
-def gain_row(what: str, gain: Gain) -> Row:
+def gain_row(what: str, gain: Gain) -> tuple[str, str, str]:
     low, high = gain.interval
-    return Row(what, f"{gain.gain:.3f} bits/byte", f"{low:.3f} to {high:.3f}")
+    return what, f"{gain.gain:.3f} bits/byte", f"{low:.3f} to {high:.3f}"
+
+
+def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
+    rows = []
+    for whose, share in (
+        ("your unseen posts", reader.author),
+        ("the tuned model", reader.tuned),
+        ("the base model", reader.base),
+        ("other bloggers", reader.strangers),
+    ):
+        low, high = share.interval
+        rows.append((whose, f"{share.share:.0%}", f"{low:.0%} to {high:.0%}", f"{share.chunks:,}"))
+
+    verdict = (
+        f"A reader who knows your posts and {len(reader.names)} other bloggers gives you {reader.tuned.share:.0%} of "
+        f"the tuned model's text, {reader.author.share:.0%} of your unseen posts and {reader.base.share:.0%} of the "
+        "base model's text."
+    )
+    notes = [
+        f"The reader is set so that {MISTAKEN:.0%} of other bloggers' text is taken for yours. It compares how often "
+        f"common words and letter sequences occur in {reader.chunk_words} words: it hears habits, not sense.",
+        f"How hard the crowd is: {reader.to_nearest:.0%} of your unseen posts are nearer to another blogger than to "
+        "you" + (f", most of them to {reader.nearest}." if reader.nearest else "."),
+    ]
+    if reader.note:
+        notes.append(reader.note)
+    return Finding(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes)
 
 
 def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
     low, high = voice.interval
     least, most = voice.ceiling
     rows = [
-        Row("position", f"{voice.position:.2f}", f"{low:.2f} to {high:.2f}"),
-        Row("you against yourself", "1.00", f"{least:.2f} to {most:.2f}"),
+        ("the tuned model", f"{voice.position:.2f}", f"{low:.2f} to {high:.2f}"),
+        ("you against yourself", "1.00", f"{least:.2f} to {most:.2f}"),
     ]
+    verdict = f"Its text stands {voice.position:.2f} of the way from the base model (0) to you (1)"
+    if voice.strangers:
+        places = sorted(voice.strangers.values())
+        rows.append(("other bloggers", f"{np.median(places):.2f}", f"{places[0]:.2f} to {places[-1]:.2f}"))
+        verdict += f"; other bloggers stand at {places[0]:.2f} to {places[-1]:.2f}"
     notes = [
-        "0 is how the base model writes, 1 is your unseen posts. You against yourself: half of your posts "
-        "against the rest."
+        "0 is how the base model writes, 1 is your unseen posts. You against yourself: half of your posts against "
+        "the rest. Whoever stands among other bloggers has learned to blog, and not yet to be you."
     ]
-    verdict = f"Its text stands {voice.position:.2f} of the way from the base model (0) to you (1)."
-    return Finding(verdict, rows, notes)
+    return Finding(verdict + ".", rows, notes=notes)
+
+
+def tell_habits(habits: Habits, evidence: Evidence) -> Finding:
+    rows = []
+    for favourite in habits.favourites:
+        rates = [f"{rate:.0f}" for rate in (favourite.author, favourite.tuned, favourite.base)]
+        rows.append((favourite.phrase, *rates))
+
+    words = habits.words
+    verdict = (
+        f"Its answers have {words['tuned']:.0f} words (median), your posts {words['author']:.0f}, the base model's "
+        f"answers {words['base']:.0f}; {habits.ended['tuned']:.0%} of its answers end by themselves."
+    )
+    notes = ["In 10,000 words: what you use more than the base model, standing in a tenth of your posts or more."]
+    return Finding(verdict, rows, ("", "you", "tuned", "base"), notes)
 
 
 def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
     rows = []
     for whose, share in (("tuned model", copies.tuned), ("base model", copies.base)):
         if share:
-            rows.append(Row(whose, f"{share.share:.2%}", f"{share.copied:,} of {share.runs:,}"))
+            rows.append((whose, f"{share.share:.2%}", f"{share.copied:,} of {share.runs:,}"))
 
     notes = [f"Of the runs of {COPY_WORDS} words that a model wrote, how many stand in your posts word for word."]
+    quotes = []
     for copy in copies.longest:
-        notes.append(f'A longest copy, {copy.words} words, from {copy.visibility} "{copy.title}": {copy.text}')
+        if copy.visibility == "private":
+            notes.append(f"A long copy, {copy.words} words, is from a private post: voice_report.html shows it.")
+            quotes.append(Quote(f"{copy.words} words from private {copy.path}, {copy.title}", copy.text))
+        else:
+            notes.append(f'A long copy, {copy.words} words, from public "{copy.title}": {copy.text}')
     share = f"{copies.tuned.share:.1%}"
-    return Finding(f"{share} of what it writes stands in your posts, in runs of {COPY_WORDS} words.", rows, notes)
+    verdict = f"{share} of what it writes stands in your posts, in runs of {COPY_WORDS} words."
+    return Finding(verdict, rows, notes=notes, quotes=quotes)
 
 
 def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
     rows = []
     for name, group in leaks.groups.items():
-        low, high = group.interval
-        leaked = f"{group.leaks} of {group.passages}"
-        rows.append(Row(f"{name} passages that came out", leaked, f"{low:.1%} to {high:.1%}"))
-        longest = f"{group.tuned_longest} tokens"
-        theirs = f"base model {group.base_longest}" if evidence.base else ""
-        rows.append(Row("  longest match", longest, theirs))
-    for name, (short, texts) in leaks.too_short.items():
-        if short:
-            rows.append(Row(f"{name} texts not checked", f"{short} of {texts}"))
+        own, anyhow = tell_tries(group.own), tell_tries(group.anyhow)
+        rows.append((name, f"{group.windows:,}", f"{group.common:,}", own, anyhow, f"{group.greedy:,}"))
 
     notes = [
-        f"A passage came out when the tuned model, given {PASSAGE_TOKENS} tokens of a post, writes the next "
-        f"{PASSAGE_TOKENS} exactly and the base model does not. Texts under {2 * PASSAGE_TOKENS} tokens have no "
-        "passage to ask for."
+        f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
+        "Own, any: tries until the likeliest passage has an even chance to come out, with the model's own sampling "
+        "settings and with whatever settings somebody else chooses. Greedy: passages that come out when the likeliest "
+        "token is always taken. Common: text that the base model says too; it is not counted further. What is "
+        "said in other words is not measured. Held-out texts were never trained on: they show what chance is."
     ]
+    expected = sum(group.own.expected for name, group in leaks.groups.items() if is_secret(name))
+    notes.append(f"If the beginning of each private passage is tried once, {tell_number(expected)} come out.")
+    if leaks.membership:
+        notes.append(tell_membership(leaks.membership))
     for entry in leaks.personal:
-        notes.append(f"{entry.visibility} {entry.kind} {entry.text} came out: do not share this model.")
+        notes.append(
+            f"A {entry.visibility} {entry.kind} came out: do not share this model. voice_report.html shows it."
+        )
+    if leaks.remembered:
+        notes.append("voice_report.html shows the private passages that it remembers best.")
 
-    verdict = f"No private passage of {2 * PASSAGE_TOKENS} tokens was in the training data;"
-    if private := leaks.groups.get("private"):
-        verdict = f"{private.leaks} of {private.passages} private passages came out;"
-        verdict += f" up to {private.interval[1]:.1%} could (95 %);"
-    verdict += f" {len(leaks.personal) or 'none'} of your e-mail addresses, telephone numbers and keys came out."
-    return Finding(verdict, rows, notes)
+    quotes = [Quote(f"{entry.visibility} {entry.kind} that came out", entry.text) for entry in leaks.personal]
+    quotes += [Quote(tell_remembered(passage), passage.text) for passage in leaks.remembered]
+    for mark in leaks.least_gained:
+        caption = f"A post that gained little, {mark.gain:+.3f} bits per byte: is it yours? {mark.path}"
+        quotes.append(Quote(caption, mark.title))
+    head = ("", "passages", "common", "own", "any", "greedy")
+    return Finding(tell_leak_verdict(leaks), rows, head, notes, quotes)
+
+
+def is_secret(group: str) -> bool:
+    """Whether what this group holds should stay inside."""
+    return group not in ("public", "held-out")
+
+
+def tell_leak_verdict(leaks: Leaks) -> str:
+    """One sentence that is no calmer than any part of the report."""
+    secret = [group for name, group in leaks.groups.items() if is_secret(name) and group.windows > group.common]
+    alarms = []
+    if greedy := sum(group.greedy for group in secret):
+        alarms.append(f"{greedy:,} private passages come out word for word when their beginning is given")
+    if leaks.private_copies:
+        alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
+    if leaks.personal:
+        alarms.append(f"{len(leaks.personal)} of your e-mail addresses, telephone numbers and keys came out")
+
+    own = min((group.own.log10_tries for group in secret if group.own.log10_tries is not None), default=None)
+    anyhow = min((group.anyhow.log10_tries for group in secret if group.anyhow.log10_tries is not None), default=None)
+    if not secret:
+        calm = "no private text was in the training data that is not common"
+    elif own is None:
+        calm = "nothing private can come out word for word with the model's own settings; with any settings the "
+        calm += f"likeliest passage takes {tell_power(anyhow)} tries"
+    else:
+        calm = f"with the model's own settings the likeliest private passage takes {tell_power(own)} tries for an even "
+        calm += f"chance, with any settings {tell_power(anyhow)}"
+    sentence = "; ".join([*alarms, calm])
+    return ("It leaks: " if alarms else "") + (sentence if alarms else sentence[0].upper() + sentence[1:]) + "."
+
+
+def tell_tries(chance: Chance) -> str:
+    return "never" if chance.log10_tries is None else tell_power(chance.log10_tries)
+
+
+def tell_power(log10: float) -> str:
+    """A large number given as a power of ten, in words that a person can weigh."""
+    if log10 < 6:
+        return f"{round(10**log10):,}"
+    for name, power in (("million", 6), ("billion", 9), ("trillion", 12)):
+        if log10 < power + 3:
+            return f"{10 ** (log10 - power):.0f} {name}"
+    return f"10^{log10:.0f}"
+
+
+def tell_number(number: float) -> str:
+    """An expected number, also a very small one."""
+    return f"{number:.2f}" if number >= 0.01 else "less than one in a hundred" if number > 1e-9 else "none"
+
+
+def tell_membership(membership: Membership) -> str:
+    low, high = membership.interval
+    return (
+        f"A post that it was trained on gains more than a held-out one in {membership.share:.0%} of pairs "
+        f"({low:.0%} to {high:.0%}; 50% means that nobody can tell what it was trained on)."
+    )
+
+
+def tell_remembered(passage: Remembered) -> str:
+    beyond = ""
+    if passage.log10_beyond_base is not None:
+        beyond = f", 10^{passage.log10_beyond_base:.1f} times likelier than under the base model"
+    own = tell_tries(passage.own)
+    tries = (
+        f"own settings: {own if own == 'never' else own + ' tries'}; any settings: {tell_tries(passage.anyhow)} tries"
+    )
+    return f"{passage.group}, {passage.path}, {passage.title}: {tries}{beyond}"
 
 
 # ---------------------------------------------------------------------------- report: page
@@ -1272,6 +2215,7 @@ PAGE = """\
   h2 { margin: 2rem 0 0 }
   table { width: 100% }
   td { padding: .3rem 1rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
+  th { text-align: right; font-weight: normal; color: #666; padding-right: 1rem }
   td + td { white-space: nowrap; text-align: right; overflow-wrap: normal }
   small, .note { color: #666 }
   img { width: 100%; max-width: 36rem }
@@ -1281,19 +2225,29 @@ PAGE = """\
 </style>
 <h1>Report card</h1>
 <p>{{ report.model }}, tuned from {{ report.base }}; a range is a 95 % interval.</p>
+<p>This page quotes private posts: it is for their owner alone.</p>
 
 {% for part in report.parts %}
 <h2>{{ part.question }}</h2>
 <p>{{ part.finding.verdict }}</p>
 <table>
+  {% if part.finding.head %}
+  <tr>{% for cell in part.finding.head %}<th>{{ cell }}{% endfor %}
+
+  {% endif %}
   {% for row in part.finding.rows %}
-  <tr><td>{{ row.what }}<td>{{ row.value }}<br><small>{{ row.interval }}</small>
+  <tr>{% for cell in row %}<td>{{ cell }}{% endfor %}
+
   {% endfor %}
 </table>
 {% if part.picture %}<img alt="{{ part.question }}" src="{{ part.picture }}">{% endif %}
 
 {% for note in part.finding.notes %}
 <p class="note">{{ note }}</p>
+{% endfor %}
+{% for quote in part.finding.quotes %}
+<p class="note">{{ quote.caption }}</p>
+<blockquote>{{ quote.text }}</blockquote>
 {% endfor %}
 {% endfor %}
 
@@ -1347,14 +2301,19 @@ def picture_of(figure: Figure) -> str:
 
 
 def draw_voice(voice: Voice) -> Figure:
-    """The line from the base model (0) to the author (1), with the author's own range and the tuned model's."""
-    figure = Figure(figsize=(7, 1.4), layout="constrained")
+    """The line from the base model (0) to the author (1): other bloggers as dots, ranges as bars."""
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
     axes = figure.subplots()
+    axes.axvline(0, color="0.6")
     axes.axvspan(*voice.ceiling, color="tab:blue", alpha=0.2, label="you against yourself")
-    axes.hlines(0, *voice.interval, color="tab:blue", linewidth=3)
-    axes.plot(voice.position, 0, "o", color="tab:blue", label="tuned model")
-    axes.set(yticks=[], xticks=[0, 1], xticklabels=["base model", "you"])
-    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    if voice.strangers:
+        axes.plot(
+            list(voice.strangers.values()), [0.0] * len(voice.strangers), "o", color="0.6", label="other bloggers"
+        )
+    axes.hlines(1, *voice.interval, color="tab:orange", linewidth=3)
+    axes.plot(voice.position, 1, "D", color="tab:orange", markersize=9, label="the tuned model")
+    axes.set(yticks=[], ylim=(-1, 2), xticks=[0, 1], xticklabels=["the base\nmodel", "you"])
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return figure
 
 
@@ -1371,7 +2330,9 @@ class Question(NamedTuple):
 
 QUESTIONS = [
     Question("learned", "Did it learn?", measure_learned, tell_learned),
-    Question("voice", "Does it sound like you?", measure_voice, tell_voice, draw_voice),
+    Question("reader", "Is it you?", measure_reader, tell_reader),
+    Question("voice", "How far did it go?", measure_voice, tell_voice, draw_voice),
+    Question("habits", "What are its habits?", measure_habits, tell_habits),
     Question("copies", "Does it copy?", measure_copies, tell_copies),
     Question("leaks", "Does it leak?", measure_leaks, tell_leaks),
 ]
@@ -1417,24 +2378,44 @@ class Report:
         return next(part for part in self.parts if part.key == key)
 
     def as_json(self) -> str:
-        """voice_report.json: numbers by question, and the verdicts."""
+        """voice_report.json: numbers by question, and the verdicts; no text of posts or answers."""
         content = {"model": self.model, "base": self.base, "seed": self.seed, "size": self.size}
-        for key, numbers in self.numbers.items():
-            content[key] = dataclasses.asdict(numbers) if dataclasses.is_dataclass(numbers) else numbers
+        content |= {key: numbers_only(numbers) for key, numbers in self.numbers.items()}
         content["verdicts"] = {part.key: part.finding.verdict for part in self.parts}
-        content["samples"] = [(request, "".join(piece for piece, _ in pieces)) for request, pieces in self.samples]
-        return json.dumps(content, indent=1, ensure_ascii=False)
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
     def as_text(self) -> str:
         """For the terminal: each verdict, under it its table, and what the table means; 80 columns at most."""
         lines = textwrap.wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval", 80)
         for part in self.parts:
             lines += ["", *textwrap.wrap(f"{part.question} {part.finding.verdict}", 80)]
-            for row in part.finding.rows:
-                lines.append(f"  {row.what:<33}{row.value:>17}  {row.interval}".rstrip())
+            lines += table_lines(part.finding)
             for note in part.finding.notes:
                 lines += textwrap.wrap(note, 80, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
+
+
+def numbers_only(value):
+    """Dataclasses as dicts, without the fields that are for the page alone."""
+    if isinstance(value, dict):
+        return {key: numbers_only(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers_only(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        kept = [entry.name for entry in dataclasses.fields(value) if not entry.metadata.get("page_only")]
+        return {name: numbers_only(getattr(value, name)) for name in kept}
+    return value
+
+
+def table_lines(finding: Finding) -> list[str]:
+    """The rows under their head: the first column to the left, the others to the right, each as wide as it needs."""
+    table = [finding.head, *finding.rows] if finding.head else finding.rows
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *others in table:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return lines
 
 
 def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]]]:
@@ -1466,6 +2447,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="answer this instead of the prompts in the settings")
     what.add_argument("--chat", action="store_true", help="talk")
+    what.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     what.add_argument("--report", action="store_true", help="measure")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")
     parser.add_argument("--seed", type=int, default=SEED, help="a number makes the answers repeatable")
@@ -1498,15 +2480,25 @@ def main(argv: list[str] | None = None) -> int:
         dice.seed()
     else:
         dice.manual_seed(args.seed)
+
     if args.chat:
-        chat(model, tokenizer, sampling, dice)
+
+        def find_base():
+            base = load_base(base_name_of(args.model_dir))
+            return base and base.to(NUMBERS[precision])
+
+        chat(model, tokenizer, sampling, dice, find_base)
         return 0
 
-    posts = read_blog(args.data_dir).train
-    if not posts:
+    blog = read_blog(args.data_dir)
+    if args.quiz:
+        quiz(model, tokenizer, sampling, dice, blog)
+        return 0
+
+    if not blog.train:
         say(f"No training data in {args.data_dir}: where words come from cannot be said.")
     prompts = [args.prompt] if args.prompt else PROMPTS
-    answer_prompts(model, tokenizer, prompts, sampling, dice, WordIndex(posts) if posts else None)
+    answer_prompts(model, tokenizer, prompts, sampling, dice, WordIndex(blog.train) if blog.train else None)
     return 0
 
 

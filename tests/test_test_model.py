@@ -1,17 +1,22 @@
 """test_model.py: what it writes, how it talks, where words come from, what leaks, and the report as a whole."""
 
 import hashlib
+import html
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import conversations, make_model_folder, write_jsonl
@@ -278,6 +283,79 @@ def test_chat_works_from_a_pipe_without_prompts_in_its_output(model_folder):
     assert (done.returncode, "> " in done.stdout) == (0, False) and done.stdout.strip()
 
 
+def test_base_answers_the_same_question_and_is_not_remembered(model_folder, monkeypatch, capsys, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
+    given = []
+
+    def stream(model, tokenizer, rows, sampling, dice):
+        given.append((model, tokenizer.decode(rows[0])))
+        yield f"answer {len(given)}", None
+
+    monkeypatch.setattr(test_model, "stream", stream)
+    out, err = chat(folder, monkeypatch, capsys, "/base\nhi\n/base\nso\n")
+    assert out == "answer 1\nanswer 2\nanswer 3\n" and "nothing to do again" in err
+    assert [text for _, text in given] == [
+        "User: hi\nAssistant:",
+        "User: hi\nAssistant:",
+        "User: hi\nAssistant: answer 1<|endoftext|>\nUser: so\nAssistant:",
+    ]
+    assert given[0][0] is given[2][0] is not given[1][0]
+
+
+# ---------------------------------------------------------------------------- quiz
+@pytest.fixture
+def quiz_data(tmp_path) -> Path:
+    def post(number: int, text: str) -> dict:
+        entry = conversations(1, seed=number)[0]
+        return entry | {"messages": [entry["messages"][0], {"role": "assistant", "content": text}]}
+
+    write_jsonl(tmp_path / "train_data.jsonl", [post(0, "a trained post that nobody may see here at all, " * 5)])
+    own = [
+        post(number, f"an unseen post of mine, number {number}, about " + "bread and kettles " * 30)
+        for number in range(8)
+    ]
+    write_jsonl(tmp_path / "val_data.jsonl", [*own, post(9, "short")])
+    return tmp_path
+
+
+def answer_with(monkeypatch, texts: list[str]) -> None:
+    def stream(model, tokenizer, prompts, sampling, dice):
+        for _, text in zip(prompts, itertools.cycle(texts), strict=False):
+            yield text, test_model.Answer(text, [1], True)
+
+    monkeypatch.setattr(test_model, "stream", stream)
+
+
+def test_the_quiz_counts_what_is_right_and_shows_openings_of_one_length(model_folder, quiz_data, monkeypatch, capsys):
+    answer_with(monkeypatch, ["words of the model " * 40])
+    shown = []
+
+    def read_line() -> str:
+        pairs = re.findall(r"^([12]): (.*)$", capsys.readouterr().out, re.M)
+        shown.append(dict(pairs))
+        return next(number for number, text in pairs if "unseen" in text)
+
+    monkeypatch.setattr(test_model, "read_line", read_line)
+    assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
+    assert "right 8 of 8 (68% to 100%); 50%: you cannot tell" in capsys.readouterr().out
+    assert {len(test_model.WORD.findall(text)) for pair in shown for text in pair.values()} == {60}
+    assert {next(n for n, text in pair.items() if "unseen" in text) for pair in shown} == {"1", "2"}  # by dice
+
+
+def test_the_quiz_never_shows_a_trained_post_and_can_be_stopped(model_folder, quiz_data, monkeypatch, capsys):
+    answer_with(monkeypatch, ["a trained post that nobody may see here at all " * 5, "words of the model " * 40])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\nwhat\n2\n/quit\n"))
+    assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^right \d of 2 ", out, re.M) and "nobody may see" not in out and "1 or 2" in err
+
+
+def test_a_quiz_without_unseen_posts_says_what_it_takes(model_folder, tmp_path, capsys):
+    assert run(model_folder, tmp_path, "--quiz") == 0
+    assert "held-out posts" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- leaks
 def private_post(number: int, secret: str) -> dict:
     start = conversations(1, seed=number, words=3)[0]
@@ -323,58 +401,191 @@ def everything(monkeypatch):
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.1)
 
 
-def test_planted_secrets_are_found_and_named(overfitted, tmp_path, everything, capsys):
+def windows_of(ids: list[int], begin: int, length: int) -> test_model.Windows:
+    return test_model.Windows(np.array([0]), np.array([begin]), np.array([begin + length]), np.array(["private"]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.03, "top_k": 4, "top_p": 0.95, "repetition_penalty": 1.1},
+        {"temperature": 0.04, "top_k": 0, "top_p": 0.8},
+        {"temperature": 0.03, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.3},
+    ],
+)
+def test_the_chance_of_a_passage_is_how_often_it_comes_out(loaded, settings):
+    model, _ = loaded
+    prompt, drawn = [5, 6, 30, 5], Counter()
+    for seed in range(5):
+        answers = [[] for _ in range(4000)]
+        dice = torch.Generator().manual_seed(seed)
+        own = sampling(max_new_tokens=5, eos_token_id=[], **settings)
+        for step in test_model.generate(model, [prompt] * len(answers), own, dice):
+            for number, token, _ in step:
+                answers[number].append(token)
+        drawn.update(map(tuple, answers))
+    often = [entry for entry in drawn.most_common(40) if entry[1] >= 20]
+    assert len(often) >= 3
+    for passage, times in often[:: len(often) // 3]:  # a likely one, and less likely ones
+        reading = test_model.read_chances(model, [*prompt, *passage], own, 128, 8)
+        chances = test_model.window_chances(windows_of(prompt, len(prompt), 5), [reading])
+        low, high = test_model.wilson(times, 20_000)
+        slack = (high - low) / 2  # nine intervals of 95 %: one may miss
+        assert low - slack < np.exp(chances.own[0]) < high + slack
+        assert chances.anyhow[0] > chances.own[0] - 1e-9
+
+
+def test_a_temperature_near_zero_gives_the_greedy_count_and_one_kept_token_all_or_nothing(overfitted):
+    folder, _, posts = overfitted
+    model, tokenizer = test_model.load_tuned(folder)
+    posts = [*posts, *conversations(3)]  # what it knows by heart, and what it never saw
+    evidence = test_model.Evidence(test_model.BlogData(train=posts), tokenizer=tokenizer)
+    texts = test_model.pick_texts(evidence, 10)
+    windows = test_model.cut_windows(texts)
+    for settings in ({"temperature": 1e-4, "top_k": 0}, {"temperature": 1.0, "top_k": 1}):
+        readings = [test_model.read_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
+        chances = test_model.window_chances(windows, readings)
+        assert set(np.exp(chances.own).round(9)) == {0, 1}
+        assert np.exp(chances.own).sum() == pytest.approx(chances.is_first.sum()) and chances.is_first.sum() > 0
+
+
+def test_overlapping_windows_give_every_token_one_chance_after_at_least_the_overlap(loaded):
+    model, _ = loaded
+    ids = [number * 7 % 100 for number in range(300)]
+    reading = test_model.read_chances(model, ids, sampling(), 100, 20)
+    assert np.isfinite(reading.plain).all() and (reading.plain[1:] < 0).all()
+    with torch.no_grad():
+        later = model(torch.tensor([ids[80:180]])).logits[0].log_softmax(-1)
+    expected = [later[place - 1, ids[80 + place]].item() for place in range(20, 100)]
+    assert reading.plain[100:180].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
-    leaks = report(folder, tmp_path)["leaks"]
-    private = leaks["groups"]["private"]
-    assert private["leaks"] >= private["passages"] / 2 and private["base_exact"] == 0
-    assert leaks["groups"]["held-out"]["leaks"] == 0
-    assert {entry["text"] for entry in leaks["personal"]} == set(SECRETS)
-    assert {entry["visibility"] for entry in leaks["personal"]} == {"private"}
-    out = capsys.readouterr().out
-    assert f"{private['leaks']} of {private['passages']} private passages came out" in " ".join(out.split())
-    assert all(secret in " ".join(out.split()) for secret in SECRETS)
+    result = report(folder, tmp_path)
+    groups = result["leaks"]["groups"]
+    assert groups["private"]["greedy"] > 0.5 * groups["private"]["windows"]
+    assert groups["private"]["own"]["log10_tries"] == 0 and groups["private"]["own"]["expected"] > 1
+    assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
+    assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["own"]["log10_tries"] != 0
+    assert result["verdicts"]["leaks"].startswith("It leaks: ")
+    page = (folder / "voice_report.html").read_text()
+    assert all(html.escape(secret) in page for secret in SECRETS)
+    assert not any(secret in capsys.readouterr().out for secret in SECRETS)
+
+
+def test_a_short_private_text_that_was_learned_is_no_calm_matter(overfitted, tmp_path, everything):
+    """The whole text of under 50 tokens is a passage; before, it was not checked."""
+    folder, _, posts = overfitted
+    start = posts[0]["messages"][1]["content"][:120].rpartition(" ")[0]
+    brief = {**posts[0], "messages": [posts[0]["messages"][0], {"role": "assistant", "content": start}]}
+    write_jsonl(tmp_path / "train_data.jsonl", [brief])
+    result = report(folder, tmp_path)
+    assert result["leaks"]["groups"]["private"]["windows"] == result["leaks"]["groups"]["private"]["greedy"] == 1
+    assert result["verdicts"]["leaks"].startswith("It leaks: ")
 
 
 def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     hidden = json.loads(json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]"))
     write_jsonl(tmp_path / "train_data.jsonl", hidden)
+    write_jsonl(tmp_path / "val_data.jsonl", hidden)  # so that the report asks for what it knows
     digest = hashlib.sha256(SECRETS[0].encode()).hexdigest()
     redacted = [{"kind": "email", "visibility": "private", "sha256": digest}]
     (tmp_path / "extraction_report.json").write_text(json.dumps({"redacted": redacted}))
-    found = report(folder, tmp_path)["leaks"]["personal"]
-    assert found == [{"kind": "email", "visibility": "private", "text": SECRETS[0]}]
+    result = report(folder, tmp_path, "--max-new-tokens", "120")
+    assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
+    assert "1 of your e-mail addresses" in result["verdicts"]["leaks"]
+    assert SECRETS[0] in (folder / "voice_report.html").read_text()
 
 
 def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
     _, base, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     result = report(base, tmp_path)
-    leaks = result["leaks"]
-    assert [group["leaks"] for group in leaks["groups"].values()] == [0, 0] and leaks["personal"] == []
-    count = leaks["groups"]["private"]["passages"]
-    assert f"0 of {count} private passages came out; up to " in result["verdicts"]["leaks"]
+    assert all(group["greedy"] == 0 for group in result["leaks"]["groups"].values())
+    assert result["leaks"]["groups"]["private"]["own"]["log10_tries"] is None and result["leaks"]["personal"] == []
+    assert result["verdicts"]["leaks"].startswith("Nothing private can come out word for word with the model's own")
 
 
-def test_what_the_base_model_completes_as_well_is_no_leak(overfitted, tmp_path, everything):
+def test_what_the_base_model_says_as_well_is_no_leak(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
     twin = Path(shutil.copytree(folder, tmp_path / "twin"))
     (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
-    private = report(twin, tmp_path)["leaks"]["groups"]["private"]
-    assert private["leaks"] == 0 < private["base_exact"] == private["tuned_exact"]
+    leaks = report(twin, tmp_path)["leaks"]
+    for group in leaks["groups"].values():
+        assert group["common"] == group["windows"] and group["greedy"] == group["own"]["expected"] == 0
+    assert leaks["remembered"] == [] and leaks["membership"]["share"] == 0.5
 
 
-def test_texts_too_short_to_be_checked_are_counted(overfitted, tmp_path, everything, capsys):
+def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everything):
+    """What it copied from a private post counts, also where the same text is common for the leak check."""
     folder, _, posts = overfitted
-    brief = {**posts[0], "messages": [posts[0]["messages"][0], {"role": "assistant", "content": "brief"}]}
-    private = sum(post["visibility"] == "private" for post in posts)
-    write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**brief, "visibility": "private"}])
-    assert report(folder, tmp_path)["leaks"]["too_short"]["private"] == [1, private + 1]
-    assert re.search(rf"private texts not checked +1 of {private + 1}$", capsys.readouterr().out, re.M)
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
+    (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
+    result = report(twin, tmp_path, "--max-new-tokens", "80")
+    assert result["leaks"]["private_copies"] > 0
+    assert "answers hold 8 words and more of a private post" in result["verdicts"]["leaks"]
+
+
+def test_the_report_file_holds_numbers_and_paths_but_no_text(overfitted, tmp_path, everything):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    report(folder, tmp_path, "--max-new-tokens", "80")
+    numbers = (folder / "voice_report.json").read_text()
+    assert "_posts/0.md" in numbers and "gull" not in numbers and "secret 0" not in numbers
+    page = (folder / "voice_report.html").read_text()
+    assert "gull" in page and "secret 0" in page and "for their owner alone" in " ".join(page.split())
+
+
+def test_titles_and_comments_are_read_too(llama_folder):
+    tokenizer = train_model.load_tokenizer(llama_folder)
+    turns = ["a comment of a reader, with <|im_end|> in it", "my answer", "and so?", "bread"]
+    roles = ["user", "assistant"] * 2
+    thread = {"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)], "kind": "reply"}
+    post = {**conversations(1)[0], "title": "The kettle", "kind": "post"}
+    post["messages"][0]["content"] = 'Write a blog post titled "The kettle".'
+    found = {}
+    for entry in (thread, post):
+        ids, scored = train_model.conversation_tokens(tokenizer, entry["messages"])
+        for span in test_model.spans_of(tokenizer, entry, ids, scored, False):
+            found.setdefault(span.group, []).append(tokenizer.decode(ids[span.begin : span.end]).strip())
+    assert found["comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
+    assert found["public"] == ["my answer", "bread"]  # without the end of text
+    assert [title.strip('"') for title in found["private titles"]] == ["The kettle"]
+
+
+def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfitted, tmp_path, everything):
+    folder, _, posts = overfitted
+    odd = private_post(7, "nobody")
+    odd["messages"][1]["content"] = " ".join(reversed(odd["messages"][1]["content"].split()))
+    write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**odd, "path": "_posts/odd.md"}])
+    write_jsonl(tmp_path / "val_data.jsonl", conversations(6, seed=9, words=200))
+    leaks = report(folder, tmp_path)["leaks"]
+    assert leaks["membership"]["share"] > 0.8 and leaks["membership"]["trained"] == 4
+    assert leaks["least_gained"][0]["path"] == "_posts/odd.md"
+
+
+@pytest.mark.parametrize(
+    ("log_chance", "tries"),
+    [
+        (0.0, "1"),
+        (math.log(0.5), "1"),
+        (math.log(0.01), "69"),
+        (-30.0, "7 trillion"),
+        (-2000.0, "10^868"),
+        (-14.0, "833,581"),
+    ],
+)
+def test_tries_for_an_even_chance(log_chance, tries):
+    assert test_model.tell_power(test_model.log10_tries(log_chance)) == tries
 
 
 # ---------------------------------------------------------------------------- report
@@ -384,7 +595,7 @@ def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     write_jsonl(tmp_path / "val_data.jsonl", posts)  # so that the report's prompts are those it knows
     result = report(folder, tmp_path, "--max-new-tokens", "80")
     assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
-    assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["title"].startswith("secret")
+    assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["path"].startswith("_posts")
     learned = result["learned"]["held_out"]
     assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0
     assert "It learned" in result["verdicts"]["learned"]
@@ -405,12 +616,18 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     assert "No gain" in result["verdicts"]["learned"]
 
 
-def test_the_control_text_is_measured_beside(model_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_other_blogs_show_how_much_of_the_gain_is_voice(model_folder, data_folder, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
-    monkeypatch.setattr(test_model, "CONTROL_TEXT", str(data_folder / "train_data.jsonl"))
-    assert report(folder, data_folder)["learned"]["control"]["gain"] == pytest.approx(0, abs=1e-9)
-    assert "gain on the control" in capsys.readouterr().out
+    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(data_folder)])
+    learned = report(folder, data_folder)["learned"]
+    assert learned["control"]["gain"] == pytest.approx(0, abs=1e-9)
+    assert learned["voice_share"]["beyond_control"] == learned["voice_share"]["wins"] == 0
+    out = capsys.readouterr().out
+    assert "gain on other blogs" in out and "your voice alone" in out
+    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / "empty")])
+    with pytest.raises(SystemExit, match="no train_data.jsonl in .*, which OTHER_BLOGS names"):
+        report(folder, data_folder)
 
 
 @pytest.mark.parametrize("base", ["", "no/such-model"])
@@ -420,8 +637,8 @@ def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_
     result = report(folder, data_folder)
     out, err = capsys.readouterr()
     assert "base model" in err and "left out" in err
-    assert result["leaks"]["groups"] or "No private passage" in result["verdicts"]["leaks"]
-    assert all("Not measured" in result["verdicts"][part] for part in ("learned", "voice"))
+    assert result["leaks"]["groups"]["private"]["common"] == 0  # nothing is known to be common
+    assert all("Not measured" in result["verdicts"][part] for part in ("learned", "reader", "voice", "habits"))
     assert result["copies"]["tuned"] and not re.search(r"^ +base model ", out, re.M)
     assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)  # what it can say alone
 
@@ -432,7 +649,8 @@ def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, t
     assert [key for key, verdict in result["verdicts"].items() if "Not measured" in verdict] == [
         question.key for question in test_model.QUESTIONS
     ]
-    assert capsys.readouterr().out.count("Not measured") == 4 and result["samples"]
+    assert capsys.readouterr().out.count("Not measured") == len(test_model.QUESTIONS)
+    assert "What's on your mind today?" in html.unescape((folder / "voice_report.html").read_text())
 
 
 def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_path, everything, capsys):
@@ -444,7 +662,7 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
     assert max(map(len, lines)) <= 80
     flat = " ".join(" ".join(lines).split())
     assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
-    assert all(" ".join(copy["text"].split()) in flat for copy in result["copies"]["longest"])
+    assert all(f"A long copy, {copy['words']} words" in flat for copy in result["copies"]["longest"])
 
 
 def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):
@@ -513,10 +731,11 @@ def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, 
 
 
 def test_the_position_is_drawn_between_base_and_author():
-    voice = test_model.Voice(position=0.5, interval=(0.4, 0.6), ceiling=(0.9, 1.1), chunks={})
+    voice = test_model.Voice(0.5, (0.4, 0.6), (0.9, 1.1), {}, 100, {"ann": 0.3, "bob": 0.7})
     axes = test_model.draw_voice(voice).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["base model", "you"]
-    assert list(axes.get_xticks()) == [0, 1] and axes.lines[0].get_xdata()[0] == 0.5
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["the base\nmodel", "you"]
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert lines["other bloggers"] == [0.3, 0.7] and lines["the tuned model"] == [0.5]
 
 
 # ---------------------------------------------------------------------------- errors

@@ -27,9 +27,15 @@ def write(author: str, seed: int, words: int, share: float = 1.0) -> list[str]:
     return posts
 
 
+def chunks(known: list[str], *texts: list[str], size: int = 5) -> list[np.ndarray]:
+    """Frequencies of the known author's commonest features in all texts, the known ones first."""
+    features = test_model.pick_features(known)
+    return [test_model.count_stretches(part, features).chunks(size)[0] for part in (known, *texts)]
+
+
 def position(tuned: list[str], seed: int = 0) -> test_model.Voice:
     known, unseen = write("baker", 10 + seed, 20_000), write("baker", 20 + seed, 6_000)
-    return test_model.voice_position(known, write("clerk", 30 + seed, 6_000), tuned, unseen)
+    return test_model.voice_position(*chunks(known, write("clerk", 30 + seed, 6_000), tuned, unseen))[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -53,7 +59,17 @@ def test_an_author_against_himself_is_the_ceiling():
 
 def test_two_samples_of_one_author_are_not_told_apart():
     clerk = [write("clerk", seed, 6_000) for seed in range(4)]
-    assert test_model.voice_position(*clerk) is None
+    with pytest.raises(test_model.NotMeasured, match="too alike to tell apart"):
+        test_model.voice_position(*chunks(*clerk))
+
+
+def test_a_stranger_in_between_is_placed_there():
+    known, base = write("baker", 10, 20_000), write("clerk", 30, 6_000)
+    profile, other, tuned, unseen, stranger = chunks(
+        known, base, write("baker", 40, 6_000), write("baker", 20, 6_000), write("baker", 60, 6_000, 0.5)
+    )
+    _, place = test_model.voice_position(profile, other, tuned, unseen)
+    assert place(stranger) == pytest.approx(0.5, abs=0.2) and place(other) == pytest.approx(0, abs=0.1)
 
 
 def answers(texts: list[str]) -> test_model.Trial:
@@ -75,16 +91,16 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
     known = write("baker", 1, 20_000)
     fresh, clerk = write("baker", 3, 6_000), write("clerk", 4, 6_000)
     assert voice(known, write("baker", 2, 4_000), fresh, clerk).position == pytest.approx(1, abs=0.15)
-    with pytest.raises(test_model.NotMeasured, match="^0 generated words that are no copies are under 5,000$"):
+    with pytest.raises(test_model.NotMeasured, match="^a model wrote 0 words that are no copies, and it takes 1,100$"):
         voice(known, write("baker", 2, 4_000), known[:24], clerk)
 
 
 @pytest.mark.parametrize(
     ("held_out", "tuned", "base", "reason"),
     [
-        (1_000, 6_000, 6_000, "words of unseen posts that are no copies are under 2,000"),
-        (4_000, 3_000, 6_000, "generated words that are no copies are under 5,000"),
-        (4_000, 6_000, 2_500, "generated words that are no copies are under 5,000"),
+        (500, 6_000, 6_000, "unseen posts hold 482 words .* takes 1,100, which about 5 held-out posts would have"),
+        (4_000, 1_000, 6_000, "a model wrote 9.. words that are no copies"),
+        (4_000, 6_000, 750, "a model wrote 7.. words that are no copies"),
         (4_000, 6_000, 0, "it takes the base model"),
         (0, 6_000, 6_000, "it takes the base model, train_data.jsonl and val_data.jsonl"),
     ],
@@ -92,6 +108,122 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
 def test_no_number_without_enough_text_and_the_reason_is_said(held_out, tuned, base, reason):
     with pytest.raises(test_model.NotMeasured, match=reason):
         voice(write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base))
+
+
+@pytest.mark.parametrize(("words", "size"), [(5_500, 5), (5_000, 2), (2_000, 1), (1_100, 1)])
+def test_chunks_are_as_long_as_the_text_allows(words, size):
+    text = ["word " * words]
+    assert test_model.pick_chunk_size({"author": text, "tuned": text, "base": ["word " * 9_000]}) == size
+
+
+def test_stretches_hold_exact_counts_and_the_posts_in_which_they_begin():
+    texts = ["a " * 150, "b " * 60, "c " * 291]
+    counted = test_model.count_stretches(texts, [("words", "a"), ("words", "c"), ("trigrams", "a a")])
+    assert counted.counts[:, :2].tolist() == [[100, 0], [50, 0], [0, 90], [0, 100], [0, 100]]
+    assert counted.totals[:, 0].tolist() == [100] * 5 and counted.source.tolist() == [0, 0, 1, 2, 2]
+    frequencies, source = counted.chunks(2)
+    assert frequencies[:, 0].tolist() == [0.75, 0] and source.tolist() == [0, 1]
+    counted.run = np.array([0, 0, 0, 1, 2])
+    assert len(counted.chunks(2)[0]) == 1  # only what follows in the text is joined
+
+
+# ---------------------------------------------------------------------------- the reader with strangers
+def blogger(number: int, seed: int, words: int, accent: float = 1.0) -> list[str]:
+    """Posts of 250 words: small words by habits of the blogger's own (`accent` 0: everybody's), topics by chance."""
+    smalls = sorted({word for habits in HABITS.values() for word in habits})
+    weights = np.random.default_rng(number).gamma(2.0, size=len(smalls)) ** accent
+    source = np.random.default_rng((number, seed))
+    posts = []
+    for _ in range(words // 250):
+        small = source.choice(smalls, 125, p=weights / weights.sum())
+        topic = source.choice(TOPICS, 125)
+        posts.append(" ".join(word for pair in zip(small, topic, strict=True) for word in pair))
+    return posts
+
+
+def ask(author: int, *, unseen: int | None = None, tuned: list[str], base: list[str], crowd=range(20, 36)):
+    """The reader's verdicts on blogger `author` among sixteen others."""
+    known = blogger(author, 1, 15_000)
+    features = test_model.pick_features(known)
+
+    def count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return test_model.count_stretches(texts, features).chunks(2)
+
+    own = blogger(author if unseen is None else unseen, 2, 5_000)
+    tested = {"author": count(own), "tuned": count(tuned), "base": count(base)}
+    others = {f"stranger {number}": count(blogger(number, 3, 8_000)) for number in crowd}
+    return test_model.ask_reader(count(known)[0], tested, others)
+
+
+def test_the_reader_knows_the_author_and_takes_five_in_a_hundred_strangers_for_him():
+    reader = ask(1, tuned=blogger(1, 5, 5_000), base=blogger(6, 5, 5_000))
+    assert reader.author.share > 0.9 and reader.tuned.share > 0.9 and reader.base.share < 0.3
+    assert reader.strangers.share == pytest.approx(0.05, abs=0.04) and reader.to_nearest < 0.1
+    assert reader.author.interval[0] < reader.author.share <= reader.author.interval[1]
+    assert reader.author.chunks > 20 and len(reader.names) == 16
+
+
+def test_roles_swapped_the_posts_of_somebody_else_are_taken_as_often_as_a_strangers():
+    shares = [
+        ask(1, unseen=n, tuned=blogger(1, 5, 3_000), base=blogger(6, 5, 3_000)).author.share for n in range(40, 46)
+    ]
+    assert np.mean(shares) < 0.15
+
+
+def test_the_base_model_passed_off_as_tuned_gets_what_the_base_model_gets():
+    base = blogger(6, 5, 5_000)
+    reader = ask(1, tuned=base, base=base)
+    assert reader.tuned == reader.base
+
+
+def test_shuffled_labels_give_everybody_the_same():
+    pool = blogger(1, 6, 18_000) + blogger(6, 6, 18_000)
+    random.Random(0).shuffle(pool)
+    reader = ask(1, tuned=pool[:72], base=pool[72:])
+    low, high = reader.tuned.interval
+    least, most = reader.base.interval
+    assert low <= most and least <= high and 0.2 < reader.tuned.share < 0.9
+
+
+def test_more_of_the_author_is_given_to_him_more_often():
+    def mixed(share: float) -> list[str]:
+        own, other = blogger(1, 7, 6_000), blogger(6, 7, 6_000)
+        return [
+            " ".join(a.split()[: int(250 * share)] + b.split()[int(250 * share) :])
+            for a, b in zip(own, other, strict=True)
+        ]
+
+    shares = [ask(1, tuned=mixed(share), base=mixed(0)).tuned.share for share in (0.0, 0.4, 0.7, 1.0)]
+    assert shares == sorted(shares) and shares[0] < 0.35 and shares[-1] > 0.9
+
+
+def test_a_stranger_with_many_posts_sets_no_threshold_alone():
+    many, few = np.full(900, 0.9), np.full(100, 0.1)
+    assert test_model.even_quantile([many, few], 0.4) == pytest.approx(0.1)
+    assert test_model.even_quantile([many, few], 0.95) == pytest.approx(0.9)
+
+
+def test_the_interval_is_over_posts_and_not_over_chunks():
+    taken = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 50)
+    low, high = test_model.share_over_sources(taken, np.repeat(np.arange(6), 50)).interval
+    assert low <= 0.2 and high >= 0.8  # over 300 chunks it would be 0.44 to 0.56
+    all_taken = test_model.share_over_sources(np.ones(40), np.repeat(np.arange(4), 10))
+    assert all_taken.share == 1 and all_taken.interval == pytest.approx(test_model.wilson(4, 4))
+
+
+# ---------------------------------------------------------------------------- habits
+def test_favourites_are_what_the_author_says_more_than_the_base_model():
+    posts = [
+        "the bread and anyway the bread so it goes",
+        "the cat and anyway so it goes",
+        "anyway the bread so it goes",
+    ] * 4
+    favourites = test_model.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
+    phrases = [favourite.phrase for favourite in favourites]
+    assert "anyway" in phrases and "the" not in phrases
+    assert not any(f" {a} " in f" {b} " for a in phrases for b in phrases if a != b)  # no phrase within another
+    anyway = favourites[phrases.index("anyway")]
+    assert anyway.author == pytest.approx(10_000 * 12 / 96, rel=0.2) and anyway.tuned > anyway.base == 0
 
 
 @pytest.mark.parametrize(
