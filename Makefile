@@ -1,7 +1,4 @@
-# make demo   the whole job on the sample blogs, with a real small model
-# make test   lint and tests
-# make gguf   blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder and TYPE=q8_0 to change)
-# make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)
+# `make` or `make help` lists what can be made.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,14 +11,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test gguf test-gguf test-trl
+.PHONY: help install demo test check gguf test-gguf test-trl
 .DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make install   Python packages into .venv/ (2 GB), nothing else'
+	@echo 'make demo      the whole job on an invented blog, with a real small model: about ten minutes'
+	@echo 'make check     ruff, and the tests that take seconds'
+	@echo 'make test      ruff, and all tests: about eight minutes; .ci/run is this'
+	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
+	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 2 GB on the disk, one to ten minutes.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install -r requirements.txt
 	touch $@
 
 $(VENV)/installed-for-tests: tests/requirements.txt $(VENV)/installed
@@ -37,13 +44,34 @@ sample/model/config.json: sample/make_model.py $(VENV)/installed-for-demo
 
 DEMO := sample/demo
 DEMO_BLOGS := --public sample/public-blog --private sample/private-blog --author wrenlow
-demo: sample/model/config.json
+demo: demo-begins sample/model/config.json
+	@echo; echo '--- 1 of 3: posts to conversations (seconds)'
 	$(BIN)/python extract_blog_data.py $(DEMO_BLOGS) --data-dir $(DEMO)/data
+	@echo; echo '--- 2 of 3: training (four minutes on two cores)'
 	$(BIN)/python train_model.py --base-model sample/model --data-dir $(DEMO)/data --output-dir $(DEMO)/model \
 		--epochs 1 --learning-rate 2e-4
+	@echo; echo '--- 3 of 3: what it writes, and the report (three minutes)'
 	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model
-	$(BIN)/python -c 'import test_model; test_model.REPORT_SIZE = 0.1; test_model.main()' \
-		--data-dir $(DEMO)/data --model-dir $(DEMO)/model --report
+	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model --report --quick
+	@echo
+	@echo 'What to do next:'
+	@echo '  1. look at the report:   $(DEMO)/model/voice_report.html in a browser'
+	@echo '  2. talk to the model:    $(BIN)/python test_model.py --model-dir $(DEMO)/model --chat'
+	@echo '  3. take your own blog:   the settings at the top of extract_blog_data.py, then the three scripts'
+
+.PHONY: demo-begins
+demo-begins:
+	@echo 'The demo takes an invented baker, 88 posts, and makes a model that writes like her:'
+	@echo 'install what is needed, extract, train a small real model (135M), let it write, measure it.'
+	@echo 'About ten minutes on two cores, most of it training; nothing is written outside of this folder.'
+
+# Tables of cases and arithmetic; whole training runs are left to `make test`.
+check: $(VENV)/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/test_extract_text.py tests/test_strangers.py
+
+install: $(VENV)/installed
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
