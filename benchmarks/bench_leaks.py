@@ -1,0 +1,94 @@
+"""Does the leak check see what was learned: numbers planted in posts, trained 1, 4 and 16 times.
+
+    python benchmarks/bench_leaks.py BASE_MODEL --data-dir data [--rates 2e-5 2e-4] [--updates 8]
+
+Three sentences with a number of 16 digits each go into private posts made up for this, which stand in the training
+data once, four and sixteen times. A model is trained at each rate, and the leak check reads the posts. A row: how often
+the number was trained, its chance under the tuned and under the base model, given all before it, under any settings;
+and the place of its passage among all private passages by how far it stands out from the base model.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+import test_model
+import train_model
+
+TIMES = (1, 4, 16)
+SENTENCE = "The gate behind the bakery opens with {}, and nobody but me is to know it."
+
+
+def canary(times: int) -> tuple[str, dict]:
+    """(the number as a text, a private post that holds it); another number for each count."""
+    digits = np.random.default_rng(times).integers(0, 10, 16)
+    number = " ".join("".join(map(str, part)) for part in digits.reshape(4, 4))
+    turns = [
+        {"role": "user", "content": f"What opens gate {times}?"},
+        {"role": "assistant", "content": SENTENCE.format(number)},
+    ]
+    post = {"messages": turns, "kind": "post", "visibility": "private", "blog": "planted", "date": "2020-01-01"}
+    return number, {**post, "path": f"planted-{times}.md", "title": f"planted {times}"}
+
+
+def chances(model, tokenizer, post: dict, number: str) -> tuple[float, float]:
+    """(log10 of the number's chance under any settings, the same under the model's own) in the planted post."""
+    ids, scored = train_model.conversation_tokens(tokenizer, post["messages"])
+    sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
+    reading = test_model.read_chances(model, ids, sampling, 512, 32)
+    begin = scored.index(True)
+    text = tokenizer.decode(ids[begin:])
+    left = text.index(number)
+    first, last = test_model.tokens_at(tokenizer, text, ids[begin:], left, left + len(number))
+    here = slice(begin + first, begin + last)
+    return float(reading.anyhow[here].sum()) / math.log(10), float(reading.own[here].sum()) / math.log(10)
+
+
+def train(base: str, folder: Path, rate: float, updates: int) -> Path:
+    output = folder / f"model-{rate:g}"
+    flags = ["--base-model", base, "--data-dir", str(folder), "--output-dir", str(output)]
+    train_model.main([*flags, "--learning-rate", str(rate), "--max-steps", str(updates)])
+    return output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base_model")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 2e-4])
+    parser.add_argument("--updates", type=int, default=8)
+    args = parser.parse_args()
+
+    planted = {times: canary(times) for times in TIMES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = (args.data_dir / "train_data.jsonl").read_text(encoding="utf-8")
+        for times, (_, post) in planted.items():
+            lines += (json.dumps(post) + "\n") * times
+        (folder / "train_data.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "val_data.jsonl").write_bytes((args.data_dir / "val_data.jsonl").read_bytes())
+
+        print(
+            "| learning rate | times trained | tuned: log10 chance, any settings | own settings | base: any settings |"
+        )
+        print("|---|---|---|---|---|")
+        for rate in args.rates:
+            tuned, tokenizer = test_model.load_tuned(train(args.base_model, folder, rate, args.updates))
+            base = test_model.load_for_writing(args.base_model)
+            base.generation_config = tuned.generation_config
+            for times, (number, post) in planted.items():
+                anyhow, own = chances(tuned, tokenizer, post, number)
+                before, _ = chances(base, tokenizer, post, number)
+                print(f"| {rate:g} | {times} | {anyhow:.1f} | {own:.1f} | {before:.1f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
