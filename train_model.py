@@ -345,10 +345,10 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
             continue
 
         full = render(tokenizer, messages[: turn + 1])
-        prompt = prompt_of_answer(tokenizer, messages[: turn + 1], full)
+        prompt, answer = split_at_answer(tokenizer, messages[: turn + 1], full)
         # Each for itself, as the prompt will be when the model is asked: no token may reach over the border.
         before = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
-        reply, closed_at = reply_tokens(tokenizer, full[len(prompt) :])
+        reply, closed_at = reply_tokens(tokenizer, answer, message["content"])
 
         ids += before + reply
         scored += [False] * len(before)
@@ -357,22 +357,33 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
     return ids, scored
 
 
-def prompt_of_answer(tokenizer, messages: list[dict], full: str) -> str:
-    """The beginning of `full`, the rendering of `messages`, after which the model writes the last message."""
+def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, str]:
+    """(prompt, answer): what the model is given when it is asked for the last message, and what it is to write.
+
+    `full` is the rendering of `messages`. Where the prompt ends in something that the finished turn lacks (some
+    templates open a thought for the model, and drop it later), it stays: the model will be asked so.
+    """
     prompt = render(tokenizer, messages[:-1], add_generation_prompt=True) if messages[:-1] else ""
     if not prompt:  # the author speaks first
-        prompt, _, _ = full.partition(break_control_tokens(messages[-1]["content"], tokenizer))
-    return os.path.commonprefix([full, prompt])
+        prompt, _, _ = full.partition(break_control_tokens(messages[-1]["content"], tokenizer).strip())
+    shared = os.path.commonprefix([full, prompt])
+    return prompt, full[len(shared) :]
 
 
-def reply_tokens(tokenizer, text: str) -> tuple[list[int], int]:
+def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     """Token ids of an answer, and the place of the control token that closes it; what follows is the template's."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     control = set(tokenizer.all_special_ids)
-    ends = [place for place, token in enumerate(ids) if token in control]
-    if not ends:  # a template that never closes the turn
+    places = [place for place, token in enumerate(ids) if token in control]
+
+    # Control tokens before the end of what is said (an opened thought, say) close nothing.
+    said = break_control_tokens(content, tokenizer).strip()
+    begin = 0 if text.lstrip().startswith(said) else max(text.rfind(said), 0)
+    up_to_its_end = text[: text.index(said, begin) + len(said)] if said in text else ""
+    inside = sum(token in control for token in tokenizer.encode(up_to_its_end, add_special_tokens=False))
+    if inside >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
-    return ids, ends[-1]
+    return ids, places[inside]
 
 
 # ---------------------------------------------------------------------------- rows

@@ -114,6 +114,45 @@ def test_a_template_that_rewrites_earlier_turns_loses_none(llama_folder):
     ]
 
 
+TURN = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # The turn ends in plain text: the end of text is added, and every word is scored.
+        (
+            f"{TURN} + '\n' }}}}{PROMPT}' }}}}{{% endif %}}",
+            [("hello\n<|im_end|>", True), ("bread <3\n<|im_end|>", True)],
+        ),
+        # Two control tokens close a turn: the first one is the end, the second is the template's.
+        (
+            f"{TURN} + '<|im_end|><|endoftext|>' }}}}{PROMPT}' }}}}{{% endif %}}",
+            [("hello<|im_end|>", True), ("bread <3<|im_end|>", True)],
+        ),
+        # The prompt opens a thought that finished turns lack: the model is trained as it will be asked.
+        (
+            f"{TURN} + '<|im_end|>\n' }}}}{PROMPT}[thought]' }}}}{{% endif %}}",
+            [("hello<|im_end|>", True), ("bread <3<|im_end|>", True)],
+        ),
+        # Control tokens before what is said close nothing.
+        (
+            "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|endoftext|>' + m['content'] + '<|im_end|>' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+            [("<|endoftext|>hello<|im_end|>", True), ("<|endoftext|>bread <3<|im_end|>", True)],
+        ),
+    ],
+)
+def test_odd_templates_score_every_word_and_one_end(template, expected, llama_folder):
+    tokenizer = train_model.load_tokenizer(llama_folder)
+    tokenizer.chat_template = template
+    runs = marked(tokenizer, TALK)
+    assert [run for run in runs if run[1]] == expected
+    asked = train_model.render(tokenizer, TALK[:1], add_generation_prompt=True)
+    assert runs[0][0] == asked  # trained as it will be asked
+
+
 def test_labels_of_a_window_are_its_scored_tokens(gpt2_folder):
     tokenizer = train_model.load_tokenizer(gpt2_folder)
     rows = train_model.make_rows([train_model.conversation_tokens(tokenizer, TALK[:2])], 64, 8)
