@@ -97,7 +97,8 @@ def answer_prompts(
     model, tokenizer, texts: list[str], sampling: GenerationConfig, dice: torch.Generator, index: WordIndex | None
 ) -> None:
     """Prints an answer to each prompt and, given an index, where its longest run of words comes from."""
-    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    prompts = [request_tokens(tokenizer, text) for text in texts]
+    # All are looked at before the first is answered, which takes time.
     longest = max(map(len, prompts))
     room = positions_of(model)
     if longest >= room:
@@ -112,7 +113,9 @@ def answer_prompts(
             continue
 
         answers.append(answer)
-        print("\n" + tell_origin(index.longest_copy(answer.text)) if index else "")
+        print()
+        if index:
+            print(tell_origin(index.longest_copy(answer.text)))
         is_last = len(answers) == len(texts)
         print("" if is_last else f"\n> {texts[len(answers)]}\n", flush=True)
 
@@ -151,6 +154,7 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, fi
             talk.take_back()
             continue
 
+        # Also half an answer is remembered: the user has read it.
         parts = []
         with contextlib.suppress(KeyboardInterrupt):
             for piece, _ in stream(writer, tokenizer, [prompt], sampling, dice):
@@ -179,8 +183,9 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
     base_name = base_name_of(args.model_dir)
-    evidence = gather_evidence(args, history, model, tokenizer, precision, size)
 
+    # What is asked is settled before the first model is, so that the answers of both compare.
+    evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     base = load_base(base_name)
     if base is not None:
@@ -191,6 +196,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
         report.add(question, evidence)
     report.samples = sample_answers(evidence)
 
+    # Both files before the terminal, whose window may be gone by the time it is printed.
     try:
         replace_file(args.model_dir / "voice_report.json", report.as_json())
         replace_file(args.model_dir / "voice_report.html", make_page(report, args.model_dir / "loss_curve.png"))
@@ -484,6 +490,20 @@ def stream(
             current += 1
 
 
+def whole_answers(
+    model, tokenizer, prompts: list[list[int]], sampling: GenerationConfig, dice: torch.Generator
+) -> Iterator[Answer]:
+    """What `stream` gives, without the pieces."""
+    for _, answer in stream(model, tokenizer, prompts, sampling, dice):
+        if answer is not None:
+            yield answer
+
+
+def request_tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of a conversation in which the user has said `text`, and nothing else was said."""
+    return prompt_tokens(tokenizer, [{"role": "user", "content": text}])
+
+
 def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation that ends where the assistant is to speak."""
     return tokenizer.encode(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)
@@ -592,6 +612,10 @@ def count_words(texts: Iterable[str]) -> int:
 def author_text(conversation: dict) -> str:
     """What the author says in it."""
     return "\n\n".join(turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant")
+
+
+def author_texts(conversations: list[dict]) -> list[str]:
+    return [author_text(conversation) for conversation in conversations]
 
 
 def title_of(conversation: dict) -> str:
@@ -728,10 +752,12 @@ def quiz_pairs(
     fewest, most = QUIZ_WORDS
     index = WordIndex(blog.train)
     prompts = [prompt_tokens(tokenizer, post["messages"][:1]) for post in posts]
-    answers = (answer for _, answer in stream(model, tokenizer, prompts, sampling, dice) if answer)
+    answers = whole_answers(model, tokenizer, prompts, sampling, dice)
     for post, answer in zip(posts, answers, strict=True):
         own = author_text(post)
-        words = min(count_words([own]), count_words([answer.text]), most)
+        # Of one length, or the longer one would be the author's more often than not.
+        shorter = min(count_words([own]), count_words([answer.text]))
+        words = min(shorter, most)
         # A copy would show a post of the training data.
         if words >= fewest and not index.longest_copy(answer.text).post:
             yield opening(own, words), opening(answer.text, words)
@@ -798,6 +824,9 @@ class Trial:
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
     control_nats: np.ndarray | None = None  # and of each held-out conversation of OTHER_BLOGS
 
+    def texts(self) -> list[str]:
+        return [answer.text for answer in self.answers]
+
 
 @dataclass
 class Evidence:
@@ -825,11 +854,13 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
     """Everything that is the same for both models, before either is asked."""
     blog = read_blog(args.data_dir)
     recipe = history.get("settings", {})
-    posts = posts_of(blog.held_out)
+
+    # Asked as it was in training, for posts that it never saw.
+    requests = [post["messages"][0]["content"] for post in posts_of(blog.held_out)]
     evidence = Evidence(
         blog=blog,
         index=WordIndex(blog.train) if blog.train else None,
-        requests=[post["messages"][0]["content"] for post in posts] or PROMPTS,
+        requests=requests or PROMPTS,
         words=round(size * WORDS_TO_WRITE),
         log=history.get("log", []),
         context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
@@ -838,6 +869,7 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         seed=42 if args.seed is None else args.seed,
         tokenizer=tokenizer,
     )
+
     add_other_blogs(evidence)
     evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
     return evidence
@@ -865,7 +897,7 @@ def add_other_blogs(evidence: Evidence) -> None:
         if not other.train:
             sys.exit(f"There is no train_data.jsonl in {HERE / folder}, which OTHER_BLOGS names.")
         evidence.control += other.held_out
-        evidence.other_texts[str(folder)] = [author_text(post) for post in other.train + other.held_out]
+        evidence.other_texts[str(folder)] = author_texts(other.train + other.held_out)
 
 
 def visibility_of(conversation: dict) -> str:
@@ -881,11 +913,15 @@ def pick_texts(evidence: Evidence, public: int) -> list[Text]:
     """What is read for the leak check: all private texts, all held-out ones, and `public` public ones."""
     others = [post for post in evidence.blog.train if visibility_of(post) == "public"]
     # The same ones every time, so that two reports compare.
-    chosen = np.random.default_rng(42).permutation(len(others))[:public]
-    trained = private_posts(evidence) + [others[place] for place in sorted(chosen)]
+    order = np.random.default_rng(42).permutation(len(others))
+    chosen = sorted(order[:public])
+    trained = private_posts(evidence) + [others[place] for place in chosen]
 
-    texts = [text_of(evidence.tokenizer, post, False) for post in trained]
-    texts += [text_of(evidence.tokenizer, post, True) for post in evidence.blog.held_out]
+    texts = []
+    for post in trained:
+        texts.append(text_of(evidence.tokenizer, post, is_held_out=False))
+    for post in evidence.blog.held_out:
+        texts.append(text_of(evidence.tokenizer, post, is_held_out=True))
     return texts
 
 
@@ -917,15 +953,18 @@ def read_losses(model, tokenizer, evidence: Evidence, conversations: list[dict],
 def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Answer]:
     """Answers to the requests, from the first again if need be, until there are as many words as are needed."""
     dice = torch.Generator().manual_seed(evidence.seed)
-    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in evidence.requests]
-
+    prompts = [request_tokens(tokenizer, request) for request in evidence.requests]
     # A model that ends every answer at once would go on for ever.
     most = max(ANSWERS_AT_ONCE, evidence.words // FEWEST_WORDS)
     source = itertools.islice(itertools.cycle(prompts), most)
+
     answers = []
     written = 0
-    while written < evidence.words and (batch := list(itertools.islice(source, ANSWERS_AT_ONCE))):
-        answers += [answer for _, answer in stream(model, tokenizer, batch, sampling, dice) if answer]
+    while written < evidence.words:
+        batch = list(itertools.islice(source, ANSWERS_AT_ONCE))
+        if not batch:
+            break
+        answers += whole_answers(model, tokenizer, batch, sampling, dice)
         written = count_words(answer.text for answer in answers)
         say(f"{name} model: wrote {written:,} words, {evidence.words:,} needed")
     return answers
@@ -992,9 +1031,10 @@ def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
 
 def spans_of_personal_data(tokenizer, ids: list[int], begin: int, end: int) -> Iterator[Span]:
     """Addresses, numbers and keys that stand in the author's text because REDACT was off or no rule knew them."""
-    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+    own = ids[begin:end]
+    text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
     for _, left, right, _ in find_personal_data(text):
-        first, last = tokens_at(tokenizer, text, ids[begin:end], left, right)
+        first, last = tokens_at(tokenizer, text, own, left, right)
         yield Span("personal data", begin + first, begin + last)
 
 
@@ -1006,12 +1046,14 @@ def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, e
         group = "comments"
         wanted = comments_of(conversation)
 
-    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+    context = ids[begin:end]
+    text = tokenizer.decode(context, clean_up_tokenization_spaces=False)
     for content in wanted:
         content = break_control_tokens(content, tokenizer)  # as the template shows it
         left = text.find(content)
         if content and left >= 0:
-            first, last = tokens_at(tokenizer, text, ids[begin:end], left, left + len(content))
+            right = left + len(content)
+            first, last = tokens_at(tokenizer, text, context, left, right)
             yield Span(group, begin + first, begin + last)
 
 
@@ -1070,9 +1112,10 @@ class Reading:
 def read_texts(model, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Reading]:
     """A reading of each text; says how far it is and how long it will take."""
     texts = evidence.texts
+    # By tokens, because texts differ a hundredfold in length.
     began = time.monotonic()
     whole = sum(len(text.ids) for text in texts)
-    done = 0  # tokens
+    done = 0
     readings = []
     for text in texts:
         reading = read_chances(model, text.ids, sampling, evidence.context_tokens, evidence.overlap_tokens)
@@ -1130,20 +1173,26 @@ def chances_of(rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sa
 
     # The very chances that answers are drawn from; a token that was cut off is not among them, so its sum is 0.
     tokens, chances = next_token_chances(rows, seen, sampling)
-    own = (chances.double() * (tokens == wanted)).sum(-1).log()
+    is_wanted = tokens == wanted
+    drawn = (chances.double() * is_wanted).sum(-1)
+    own = drawn.log()
 
     logits = rows.gather(1, wanted)  # (rows, 1)
-    plain = (logits[:, 0] - rows.logsumexp(-1)).double()
-    ranks = 1 + (rows > logits).sum(-1)
+    plain = logits[:, 0] - rows.logsumexp(-1)
+    plain = plain.double()
+    likelier = (rows > logits).sum(-1)
+    ranks = 1 + likelier
     bound = torch.where(ranks <= FEW_RANKS, -ranks.double().log(), plain)
 
     # A repetition penalty reorders the tokens, so the own settings may favour one whose rank without it is low.
     anyhow = torch.maximum(bound, own)
-    return Reading(own.cpu().numpy(), anyhow.cpu().numpy(), plain.cpu().numpy(), (ranks == 1).cpu().numpy())
+    columns = (own, anyhow, plain, likelier == 0)
+    return Reading(*(column.cpu().numpy() for column in columns))
 
 
 # ---------------------------------------------------------------------------- report: numbers
 DRAWS = 2_000  # bootstrap samples
+NATS_OF_A_BIT = math.log(2)
 Interval = tuple[float, float]  # 95 %: (low, high)
 
 PAGE_ONLY = {"page_only": True}  # metadata of fields that hold text, which voice_report.json does not
@@ -1161,7 +1210,11 @@ def wilson(hits: int, trials: int) -> Interval:
     spread = z * math.sqrt(variance + (z / trials / 2) ** 2)
     middle = share + z * z / (2 * trials)
     scale = 1 + z * z / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+    low = (middle - spread) / scale
+    high = (middle + spread) / scale
+    # Rounding may carry them out of the range by the last digit.
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(statistic: Callable, *sizes: int) -> Interval:
@@ -1185,6 +1238,10 @@ class PostGain:
     tuned: float
     title: str = field(metadata=PAGE_ONLY)
 
+    @property
+    def gain(self) -> float:
+        return self.base - self.tuned
+
 
 @dataclass
 class Gain:
@@ -1195,6 +1252,10 @@ class Gain:
     gain: float
     interval: Interval  # of the gain, over conversations
     posts: list[PostGain]
+
+    def of_each(self) -> np.ndarray:
+        """Shape (posts,)."""
+        return np.array([post.gain for post in self.posts])
 
 
 @dataclass
@@ -1224,7 +1285,8 @@ def measure_learned(evidence: Evidence) -> Learned:
 
     tuned = evidence.tuned
     base = evidence.base
-    bits = float(tuned.held_out_nats.sum()) / math.log(2)
+    # Over all bytes, as training_report.json has it, so that the two figures compare.
+    bits = float(tuned.held_out_nats.sum()) / NATS_OF_A_BIT
     learned = Learned(bits / training.author_bytes(posts))
     if base is not None:
         learned.held_out = gain_on(posts, tuned.held_out_nats, base.held_out_nats)
@@ -1237,33 +1299,34 @@ def measure_learned(evidence: Evidence) -> Learned:
 def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) -> Gain:
     """The gain on `posts`, whose losses, in nats, are given one by one; long posts weigh more."""
     size = np.array([training.author_bytes([post]) for post in posts])
-    before = base_nats / math.log(2)
-    after = tuned_nats / math.log(2)
+    before = base_nats / NATS_OF_A_BIT
+    after = tuned_nats / NATS_OF_A_BIT
     base = float(before.sum() / size.sum())
     tuned = float(after.sum() / size.sum())
 
+    # Whole posts are drawn, because the sentences of one post are alike.
     saved = before - after
     interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
 
-    per_post = []
     base_rates = (before / size).tolist()
     tuned_rates = (after / size).tolist()
-    for post, old, new in zip(posts, base_rates, tuned_rates, strict=True):
-        per_post.append(PostGain(path_of(post), old, new, title_of(post)))
+    per_post = []
+    for place, post in enumerate(posts):
+        entry = PostGain(path_of(post), base_rates[place], tuned_rates[place], title_of(post))
+        per_post.append(entry)
     return Gain(base, tuned, base - tuned, interval, per_post)
 
 
 def share_of_voice(own: Gain, control: Gain) -> VoiceShare:
     """The gain on the author's posts beside that on others', post by post; every post weighs the same."""
-    ours = np.array([post.base - post.tuned for post in own.posts])
-    theirs = np.array([post.base - post.tuned for post in control.posts])
-    beyond = float(ours.mean() - theirs.mean())
+    ours = own.of_each()
+    theirs = control.of_each()
+    beyond = ours.mean() - theirs.mean()
+    interval = bootstrap(lambda a, b: ours[a].mean() - theirs[b].mean(), len(ours), len(theirs))
 
     # Every pair of posts, shape (ours, theirs).
     is_won = ours[:, None] > theirs
-    wins = float(is_won.mean())
-    interval = bootstrap(lambda a, b: ours[a].mean() - theirs[b].mean(), len(ours), len(theirs))
-    return VoiceShare(beyond, interval, wins)
+    return VoiceShare(float(beyond), interval, float(is_won.mean()))
 
 
 # ---------------------------------------------------------------------------- report: numbers, habits of writing
@@ -1335,14 +1398,19 @@ def count_styles(evidence: Evidence) -> Styles:
     """Counts of everybody's text; raises NotMeasured where somebody's is missing or too short."""
     texts = texts_without_copies(evidence)
     size = pick_chunk_size(texts)
-    known = [author_text(post) for post in evidence.blog.train]
+
+    # Picked from posts that are not tested, so that no text chooses what it is judged by.
+    known = author_texts(evidence.blog.train)
     strangers = find_strangers(evidence, pick_features(known))
 
-    profile, _ = count_stretches(known, strangers.features).chunks(size)
+    def count(part: list[str]) -> Chunks:
+        return count_stretches(part, strangers.features).chunks(size)
+
+    profile, _ = count(known)
     if len(profile) == 0:
         words = (size + 1) * STRETCH_WORDS
         raise NotMeasured(f"your training posts hold {count_words(known):,} words, and it takes {words:,}")
-    tested = {whose: count_stretches(part, strangers.features).chunks(size) for whose, part in texts.items()}
+    tested = {whose: count(part) for whose, part in texts.items()}
     crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
     return Styles(size, profile, tested, crowd, strangers.note)
 
@@ -1355,11 +1423,16 @@ def texts_without_copies(evidence: Evidence) -> dict[str, list[str]]:
     if evidence.base is None or evidence.index is None or not evidence.blog.held_out:
         raise NotMeasured("it takes the base model, train_data.jsonl and val_data.jsonl")
     texts = {
-        "author": [author_text(post) for post in evidence.blog.held_out],
-        "tuned": [answer.text for answer in evidence.tuned.answers],
-        "base": [answer.text for answer in evidence.base.answers],
+        "author": author_texts(evidence.blog.held_out),
+        "tuned": evidence.tuned.texts(),
+        "base": evidence.base.texts(),
     }
-    return {whose: [evidence.index.without_copies(text) for text in part] for whose, part in texts.items()}
+
+    # The author's too: who quotes himself would seem nearer to himself than any model can be.
+    fresh = {}
+    for whose, part in texts.items():
+        fresh[whose] = [evidence.index.without_copies(text) for text in part]
+    return fresh
 
 
 def pick_chunk_size(texts: dict[str, list[str]]) -> int:
@@ -1388,6 +1461,7 @@ def pick_features(posts: list[str]) -> list[Feature]:
     """The words and trigrams that stand in the most posts: habits rather than topics."""
     spread = {kind: Counter() for kind in FEATURES}  # in how many posts each stands
     for post in posts:
+        # Once in a post counts as much as ten times, which is what a topic does.
         for kind, counts in counts_of(post).items():
             spread[kind].update(counts.keys())
 
@@ -1410,8 +1484,9 @@ def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
     pooled = gap.join(texts)
     lengths = [len(text) + len(gap) for text in texts[:-1]]
     starts = np.cumsum([0, *lengths])  # where each text begins, in characters
-    edges = [begin for begin, _ in word_spans(pooled)][::STRETCH_WORDS]
 
+    # Cut at words, whatever text they are in: most answers are shorter than a stretch.
+    edges = [begin for begin, _ in word_spans(pooled)][::STRETCH_WORDS]
     counts = []
     totals = []
     for begin, end in itertools.pairwise(edges):
@@ -1422,9 +1497,13 @@ def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
 
     # Two axes also where there is no stretch.
     shape = (len(counts), len(features))
-    source = np.searchsorted(starts, edges[: len(counts)], side="right") - 1
-    run = np.zeros(len(counts))
-    return Stretches(np.array(counts).reshape(shape), np.array(totals).reshape(shape), source, run)
+    begins = edges[: len(counts)]
+    return Stretches(
+        counts=np.array(counts).reshape(shape),
+        totals=np.array(totals).reshape(shape),
+        source=np.searchsorted(starts, begins, side="right") - 1,
+        run=np.zeros(len(counts)),
+    )
 
 
 def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
@@ -1440,10 +1519,13 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
         known[name] = count_stretches(texts, features)
 
     # A few polite words are nobody's habits.
-    readers = [text for post in evidence.blog.train for text in comments_of(post)]
+    readers = []
+    for conversation in evidence.blog.train:
+        readers += comments_of(conversation)
     if count_words(readers) >= MIN_STRANGER_WORDS:
         known["your readers"] = count_stretches(readers, features)
 
+    # Twice what a tested text needs: all that is compared with a rival is compared with these few chunks.
     enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
     return Strangers(features, enough, shipped.note)
 
@@ -1455,22 +1537,31 @@ def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     with np.load(STRANGERS, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
 
-    words = data["words"].tolist()  # the commonest first
-    share = share_of_language(words[:100], evidence)
+    # In the file the commonest words come first.
+    share = share_of_language(data["words"][:100].tolist(), evidence)
     if share < SAME_LANGUAGE:
         note = (
             f"Of the 100 commonest words of the bloggers who come along you use {share:.0%}: they write another "
             "language, so they are left out. OTHER_BLOGS names other ones."
         )
         return Strangers([], {}, note)
+    return pick_counts(data, features)
 
+
+def pick_counts(data: dict[str, np.ndarray], features: list[Feature]) -> Strangers:
+    """The arrays of STRANGERS, by blog and of those `features` that they hold."""
     # The file has a row for each feature, words before trigrams, and a column for each stretch.
-    keys = [("words", word) for word in words] + [("trigrams", key) for key in data["trigrams"].tolist()]
-    row = {feature: place for place, feature in enumerate(keys)}
+    row = {}
+    for kind in FEATURES:
+        for key in data[kind].tolist():
+            row[kind, key] = len(row)
     shared = [feature for feature in features if feature in row]
-    counts = data["counts"][[row[feature] for feature in shared]].T.astype(int)  # (stretches, features)
-    column = [0 if kind == "words" else 1 for kind, _ in shared]
-    totals = data["totals"][:, column].astype(int)  # (stretches, features)
+    rows = [row[feature] for feature in shared]
+    counts = data["counts"][rows].T.astype(int)  # (stretches, features)
+
+    # Of how many words, and of how many trigrams: two columns.
+    columns = [0 if kind == "words" else 1 for kind, _ in shared]
+    totals = data["totals"][:, columns].astype(int)  # (stretches, features)
 
     stretches = {}
     for number, name in enumerate(data["names"].tolist()):
@@ -1496,6 +1587,11 @@ def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     within = np.mean([group.var(0) for group in groups], axis=0)
     between = means.var(0)
     return means.mean(0), without_zeros(np.sqrt(within + between))
+
+
+def profiles_of(groups: list[np.ndarray], middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """z-scores of each group's mean, shape (groups, features)."""
+    return np.array([(group.mean(0) - middle) / spread for group in groups])
 
 
 def without_zeros(spread: np.ndarray) -> np.ndarray:
@@ -1568,8 +1664,10 @@ def ask_reader(profile: np.ndarray, tested: dict[str, Chunks], crowd: dict[str, 
 
     `profile`, shape (chunks, features), is the author's known text. `chunk_words` of the result is left to the caller.
     """
-    names = list(crowd)
-    order = np.random.default_rng(42).permutation(len(names))
+    chunks = [frequencies for frequencies, _ in crowd.values()]
+    sources = [source for _, source in crowd.values()]
+    # By chance: the names that come along are sorted, and readers and other blogs follow them.
+    order = np.random.default_rng(42).permutation(len(crowd))
     halves = (order[::2], order[1::2])
 
     taken = {whose: np.zeros(len(frequencies)) for whose, (frequencies, _) in tested.items()}
@@ -1577,28 +1675,27 @@ def ask_reader(profile: np.ndarray, tested: dict[str, Chunks], crowd: dict[str, 
     strangers_source = []
     thresholds = []
     for rivals, judges in (halves, halves[::-1]):
-        rival_chunks = [crowd[names[number]][0] for number in rivals]
-        judge_scores = []
-        for number in judges:
-            frequencies, source = crowd[names[number]]
-            judge_scores.append(impostor_scores(frequencies, profile, rival_chunks))
-            strangers_source.append(source + NEXT_BLOG * number)
-
+        rival_chunks = [chunks[number] for number in rivals]
+        judge_scores = [impostor_scores(chunks[number], profile, rival_chunks) for number in judges]
         threshold = even_quantile(judge_scores, 1 - MISTAKEN)
         thresholds.append(threshold)
         strangers_taken += [scores > threshold for scores in judge_scores]
+        strangers_source += [sources[number] + NEXT_BLOG * number for number in judges]
 
         # Each half of the strangers has half a vote on what is nobody's of them.
         for whose, (frequencies, _) in tested.items():
             scores = impostor_scores(frequencies, profile, rival_chunks)
             taken[whose] += (scores > threshold) / 2
 
-    shares = {whose: share_over_sources(values, tested[whose][1]) for whose, values in taken.items()}
+    shares = {}
+    for whose, (_, source) in tested.items():
+        shares[whose] = share_over_sources(taken[whose], source)
     all_taken = np.concatenate(strangers_taken).astype(float)
     shares["strangers"] = share_over_sources(all_taken, np.concatenate(strangers_source))
+
     to_nearest, nearest = nearest_stranger(profile, tested["author"][0], crowd)
     return Reader(
-        **shares, threshold=tuple(thresholds), names=names, chunk_words=0, to_nearest=to_nearest, nearest=nearest
+        **shares, threshold=tuple(thresholds), names=list(crowd), chunk_words=0, to_nearest=to_nearest, nearest=nearest
     )
 
 
@@ -1609,19 +1706,20 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
     that the author wins, as in the source, is 0 or 1 for most chunks and leaves nothing to set a threshold on.
     """
     middle, spread = common_scale([profile, *rivals])
-    author = (profile.mean(0) - middle) / spread  # (features,)
-    others = np.array([(chunks.mean(0) - middle) / spread for chunks in rivals])  # (rivals, features)
+    author = profiles_of([profile], middle, spread)  # (1, features)
+    others = profiles_of(rivals, middle, spread)  # (rivals, features)
     scores = (tested - middle) / spread  # (tested, features)
 
     # The same rounds for every text, so that all texts are asked the same.
     dice = np.random.default_rng(42)
     lead = np.zeros(len(tested))
+    half = math.ceil(len(others) / 2)
     for _ in range(ROUNDS):
-        some = dice.random(len(author)) < 0.5
-        present = dice.permutation(len(others))[: math.ceil(len(others) / 2)]
+        some = dice.random(len(middle)) < 0.5
+        present = dice.permutation(len(others))[:half]
 
         heard = scores[:, some]
-        to_author = cosines(heard, author[None, some])[:, 0]
+        to_author = cosines(heard, author[:, some])[:, 0]
         to_others = cosines(heard, others[present][:, some])
         lead += to_author - to_others.max(1)
     return lead / ROUNDS
@@ -1630,7 +1728,8 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
 def even_quantile(groups: list[np.ndarray], share: float) -> float:
     """The quantile of all values, every group with the same weight: a stranger with many posts sets no threshold."""
     values = np.concatenate(groups)
-    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
+    weights_of_groups = [np.full(len(group), 1 / len(group)) for group in groups]
+    weights = np.concatenate(weights_of_groups)
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weights[order]) / weights.sum()
 
@@ -1658,13 +1757,15 @@ def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
 
 def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, crowd: dict[str, Chunks]) -> tuple[float, str]:
     """(share of unseen chunks that are nearer to a stranger than to the author, the stranger who gets the most)."""
-    groups = [profile, *(frequencies for frequencies, _ in crowd.values())]
+    groups = [profile]
+    for frequencies, _ in crowd.values():
+        groups.append(frequencies)
     middle, spread = common_scale(groups)
-    profiles = np.array([(group.mean(0) - middle) / spread for group in groups])  # (1 + strangers, features)
     scores = (unseen - middle) / spread
-    nearest = cosines(scores, profiles).argmax(1)
+    nearest = cosines(scores, profiles_of(groups, middle, spread)).argmax(1)
 
-    lost = nearest[nearest > 0] - 1  # 0 is the author
+    # The first group is the author.
+    lost = nearest[nearest > 0] - 1
     if len(lost) == 0:
         return 0.0, ""
     most = np.bincount(lost).argmax()
@@ -1687,8 +1788,11 @@ class Voice:
 def measure_voice(evidence: Evidence) -> Voice:
     """The position of the tuned model and of the strangers; raises NotMeasured."""
     styles = styles_of(evidence)
-    tested = {whose: frequencies for whose, (frequencies, _) in styles.tested.items()}
-    voice, place = voice_position(styles.profile, tested["base"], tested["tuned"], tested["author"])
+    author, _ = styles.tested["author"]
+    tuned, _ = styles.tested["tuned"]
+    base, _ = styles.tested["base"]
+    voice, place = voice_position(styles.profile, base, tuned, author)
+
     voice.chunk_words = styles.size * STRETCH_WORDS
     voice.strangers = {name: place(frequencies) for name, (frequencies, _) in styles.strangers.items()}
     return voice
@@ -1714,11 +1818,13 @@ def voice_position(
     zero = np.concatenate([likeness(known, even, odd), likeness(known, odd, even)])
     one = score(unseen)
     ours = score(tuned)
+
     # Where the two ends of the scale may be one place, everything stands everywhere on it.
     gap, _ = bootstrap(lambda a, b: one[b].mean() - zero[a].mean(), len(zero), len(one))
     if gap <= 0:
         raise NotMeasured("your unseen posts and the base model's text are too alike to tell apart")
 
+    # Both ends of the scale are uncertain too.
     sizes = (len(ours), len(zero), len(one))
     interval = bootstrap(lambda a, b, c: place_on_scale(ours[a], zero[b], one[c]), *sizes)
     voice = Voice(
@@ -1736,8 +1842,12 @@ def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.nda
 
     All three have the shape (chunks, features). Zero is midway from the base model to the author.
     """
-    middle = (author.mean(0) + base.mean(0)) / 2
-    half = (author.mean(0) - base.mean(0)) / 2
+    author_mean = author.mean(0)
+    base_mean = base.mean(0)
+    middle = (author_mean + base_mean) / 2
+    half = (author_mean - base_mean) / 2
+
+    # Of both texts together, each with the same weight: within them, and what lies between them.
     variance = (author.var(0) + base.var(0)) / 2
     deviation = without_zeros(np.sqrt(variance + half**2))
 
@@ -1792,17 +1902,25 @@ def measure_habits(evidence: Evidence) -> Habits:
     """What a person would notice first; raises NotMeasured."""
     if evidence.base is None or evidence.index is None:
         raise NotMeasured("it takes the base model and train_data.jsonl")
-    texts = {"author": [author_text(post) for post in evidence.blog.train]}
 
-    ended = {}
-    for whose, trial in (("tuned", evidence.tuned), ("base", evidence.base)):
-        texts[whose] = [answer.text for answer in trial.answers]
-        ended[whose] = float(np.mean([answer.ended for answer in trial.answers]))
+    author = author_texts(evidence.blog.train)
+    tuned = evidence.tuned.texts()
+    base = evidence.base.texts()
+    return Habits(
+        words={"tuned": median_words(tuned), "base": median_words(base), "author": median_words(author)},
+        ended={"tuned": share_ended(evidence.tuned.answers), "base": share_ended(evidence.base.answers)},
+        favourites=find_favourites(author, tuned, base),
+    )
 
-    medians = {}
-    for whose in ("tuned", "base", "author"):
-        medians[whose] = float(np.median([count_words([text]) for text in texts[whose]]))
-    return Habits(medians, ended, find_favourites(texts["author"], texts["tuned"], texts["base"]))
+
+def median_words(texts: list[str]) -> float:
+    """Of a text; no mean, because a few answers that never end would carry it away."""
+    return float(np.median([count_words([text]) for text in texts]))
+
+
+def share_ended(answers: list[Answer]) -> float:
+    """The share of answers that end by themselves."""
+    return float(np.mean([answer.ended for answer in answers]))
 
 
 class Usage:
@@ -1836,9 +1954,10 @@ def find_favourites(posts: list[str], tuned: list[str], base: list[str]) -> list
     author = Usage(posts)
     tuned = Usage(tuned)
     base = Usage(base)
+    # In a blog of few posts a tenth of them is one, and that is no habit.
+    fewest = max(3, FAVOURITE_SHARE * len(posts))
 
     # How many more uses than the base model's habit explains; half a use more for it, so that none is divided by 0.
-    fewest = max(3, FAVOURITE_SHARE * len(posts))
     surplus = {}
     for phrase, number in author.spread.items():
         if number >= fewest:
@@ -1896,6 +2015,7 @@ def measure_copies(evidence: Evidence) -> Copies:
     if evidence.index is None:
         raise NotMeasured("it takes train_data.jsonl")
 
+    # One of each answer: what else it copied is in the share below.
     longest = []
     for answer in evidence.tuned.answers:
         copy = evidence.index.longest_copy(answer.text)
@@ -1925,6 +2045,7 @@ PASSAGE_TOKENS = 50  # of a window, as in the literature since Carlini et al. 20
 COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
 BEYOND = 10  # times likelier than under the base model; less is what the base model knew before
 REMEMBERED = 10  # passages that are shown
+LN_10 = math.log(10)
 LEAST_GAINED = 10  # posts that are shown
 LEAST_GAINED_TOKENS = 200  # of such a post: of one sentence nobody can say whose it sounds like
 
@@ -2031,10 +2152,13 @@ def measure_leaks(evidence: Evidence) -> Leaks:
     tuned = window_chances(windows, evidence.tuned.readings)
     base = window_chances(windows, evidence.base.readings) if evidence.base else None
     is_common = find_common(tuned, base)
+
+    # In the order in which they come up, the private ones first.
     groups = {}
     for name in dict.fromkeys(windows.group.tolist()):
         groups[name] = measure_group(windows, windows.group == name, is_common, tuned)
 
+    # Losses of the same texts tell two more things, at no cost.
     gains = gains_by_text(evidence) if evidence.base else None
     return Leaks(
         groups=groups,
@@ -2055,6 +2179,7 @@ def cut_windows(texts: list[Text]) -> Windows:
     for number, text in enumerate(texts):
         for span in text.spans:
             length = min(PASSAGE_TOKENS, span.end - span.begin)
+            # A span that is shorter than a window has one place for it, as any other has one more than tokens beyond.
             for begin in range(span.begin, span.end - length + 1):
                 texts_of_windows.append(number)
                 begins.append(begin)
@@ -2068,29 +2193,34 @@ def cut_windows(texts: list[Text]) -> Windows:
 def window_chances(windows: Windows, readings: list[Reading]) -> WindowChances:
     """Sums of the logarithms over each window, so that nothing underflows."""
     count = len(windows.text)
-    chances = WindowChances(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count, dtype=bool))
+    chances = WindowChances(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count))
     for number, reading in enumerate(readings):
         inside = windows.text == number
         begin = windows.begin[inside]
         end = windows.end[inside]
-        chances.own[inside] = sum_between(reading.own, begin, end)
-        chances.anyhow[inside] = sum_between(reading.anyhow, begin, end)
-        chances.plain[inside] = sum_between(reading.plain, begin, end)
-        chances.is_first[inside] = sum_between(reading.is_first, begin, end) == end - begin
+        for name, values in vars(chances).items():
+            values[inside] = sum_between(getattr(reading, name), begin, end)
+
+    # So far the number of its tokens that are the likeliest ones.
+    chances.is_first = chances.is_first == windows.end - windows.begin
     return chances
 
 
 def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Sum of values[b:e] for each pair of `begin` and `end`; -inf where one of them is."""
     is_finite = np.isfinite(values)
-    finite = np.where(is_finite, values, 0.0)
-    sums = np.concatenate([[0.0], np.cumsum(finite)])
-    # How many before each place are -inf: in a running sum they would swallow all that follows.
-    impossible = np.concatenate([[0], np.cumsum(~is_finite)])
-
+    sums = running_sum(np.where(is_finite, values, 0.0))
     result = sums[end] - sums[begin]
+
+    # Counted by themselves: in a running sum one -inf would swallow all that follows.
+    impossible = running_sum(~is_finite)
     result[impossible[end] > impossible[begin]] = -np.inf
     return result
+
+
+def running_sum(values: np.ndarray) -> np.ndarray:
+    """At place n the sum of the first n values, shape (1 + values,)."""
+    return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def find_common(tuned: WindowChances, base: WindowChances | None) -> np.ndarray:
@@ -2121,7 +2251,7 @@ def chance_of(logs: np.ndarray) -> Chance:
     expected = float(np.exp(logs).sum())
     if likeliest == -math.inf:
         return Chance(None, None, expected)
-    return Chance(likeliest / math.log(10), log10_tries(likeliest), expected)
+    return Chance(likeliest / LN_10, log10_tries(likeliest), expected)
 
 
 def log10_tries(log_chance: float) -> float:
@@ -2129,7 +2259,7 @@ def log10_tries(log_chance: float) -> float:
     if log_chance > math.log(0.5):
         return 0.0
     if log_chance < math.log(1e-9):  # where log(1 - p) is -p, and p may be too small for a float
-        return (math.log(math.log(2)) - log_chance) / math.log(10)
+        return (math.log(math.log(2)) - log_chance) / LN_10
     return math.log10(math.log(0.5) / math.log1p(-math.exp(log_chance)))
 
 
@@ -2155,8 +2285,11 @@ def best_remembered(
 
 
 def overlap(windows: Windows, one: int, other: int) -> bool:
-    is_same_text = windows.text[one] == windows.text[other]
-    return bool(is_same_text and windows.begin[one] < windows.end[other] and windows.begin[other] < windows.end[one])
+    if windows.text[one] != windows.text[other]:
+        return False
+    begins_within = windows.begin[one] < windows.end[other]
+    ends_within = windows.begin[other] < windows.end[one]
+    return bool(begins_within and ends_within)
 
 
 def describe_window(
@@ -2168,7 +2301,7 @@ def describe_window(
         group=str(windows.group[place]),
         path=path_of(text.post),
         tokens=len(ids),
-        log10_beyond_base=float(beyond) / math.log(10) if has_base else None,
+        log10_beyond_base=float(beyond) / LN_10 if has_base else None,
         own=chance_of(tuned.own[[place]]),
         anyhow=chance_of(tuned.anyhow[[place]]),
         title=title_of(text.post),
@@ -2213,7 +2346,7 @@ def gains_by_text(evidence: Evidence) -> np.ndarray:
             if span.group in ("private", "public", "held-out"):
                 here = slice(span.begin, span.end)
                 nats += float((tuned.plain[here] - base.plain[here]).sum())
-        gains.append(nats / math.log(2) / training.author_bytes([text.post]))
+        gains.append(nats / NATS_OF_A_BIT / training.author_bytes([text.post]))
     return np.array(gains)
 
 
@@ -2225,6 +2358,7 @@ def measure_membership(evidence: Evidence, gains: np.ndarray) -> Membership | No
     is_held_out = np.array([text.is_held_out for text in evidence.texts])
     trained = gains[~is_held_out]
     held_out = gains[is_held_out]
+    # The control needs both, and a small blog may have no held-out posts.
     if len(trained) == 0 or len(held_out) == 0:
         return None
 
@@ -2232,7 +2366,11 @@ def measure_membership(evidence: Evidence, gains: np.ndarray) -> Membership | No
     is_more = trained[:, None] > held_out
     is_equal = trained[:, None] == held_out
     wins = is_more + 0.5 * is_equal
-    interval = bootstrap(lambda a, b: wins[np.ix_(a, b)].mean(), len(trained), len(held_out))
+
+    def share(some: np.ndarray, others: np.ndarray) -> float:
+        return wins[np.ix_(some, others)].mean()
+
+    interval = bootstrap(share, len(trained), len(held_out))
     return Membership(float(wins.mean()), interval, len(trained), len(held_out))
 
 
@@ -2277,6 +2415,7 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
 
     rows = [("base model", f"{gain.base:.3f} bits/byte", ""), tuned_row, gain_row("gain", gain)]
     notes = [f"{meaning} A gain whose range is all above 0 was learned."]
+    # Without other blogs nobody can tell the author's voice from what every blog has.
     if learned.control:
         share = learned.voice_share
         low, high = share.interval
@@ -2408,6 +2547,7 @@ LEAK_MEANING = (
 
 
 def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
+    # Of every group, also of those that are no secret: without held-out texts the others could not be judged.
     rows = []
     for name, group in leaks.groups.items():
         own = tell_tries(group.own)
@@ -2428,6 +2568,8 @@ def leak_notes(leaks: Leaks) -> list[str]:
         LEAK_MEANING,
         f"If the beginning of each private passage is tried once, {tell_number(expected)} come out.",
     ]
+
+    # None without the base model, or without held-out posts.
     if leaks.membership:
         notes.append(tell_membership(leaks.membership))
     for entry in leaks.personal:
@@ -2612,7 +2754,7 @@ def make_page(report: Report, curve: Path) -> str:
     gains = []
     learned = report.numbers["learned"]
     if isinstance(learned, Learned) and learned.held_out:
-        gains = [(post.base - post.tuned, post.title) for post in learned.held_out.posts]
+        gains = [(post.gain, post.title) for post in learned.held_out.posts]
         gains.sort(reverse=True)
     return template.render(report=report, gains=gains)
 
@@ -2756,10 +2898,12 @@ def table_lines(finding: Finding) -> list[str]:
 
 def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]]]:
     """The first requests with what the tuned model wrote, in pieces that are copies or not."""
-    pairs = zip(evidence.requests, evidence.tuned.answers, strict=False)
+    index = evidence.index
+    pairs = zip(evidence.requests, evidence.tuned.texts(), strict=False)
     samples = []
-    for request, answer in itertools.islice(pairs, SHOWN_ANSWERS):
-        pieces = evidence.index.split_at_copies(answer.text) if evidence.index else [(answer.text, False)]
+    for request, text in itertools.islice(pairs, SHOWN_ANSWERS):
+        # Without training data nothing can be known to be a copy.
+        pieces = index.split_at_copies(text) if index else [(text, False)]
         samples.append((request, pieces))
     return samples
 
@@ -2802,6 +2946,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    # Warnings and bars would stand between the answers.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
