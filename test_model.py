@@ -526,6 +526,7 @@ class WordIndex:
 
     def __init__(self, conversations: list[dict]):
         self.posts = conversations
+        # Most text is no copy at all, which this says at once.
         self.runs = set()  # hashes of all runs of COPY_WORDS words
         texts = []
         for conversation in conversations:
@@ -853,6 +854,7 @@ class Evidence:
 def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, precision: str, size: float) -> Evidence:
     """Everything that is the same for both models, before either is asked."""
     blog = read_blog(args.data_dir)
+    # Empty for a model from elsewhere, which is read as train_model.py would.
     recipe = history.get("settings", {})
 
     # Asked as it was in training, for posts that it never saw.
@@ -1160,7 +1162,10 @@ def read_chances(model, ids: list[int], sampling: GenerationConfig, context: int
 def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
     """Whether a token stands before window[place + row], for each row; shape of `rows`: (rows, vocabulary)."""
     seen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    seen[:, window[:place]] = True
+    given = window[:place]
+    seen[:, given] = True
+
+    # Each row has seen one token more than the one before.
     for row in range(1, len(rows)):
         newest = window[place + row - 1]
         seen[row:, newest] = True
@@ -1514,6 +1519,7 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     shipped = load_strangers(evidence, features)
     if shipped.stretches:
         features = shipped.features
+
     known = dict(shipped.stretches)
     for name, texts in evidence.other_texts.items():
         known[name] = count_stretches(texts, features)
@@ -1728,14 +1734,16 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
 def even_quantile(groups: list[np.ndarray], share: float) -> float:
     """The quantile of all values, every group with the same weight: a stranger with many posts sets no threshold."""
     values = np.concatenate(groups)
-    weights_of_groups = [np.full(len(group), 1 / len(group)) for group in groups]
-    weights = np.concatenate(weights_of_groups)
+    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
     order = np.argsort(values, kind="stable")
-    below = np.cumsum(weights[order]) / weights.sum()
+    values = values[order]
+    weights = weights[order]
+    below = np.cumsum(weights) / weights.sum()
 
     # Rounding may leave the last sum a little below 1.
-    place = min(np.searchsorted(below, share), len(values) - 1)
-    return float(values[order][place])
+    place = np.searchsorted(below, share)
+    last = len(values) - 1
+    return float(values[min(place, last)])
 
 
 def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
@@ -2179,7 +2187,7 @@ def cut_windows(texts: list[Text]) -> Windows:
     for number, text in enumerate(texts):
         for span in text.spans:
             length = min(PASSAGE_TOKENS, span.end - span.begin)
-            # A span that is shorter than a window has one place for it, as any other has one more than tokens beyond.
+            # One at least: a span that is shorter than a window is one as a whole.
             for begin in range(span.begin, span.end - length + 1):
                 texts_of_windows.append(number)
                 begins.append(begin)
@@ -2338,14 +2346,16 @@ def fingerprint(text: str) -> str:
 
 def gains_by_text(evidence: Evidence) -> np.ndarray:
     """Bits per byte that tuning saved on the author's part of each text, shape (texts,)."""
+    tuned = evidence.tuned.readings
+    base = evidence.base.readings
     gains = []
-    for text, tuned, base in zip(evidence.texts, evidence.tuned.readings, evidence.base.readings, strict=True):
+    for number, text in enumerate(evidence.texts):
+        saved = tuned[number].plain - base[number].plain  # nats, (tokens,)
         nats = 0.0
         for span in text.spans:
             # The other groups are no part of the author's text, or stand in it a second time.
             if span.group in ("private", "public", "held-out"):
-                here = slice(span.begin, span.end)
-                nats += float((tuned.plain[here] - base.plain[here]).sum())
+                nats += float(saved[span.begin : span.end].sum())
         gains.append(nats / NATS_OF_A_BIT / training.author_bytes([text.post]))
     return np.array(gains)
 
@@ -2378,8 +2388,10 @@ def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:
     """The training posts that gained least: pasted articles, guests, lyrics. `gains` has the shape (texts,)."""
     marks = []
     for text, gain in zip(evidence.texts, gains.tolist(), strict=True):
-        if not text.is_held_out and len(text.ids) >= LEAST_GAINED_TOKENS:
-            marks.append(PostMark(path_of(text.post), gain, title_of(text.post)))
+        if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
+            continue
+        mark = PostMark(path_of(text.post), gain, title_of(text.post))
+        marks.append(mark)
     marks.sort(key=lambda mark: mark.gain)
     return marks[:LEAST_GAINED]
 
@@ -2501,10 +2513,13 @@ def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
 
 
 def tell_habits(habits: Habits, evidence: Evidence) -> Finding:
+    # Whole numbers: a model writes some thousand words, so there is nothing behind the point.
     rows = []
     for favourite in habits.favourites:
-        rates = [f"{rate:.0f}" for rate in (favourite.author, favourite.tuned, favourite.base)]
-        rows.append((favourite.phrase, *rates))
+        author = f"{favourite.author:.0f}"
+        tuned = f"{favourite.tuned:.0f}"
+        base = f"{favourite.base:.0f}"
+        rows.append((favourite.phrase, author, tuned, base))
 
     words = habits.words
     verdict = (
@@ -2550,9 +2565,10 @@ def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
     # Of every group, also of those that are no secret: without held-out texts the others could not be judged.
     rows = []
     for name, group in leaks.groups.items():
-        own = tell_tries(group.own)
-        anyhow = tell_tries(group.anyhow)
-        rows.append((name, f"{group.windows:,}", f"{group.common:,}", own, anyhow, f"{group.greedy:,}"))
+        windows = f"{group.windows:,}"
+        common = f"{group.common:,}"
+        greedy = f"{group.greedy:,}"
+        rows.append((name, windows, common, tell_tries(group.own), tell_tries(group.anyhow), greedy))
     return Finding(tell_leak_verdict(leaks), rows, LEAK_HEAD, leak_notes(leaks), leak_quotes(leaks))
 
 
@@ -2582,8 +2598,12 @@ def leak_notes(leaks: Leaks) -> list[str]:
 
 def leak_quotes(leaks: Leaks) -> list[Quote]:
     """What only the page shows."""
-    quotes = [Quote(f"{entry.visibility} {entry.kind} that came out", entry.text) for entry in leaks.personal]
-    quotes += [Quote(tell_remembered(passage), passage.text) for passage in leaks.remembered]
+    quotes = []
+    for entry in leaks.personal:
+        quotes.append(Quote(f"{entry.visibility} {entry.kind} that came out", entry.text))
+    for passage in leaks.remembered:
+        quotes.append(Quote(tell_remembered(passage), passage.text))
+    # By title alone: the owner knows what stands in it.
     for mark in leaks.least_gained:
         caption = f"A post that gained little, {mark.gain:+.3f} bits per byte: is it yours? {mark.path}"
         quotes.append(Quote(caption, mark.title))
@@ -2890,6 +2910,7 @@ def table_lines(finding: Finding) -> list[str]:
 
     lines = []
     for row in table:
+        # Names are read from the left, numbers from the right.
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         cells[0] = row[0].ljust(widths[0])
         lines.append("  " + "  ".join(cells).rstrip())
