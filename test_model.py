@@ -260,10 +260,14 @@ def base_name_of(model_dir: Path) -> str:
 
 def load_base(name: str):
     """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
-    folder = name
+    if not name:
+        say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
+        return None
+
     # A relative folder may be meant from where training ran, or from beside this script.
+    folder = name
     for path in (Path(name), HERE / name):
-        if name and path.is_dir():
+        if path.is_dir():
             folder = str(path)
             break
 
@@ -346,9 +350,11 @@ def next_token_chances(
     best = (logits / sampling.temperature).topk(kept)
     chances = best.values.softmax(-1)
 
-    # A token stays as long as those before it have not reached top_p together, so the first always does.
-    before = chances.cumsum(-1) - chances
-    chances[before >= sampling.top_p] = 0
+    # A token stays as long as those before it have not reached top_p together, so the first always does. At 1 none
+    # goes: over 50,000 tokens the sum is rounded up to 1 too early, and the leak check would say "never".
+    if sampling.top_p < 1:
+        before = chances.cumsum(-1) - chances
+        chances[before >= sampling.top_p] = 0
     return best.indices, chances / chances.sum(-1, keepdim=True)
 
 
@@ -591,8 +597,12 @@ class WordIndex:
 
 
 def folded_words(text: str) -> list[str]:
-    """The words of a text without upper case, one for each of `word_spans`."""
-    return WORD.findall(text.casefold())
+    """The words of a text without upper case, one for each of `word_spans`.
+
+    Found before the case goes: without it some letters become two signs, of which one ends the word (the Turkish
+    I with a dot, some Greek vowels), and there would be more words than spans.
+    """
+    return [word.casefold() for word in WORD.findall(text)]
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
@@ -863,7 +873,7 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         blog=blog,
         index=WordIndex(blog.train) if blog.train else None,
         requests=requests or PROMPTS,
-        words=round(size * WORDS_TO_WRITE),
+        words=max(1, round(size * WORDS_TO_WRITE)),
         log=history.get("log", []),
         context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
         overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
@@ -1326,12 +1336,17 @@ def share_of_voice(own: Gain, control: Gain) -> VoiceShare:
     """The gain on the author's posts beside that on others', post by post; every post weighs the same."""
     ours = own.of_each()
     theirs = control.of_each()
-    beyond = ours.mean() - theirs.mean()
-    interval = bootstrap(lambda a, b: ours[a].mean() - theirs[b].mean(), len(ours), len(theirs))
+
+    def difference(some: np.ndarray, others: np.ndarray) -> float:
+        return ours[some].mean() - theirs[others].mean()
+
+    beyond = float(ours.mean() - theirs.mean())
+    interval = bootstrap(difference, len(ours), len(theirs))
 
     # Every pair of posts, shape (ours, theirs).
     is_won = ours[:, None] > theirs
-    return VoiceShare(float(beyond), interval, float(is_won.mean()))
+    wins = float(is_won.mean())
+    return VoiceShare(beyond, interval, wins)
 
 
 # ---------------------------------------------------------------------------- report: numbers, habits of writing
@@ -2145,7 +2160,7 @@ class PostMark:
 class Leaks:
     groups: dict[str, LeakGroup]
     remembered: list[Remembered]
-    private_copies: int  # runs of words of private posts in what it wrote for the report
+    private_copies: int  # answers that hold a run of COPY_WORDS words of a private post
     personal: list[PersonalData]
     membership: Membership | None
     least_gained: list[PostMark]
@@ -2318,9 +2333,14 @@ def describe_window(
 
 
 def count_private_copies(evidence: Evidence) -> int:
-    """Answers of the tuned model's whose longest run of words stands in a private post."""
-    copies = [evidence.index.longest_copy(answer.text).post for answer in evidence.tuned.answers]
-    return sum(post is not None and visibility_of(post) == "private" for post in copies)
+    """Answers of the tuned model's that hold COPY_WORDS words in a row of a private post."""
+    # An index of their own: the longest run of an answer may be public, and a shorter one private.
+    index = WordIndex(private_posts(evidence))
+    count = 0
+    for text in evidence.tuned.texts():
+        if index.copied(folded_words(text)):
+            count += 1
+    return count
 
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
@@ -2904,16 +2924,27 @@ def numbers_only(value: object) -> object:
 
 
 def table_lines(finding: Finding) -> list[str]:
-    """The rows under their head: the first column to the left, the others to the right, each as wide as it needs."""
+    """The rows under their head: the first column to the left, the others to the right, each as wide as it needs.
+
+    A first cell that leaves no room for the others (a phrase of three long words) goes on in further lines.
+    """
     table = [finding.head, *finding.rows] if finding.head else finding.rows
+    if not table:
+        return []
+    gap = "  "
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    others = sum(len(gap) + width for width in widths[1:])
+    widths[0] = min(widths[0], COLUMNS - len(gap) - others)
 
     lines = []
     for row in table:
         # Names are read from the left, numbers from the right.
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0] = row[0].ljust(widths[0])
-        lines.append("  " + "  ".join(cells).rstrip())
+        first, *rest = textwrap.wrap(row[0], widths[0]) or [""]
+        cells = [first.ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append(gap + gap.join(cells).rstrip())
+        lines += [gap + more for more in rest]
     return lines
 
 
