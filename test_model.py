@@ -613,7 +613,8 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 def hashes_of_runs(words: list[str]) -> Iterator[int]:
     """A number for each run of COPY_WORDS words, in order; a set of numbers is smaller than one of words."""
     for start in range(len(words) - COPY_WORDS + 1):
-        yield hash(tuple(words[start : start + COPY_WORDS]))
+        run = words[start : start + COPY_WORDS]
+        yield hash(tuple(run))
 
 
 def count_words(texts: Iterable[str]) -> int:
@@ -622,7 +623,8 @@ def count_words(texts: Iterable[str]) -> int:
 
 def author_text(conversation: dict) -> str:
     """What the author says in it."""
-    return "\n\n".join(turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant")
+    said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant"]
+    return "\n\n".join(said)
 
 
 def author_texts(conversations: list[dict]) -> list[str]:
@@ -1045,7 +1047,8 @@ def spans_of_personal_data(tokenizer, ids: list[int], begin: int, end: int) -> I
     """Addresses, numbers and keys that stand in the author's text because REDACT was off or no rule knew them."""
     own = ids[begin:end]
     text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
-    for _, left, right, _ in find_personal_data(text):
+    for found in find_personal_data(text):
+        _, left, right, _ = found
         first, last = tokens_at(tokenizer, text, own, left, right)
         yield Span("personal data", begin + first, begin + last)
 
@@ -1063,6 +1066,7 @@ def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, e
     for content in wanted:
         content = break_control_tokens(content, tokenizer)  # as the template shows it
         left = text.find(content)
+        # A thread has several turns, and this context perhaps another one.
         if content and left >= 0:
             right = left + len(content)
             first, last = tokens_at(tokenizer, text, context, left, right)
@@ -1097,7 +1101,7 @@ def tokens_at(tokenizer, text: str, ids: list[int], left: int, right: int) -> tu
 # The leak check computes the chance of every token of every text in one reading, instead of trying a few.
 FEW_RANKS = 20  # up to this rank a token counts with 1 / rank under any settings; m in arXiv 2604.18697
 ROWS_AT_ONCE = 64  # of logits that are float32 at a time: 64 x 50,000 x 4 bytes are 13 MB
-TEXTS_A_MESSAGE = 25  # about 20 s for 135M parameters on two cores
+TEXTS_A_MESSAGE = 25  # a small model on two cores read 59 in 47 s
 
 
 @dataclass
@@ -1124,7 +1128,7 @@ class Reading:
 def read_texts(model, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Reading]:
     """A reading of each text; says how far it is and how long it will take."""
     texts = evidence.texts
-    # By tokens, because texts differ a hundredfold in length.
+    # By tokens, because texts differ much in length.
     began = time.monotonic()
     whole = sum(len(text.ids) for text in texts)
     done = 0
@@ -1494,8 +1498,9 @@ def pick_features(posts: list[str]) -> list[Feature]:
 def counts_of(text: str) -> dict[str, Counter]:
     """How often each word and each three characters in a row stand in `text`; make_strangers.py counts the same."""
     flat = " ".join(text.split())
-    trigrams = Counter(flat[place : place + 3] for place in range(len(flat) - 2))
-    return {"words": Counter(WORD.findall(flat.casefold())), "trigrams": trigrams}
+    words = WORD.findall(flat.casefold())
+    trigrams = [flat[place : place + 3] for place in range(len(flat) - 2)]
+    return {"words": Counter(words), "trigrams": Counter(trigrams)}
 
 
 def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
@@ -1596,18 +1601,25 @@ def pick_counts(data: dict[str, np.ndarray], features: list[Feature]) -> Strange
 def share_of_language(words: list[str], evidence: Evidence) -> float:
     """The share of `words`, somebody's commonest ones, among the author's 500 commonest."""
     uses = Counter()
-    for post in evidence.blog.train:
-        uses.update(folded_words(author_text(post)))
+    for text in author_texts(evidence.blog.train):
+        uses.update(folded_words(text))
+
     commonest = {word for word, _ in uses.most_common(500)}
-    return sum(word in commonest for word in words) / len(words)
+    found = sum(word in commonest for word in words)
+    return found / len(words)
 
 
 def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
     means = np.array([group.mean(0) for group in groups])
-    within = np.mean([group.var(0) for group in groups], axis=0)
+    variances = np.array([group.var(0) for group in groups])
+
+    # Of everything together: what varies within the groups, and between them.
+    within = variances.mean(0)
     between = means.var(0)
-    return means.mean(0), without_zeros(np.sqrt(within + between))
+    middle = means.mean(0)
+    spread = np.sqrt(within + between)
+    return middle, without_zeros(spread)
 
 
 def profiles_of(groups: list[np.ndarray], middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -1621,8 +1633,10 @@ def without_zeros(spread: np.ndarray) -> np.ndarray:
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosines between the rows of both, shape (rows of one, rows of other)."""
-    lengths = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
+    """Cosines between the rows of both, shape (rows of one, rows of other); 0 where a row is 0."""
+    lengths_of_one = np.linalg.norm(one, axis=1)
+    lengths_of_other = np.linalg.norm(other, axis=1)
+    lengths = lengths_of_one[:, None] * lengths_of_other
     return one @ other.T / np.maximum(lengths, 1e-12)
 
 
@@ -1836,7 +1850,10 @@ def voice_position(
     odd = base[1::2]
 
     def score(tested: np.ndarray) -> np.ndarray:
-        return np.mean([likeness(known, even, tested), likeness(known, odd, tested)], axis=0)
+        # The mean of both scales, or half of the base model's text would be wasted.
+        by_even = likeness(known, even, tested)
+        by_odd = likeness(known, odd, tested)
+        return np.mean([by_even, by_odd], axis=0)
 
     zero = np.concatenate([likeness(known, even, odd), likeness(known, odd, even)])
     one = score(unseen)
@@ -1881,8 +1898,9 @@ def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.nda
 
 def place_on_scale(score: np.ndarray, zero: np.ndarray, one: np.ndarray) -> float:
     """0 is the mean of `zero`, 1 the mean of `one`; all are scores of chunks, shape (chunks,)."""
-    length = one.mean() - zero.mean()
-    return float((score.mean() - zero.mean()) / length)
+    start = zero.mean()
+    length = one.mean() - start
+    return float((score.mean() - start) / length)
 
 
 def ceiling_of(zero: np.ndarray, one: np.ndarray) -> Interval:
@@ -1890,7 +1908,8 @@ def ceiling_of(zero: np.ndarray, one: np.ndarray) -> Interval:
     dice = np.random.default_rng(42)
     places = []
     for _ in range(DRAWS):
-        half, rest = np.split(dice.permutation(one), [len(one) // 2])
+        mixed = dice.permutation(one)
+        half, rest = np.split(mixed, [len(one) // 2])
         places.append(place_on_scale(half, zero, rest))
     low, high = np.percentile(places, (2.5, 97.5)).tolist()
     return low, high
@@ -2351,12 +2370,13 @@ def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
         for *_, plain in find_personal_data(author_text(post)):
             known[fingerprint(plain)] = visibility_of(post)
 
+    # The same address in two spellings is one.
     found = {}
-    for answer in evidence.tuned.answers:
-        for kind, start, end, plain in find_personal_data(answer.text):
+    for text in evidence.tuned.texts():
+        for kind, start, end, plain in find_personal_data(text):
             visibility = known.get(fingerprint(plain))
             if visibility:
-                found[plain] = PersonalData(kind, visibility, answer.text[start:end])
+                found[plain] = PersonalData(kind, visibility, text[start:end])
     return list(found.values())
 
 
@@ -2706,7 +2726,10 @@ def tell_remembered(passage: Remembered) -> str:
     beyond = ""
     if passage.log10_beyond_base is not None:
         beyond = f", 10^{passage.log10_beyond_base:.1f} times likelier than under the base model"
-    own = "never" if passage.own.log10_tries is None else f"{tell_tries(passage.own)} tries"
+
+    own = tell_tries(passage.own)
+    if passage.own.log10_tries is not None:
+        own += " tries"
     tries = f"own settings: {own}; any settings: {tell_tries(passage.anyhow)} tries"
     return f"{passage.group}, {passage.path}, {passage.title}: {tries}{beyond}"
 
@@ -2939,7 +2962,7 @@ def table_lines(finding: Finding) -> list[str]:
     lines = []
     for row in table:
         # Names are read from the left, numbers from the right.
-        first, *rest = textwrap.wrap(row[0], widths[0]) or [""]
+        first, *rest = textwrap.wrap(row[0], widths[0]) if row[0] else [""]
         cells = [first.ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):
             cells.append(cell.rjust(width))
@@ -3006,6 +3029,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_tuned(args.model_dir)
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
+
     # The report reads losses in float32 before it writes, so it changes the weights itself.
     if args.report:
         make_report(args, model, tokenizer, sampling, precision)
