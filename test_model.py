@@ -5,27 +5,31 @@
     python test_model.py --chat             a conversation in the terminal
     python test_model.py --quiz             two texts: which one did you write? (a line of 1 or 2 each)
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
-    python test_model.py --report --quick   the same in a tenth of the time, with wide ranges
+    python test_model.py --report --quick   the same in a tenth of the size, with wide ranges
 
 Reads blog-model-final/ and, to say what was copied from where, data/. The two report files go into
-blog-model-final/, readable by their owner alone: they quote private posts.
+blog-model-final/, readable by their owner alone: the page quotes private posts.
 
-How it goes (each is a section below):
+Each line is a section below; they stand in the order in which the run needs them.
 
-    the run                 main modes: answer_prompts, chat, make_report
+    the run                 main modes: answer_prompts, chat, quiz, make_report
     loading                 load_tuned, load_base        model folders, checked to be whole
     sampling                next_token_chances, Batch    which token comes next; many prompts at once
                             generate, stream             tokens, then pieces of text as they come
     where words come from   WordIndex                    runs of words that stand in the training data
     chatting                Chat                         the commands, and what the model still remembers
+    quiz                    quiz_pairs                   an unseen post and an answer, equally long
 
     The report has four layers; a question of it has one function in each of the last three.
     report: evidence        Evidence, try_out            what is asked of both models, and what they did
     report: numbers         measure_...                  what voice_report.json holds
     report: words           tell_...                     verdict, rows and notes, for the terminal and the page
     report: page            PAGE, draw_...               the same with pictures and samples
-    questions               QUESTIONS                    the table that ties the layers together
+    report: questions       QUESTIONS                    the table that ties the layers together
+    command line            main                         flags, and which mode they choose
 """
+
+from __future__ import annotations
 
 import argparse
 import base64
@@ -42,7 +46,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -89,9 +93,12 @@ OTHER_BLOGS = []  # data folders of other bloggers that extract_blog_data.py wro
 
 
 # ---------------------------------------------------------------------------- the run
-def answer_prompts(model, tokenizer, texts: list[str], sampling: GenerationConfig, dice, index) -> None:
-    """Prints an answer to each prompt and, given a WordIndex, where its longest run of words comes from."""
-    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+def answer_prompts(
+    model, tokenizer, texts: list[str], sampling: GenerationConfig, dice: torch.Generator, index: WordIndex | None
+) -> None:
+    """Prints an answer to each prompt and, given an index, where its longest run of words comes from."""
+    prompts = [request_tokens(tokenizer, text) for text in texts]
+    # All are looked at before the first is answered, which takes time.
     longest = max(map(len, prompts))
     room = positions_of(model)
     if longest >= room:
@@ -106,11 +113,11 @@ def answer_prompts(model, tokenizer, texts: list[str], sampling: GenerationConfi
             continue
 
         answers.append(answer)
-        print("\n" + tell_origin(index.longest_copy(answer.text)) if index else "")
-        if len(answers) < len(texts):
-            print(f"\n> {texts[len(answers)]}\n", flush=True)
-        else:
-            print(flush=True)
+        print()
+        if index:
+            print(tell_origin(index.longest_copy(answer.text)))
+        is_last = len(answers) == len(texts)
+        print("" if is_last else f"\n> {texts[len(answers)]}\n", flush=True)
 
     seconds = time.monotonic() - began
     tokens = sum(len(answer.tokens) for answer in answers)
@@ -118,13 +125,14 @@ def answer_prompts(model, tokenizer, texts: list[str], sampling: GenerationConfi
     say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
 
 
-def chat(model, tokenizer, sampling: GenerationConfig, dice, find_base: Callable) -> None:
+def chat(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, find_base: Callable) -> None:
     """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program.
 
     `find_base` loads the base model, or gives None; it is called when somebody first asks for it.
     """
     talk = Chat()
     base = None
+    # Where the answer alone could fill all positions, half of them stay for what was said.
     positions = positions_of(model)
     room = max(positions - sampling.max_new_tokens, positions // 2)
 
@@ -146,6 +154,7 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice, find_base: Callable
             talk.take_back()
             continue
 
+        # Also half an answer is remembered: the user has read it.
         parts = []
         with contextlib.suppress(KeyboardInterrupt):
             for piece, _ in stream(writer, tokenizer, [prompt], sampling, dice):
@@ -155,28 +164,18 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice, find_base: Callable
         talk.remember("".join(parts))
 
 
-def quiz(model, tokenizer, sampling: GenerationConfig, dice, blog: "BlogData") -> None:
+def quiz(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, blog: BlogData) -> None:
     """Pairs of openings, one of an unseen post and one of the model's answer to the same request: which is yours?"""
-    right = asked = 0
     say(f"Which one did you write? 1 or 2, /quit ends. {QUIZ_PAIRS} pairs at most; no post that it was trained on.")
-    for own, others in quiz_pairs(model, tokenizer, sampling, dice, blog):
-        own_place = int(torch.randint(2, (1,), generator=dice))
-        texts = [others, own] if own_place else [own, others]
-        for number, text in enumerate(texts, start=1):
-            print(f"\n{number}: {' '.join(text.split())}", flush=True)
-
-        while (line := read_line()) not in ("1", "2", "/quit"):
-            say("1 or 2, /quit ends.")
-        if line == "/quit":
+    shown = 0
+    guesses = []  # whether each was right
+    for own, other in quiz_pairs(model, tokenizer, sampling, dice, blog):
+        shown += 1
+        is_right = ask_which(own, other, dice)
+        if is_right is None:
             break
-        asked += 1
-        right += int(line) == own_place + 1
-
-    if not asked:
-        print("Nothing was asked: it takes held-out posts of 15 words and more (val_data.jsonl).")
-        return
-    low, high = wilson(right, asked)
-    print(f"\nright {right} of {asked} ({low:.0%} to {high:.0%}); 50%: you cannot tell")
+        guesses.append(is_right)
+    print(quiz_result(guesses, shown))
 
 
 def make_report(args: argparse.Namespace, model, tokenizer, sampling: GenerationConfig, precision: str) -> None:
@@ -184,8 +183,9 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
     base_name = base_name_of(args.model_dir)
-    evidence = gather_evidence(args, history, model, tokenizer, precision, size)
 
+    # What is asked is settled before the first model is, so that the answers of both compare.
+    evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     base = load_base(base_name)
     if base is not None:
@@ -196,6 +196,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
         report.add(question, evidence)
     report.samples = sample_answers(evidence)
 
+    # Both files before the terminal, whose window may be gone by the time it is printed.
     try:
         replace_file(args.model_dir / "voice_report.json", report.as_json())
         replace_file(args.model_dir / "voice_report.html", make_page(report, args.model_dir / "loss_curve.png"))
@@ -206,6 +207,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
 
 # ---------------------------------------------------------------------------- loading
 NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of the weights, to write with
+USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
 def load_for_writing(folder: str | Path):
@@ -216,6 +218,8 @@ def load_for_writing(folder: str | Path):
         )
     except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise OSError(str(error)) from error
+
+    # transformers fills what is missing with random numbers and only warns.
     if info["missing_keys"]:
         raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -223,6 +227,7 @@ def load_for_writing(folder: str | Path):
 
 def load_tuned(folder: Path):
     """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
+    # train_model.py may have been killed between two renames of the folder.
     training.recover(folder)
     if not (folder / "config.json").is_file():
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
@@ -230,6 +235,7 @@ def load_tuned(folder: Path):
     try:
         model = load_for_writing(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Where its files are gone, transformers makes an empty one.
         if not tokenizer.encode("x"):
             raise OSError("its tokenizer is missing")
     except (OSError, ValueError) as error:
@@ -240,16 +246,28 @@ def load_tuned(folder: Path):
     return model, tokenizer
 
 
+def read_history(model_dir: Path) -> dict:
+    """training_report.json; empty where there is none, as for a model from elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((model_dir / "training_report.json").read_text("utf-8"))
+    return {}
+
+
 def base_name_of(model_dir: Path) -> str:
     """The name or folder of the base model, "" where nobody knows it."""
     return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
 
 
 def load_base(name: str):
-    """The base model, or None where it is not at hand, which is said."""
+    """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
+    if not name:
+        say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
+        return None
+
+    # A relative folder may be meant from where training ran, or from beside this script.
     folder = name
     for path in (Path(name), HERE / name):
-        if name and path.is_dir():
+        if path.is_dir():
             folder = str(path)
             break
 
@@ -266,8 +284,8 @@ def brief(error: Exception) -> str:
 
 
 def positions_of(model) -> int:
-    """Tokens that prompt and answer may have together; models without a table of positions (Mamba) get 2,048."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    """Tokens that prompt and answer may have together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or USUAL_POSITIONS
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -280,7 +298,10 @@ class Answer(NamedTuple):
 
 
 def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | None) -> GenerationConfig:
-    """The model's generation_config.json under the settings above; what neither says is as in transformers."""
+    """The model's generation_config.json under the settings above; what neither says is as in transformers.
+
+    Changes `config` and returns it.
+    """
     settings = {
         # name in the file: (what the user set, what transformers takes where the file says nothing)
         "temperature": (TEMPERATURE, 1.0),
@@ -295,6 +316,7 @@ def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | Non
         elif getattr(config, name) is None:
             setattr(config, name, usual)
 
+    # Whoever sets a temperature wants to draw, whatever the file says.
     if TEMPERATURE is not None:
         config.do_sample = TEMPERATURE != 0
 
@@ -310,10 +332,12 @@ def next_token_chances(
     """(tokens, chances), both of shape (rows, kept): what may come next, the likeliest first; a row's sum is 1.
 
     `logits` and `seen` (whether a token stood before) have the shape (rows, vocabulary). In transformers' order:
-    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020).
+    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020). Answers are drawn from
+    this, and the leak check reads from it, so that the two cannot drift apart.
     """
     penalty = sampling.repetition_penalty
     if penalty != 1:
+        # Either way the token becomes less likely: a negative logit falls when it is multiplied.
         punished = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, punished, logits)
 
@@ -322,18 +346,22 @@ def next_token_chances(
         return tokens, torch.ones_like(tokens, dtype=torch.float32)
 
     vocabulary = logits.shape[-1]
-    best = (logits / sampling.temperature).topk(min(sampling.top_k or vocabulary, vocabulary))
+    kept = min(sampling.top_k or vocabulary, vocabulary)  # 0: all
+    best = (logits / sampling.temperature).topk(kept)
     chances = best.values.softmax(-1)
-    # A token stays as long as those before it have not reached top_p together, so the first always does.
-    before = chances.cumsum(-1) - chances
-    chances[before >= sampling.top_p] = 0
+
+    # A token stays as long as those before it have not reached top_p together, so the first always does. At 1 none
+    # goes: over 50,000 tokens the sum is rounded up to 1 too early, and the leak check would say "never".
+    if sampling.top_p < 1:
+        before = chances.cumsum(-1) - chances
+        chances[before >= sampling.top_p] = 0
     return best.indices, chances / chances.sum(-1, keepdim=True)
 
 
 def sample_next_token(
     logits: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig, dice: torch.Generator
 ) -> torch.Tensor:
-    """The next token of each row, shape (rows,)."""
+    """The next token of each row, shape (rows,); `logits` and `seen` have the shape (rows, vocabulary)."""
     tokens, chances = next_token_chances(logits, seen, sampling)
     if not sampling.do_sample:
         return tokens[:, 0]
@@ -344,22 +372,30 @@ def sample_next_token(
 
 
 class Batch:
-    """Prompts that are answered together: one row each, padded on the left. A row leaves when its answer is over."""
+    """Prompts that are answered together: one row each, padded on the left. A row leaves when its answer is over.
+
+    ids (rows, tokens not read yet), mask (rows, all tokens so far; 0 is padding), seen (rows, vocabulary).
+    """
 
     def __init__(self, model, prompts: list[list[int]]):
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        vocabulary = model.config.get_text_config().vocab_size
-
         self.model = model
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.numbers = list(range(len(prompts)))  # of the prompts, by row
         self.cache = None  # what the layers remember of the tokens read so far
-        self.ids = self.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
-        self.mask = self.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])  # (rows, tokens); 0 = padding
+
+        longest = max(map(len, prompts))
+        ids = []
+        mask = []
+        for prompt in prompts:
+            padding = [0] * (longest - len(prompt))
+            ids.append(padding + prompt)
+            mask.append(padding + [1] * len(prompt))
+        self.ids = self.tensor(ids)
+        self.mask = self.tensor(mask)
 
         # For the repetition penalty: the tokens of the row itself. transformers' own processor looks at all ids,
         # padding included, and GPT-2 pads with its end of text: short prompts would be punished for stopping.
+        vocabulary = model.config.get_text_config().vocab_size
         self.seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=model.device)
         for row, prompt in enumerate(prompts):
             self.seen[row, prompt] = True
@@ -371,8 +407,10 @@ class Batch:
         """Logits of each row's next token, in float32, shape (rows, vocabulary)."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "past_key_values": self.cache}
         if self.takes_positions:
+            # Counted from each row's own beginning; what padding gets does not matter, it is masked.
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, -self.ids.shape[1] :]
+            unread = self.ids.shape[1]
+            inputs["position_ids"] = positions[:, -unread:]
 
         output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         self.cache = getattr(output, "past_key_values", None)
@@ -416,6 +454,7 @@ def generate(
             step.append((number, token, is_last))
         yield step
 
+        # A row whose answer is over would cost as much as the others at every further step.
         going_on = [row for row, (_, _, is_last) in enumerate(step) if not is_last]
         if not going_on:
             return
@@ -440,18 +479,35 @@ def stream(
             tokens[number].append(token)
             over[number] = is_last
 
+        # An answer that is over lets the next one be shown, which may be over as well.
         while current < len(prompts):
-            text = tokenizer.decode(tokens[current], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            made = tokens[current]
+            text = tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if not over[current]:
                 text = text.strip().rstrip("\ufffd")  # a character of which some bytes are still to come
                 yield text[len(shown) :], None
                 shown = text
                 break
 
-            answer = Answer(text.strip(), tokens[current], tokens[current][-1] in sampling.eos_token_id)
+            ended = made[-1] in sampling.eos_token_id
+            answer = Answer(text.strip(), made, ended)
             yield answer.text[len(shown) :], answer
             shown = ""
             current += 1
+
+
+def whole_answers(
+    model, tokenizer, prompts: list[list[int]], sampling: GenerationConfig, dice: torch.Generator
+) -> Iterator[Answer]:
+    """What `stream` gives, without the pieces."""
+    for _, answer in stream(model, tokenizer, prompts, sampling, dice):
+        if answer is not None:
+            yield answer
+
+
+def request_tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of a conversation in which the user has said `text`, and nothing else was said."""
+    return prompt_tokens(tokenizer, [{"role": "user", "content": text}])
 
 
 def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
@@ -476,58 +532,63 @@ class WordIndex:
 
     def __init__(self, conversations: list[dict]):
         self.posts = conversations
+        # Most text is no copy at all, which this says at once.
         self.runs = set()  # hashes of all runs of COPY_WORDS words
         texts = []
         for conversation in conversations:
-            words = WORD.findall(author_text(conversation).casefold())
+            words = folded_words(author_text(conversation))
             texts.append(f" {' '.join(words)} ")
-            for start in range(len(words) - COPY_WORDS + 1):
-                self.runs.add(hash(tuple(words[start : start + COPY_WORDS])))
+            self.runs.update(hashes_of_runs(words))
         self.text = "\n".join(texts)  # one conversation a line, so that a run ends with its post
 
     def copied(self, words: list[str]) -> list[int]:
         """Where in `words` a run of COPY_WORDS begins that stands in the training text."""
-        starts = range(len(words) - COPY_WORDS + 1)
-        return [start for start in starts if hash(tuple(words[start : start + COPY_WORDS])) in self.runs]
+        return [start for start, run in enumerate(hashes_of_runs(words)) if run in self.runs]
 
     def longest_copy(self, text: str) -> Copy:
         """The longest run of words of `text` that stands in the training text; the first of equals."""
-        spans = [match.span() for match in WORD.finditer(text)]
-        words = WORD.findall(text.casefold())
+        words = folded_words(text)
 
         # Only a run that is longer than the longest so far matters, so `length` never shrinks: one look a word or two.
-        begin, length, place = 0, 0, -1
+        begin = 0  # in `words`
+        length = 0
+        place = -1  # in self.text
         for start in range(len(words)):
             while start + length < len(words):
                 longer = " ".join(words[start : start + length + 1])
                 found = self.text.find(f" {longer} ")
                 if found < 0:
                     break
-                begin, length, place = start, length + 1, found
+                begin = start
+                length += 1
+                place = found
 
         if not length:
             return Copy(0, "", None)
-        copy = text[spans[begin][0] : spans[begin + length - 1][1]]
+        spans = word_spans(text)
+        first, _ = spans[begin]
+        _, last = spans[begin + length - 1]
         post = self.posts[self.text.count("\n", 0, place)] if length >= COPY_WORDS else None
-        return Copy(length, copy, post)
+        return Copy(length, text[first:last], post)
 
     def split_at_copies(self, text: str) -> list[tuple[str, bool]]:
         """The text in pieces: (piece, whether it is a copy of COPY_WORDS words or more)."""
-        spans = [match.span() for match in WORD.finditer(text)]
+        spans = word_spans(text)
 
+        # Runs that overlap, or begin where the last one ends, are one copy.
         copies = []  # (begin, end) in characters
-        for start in self.copied(WORD.findall(text.casefold())):
-            begin = spans[start][0]
-            end = spans[start + COPY_WORDS - 1][1]
+        for start in self.copied(folded_words(text)):
+            begin, _ = spans[start]
+            _, end = spans[start + COPY_WORDS - 1]
             if copies and begin <= copies[-1][1]:
-                copies[-1] = (copies[-1][0], end)
-            else:
-                copies.append((begin, end))
+                begin, _ = copies.pop()
+            copies.append((begin, end))
 
         pieces = []
         done = 0
         for begin, end in copies:
-            pieces += [(text[done:begin], False), (text[begin:end], True)]
+            pieces.append((text[done:begin], False))
+            pieces.append((text[begin:end], True))
             done = end
         return [*pieces, (text[done:], False)]
 
@@ -535,21 +596,56 @@ class WordIndex:
         return "".join(piece for piece, is_copy in self.split_at_copies(text) if not is_copy)
 
 
+def folded_words(text: str) -> list[str]:
+    """The words of a text without upper case, one for each of `word_spans`.
+
+    Found before the case goes: without it some letters become two signs, of which one ends the word (the Turkish
+    I with a dot, some Greek vowels), and there would be more words than spans.
+    """
+    return [word.casefold() for word in WORD.findall(text)]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """(begin, end) of each word, in characters."""
+    return [match.span() for match in WORD.finditer(text)]
+
+
+def hashes_of_runs(words: list[str]) -> Iterator[int]:
+    """A number for each run of COPY_WORDS words, in order; a set of numbers is smaller than one of words."""
+    for start in range(len(words) - COPY_WORDS + 1):
+        run = words[start : start + COPY_WORDS]
+        yield hash(tuple(run))
+
+
+def count_words(texts: Iterable[str]) -> int:
+    return sum(len(WORD.findall(text)) for text in texts)
+
+
 def author_text(conversation: dict) -> str:
     """What the author says in it."""
-    return "\n\n".join(turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant")
+    said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "assistant"]
+    return "\n\n".join(said)
+
+
+def author_texts(conversations: list[dict]) -> list[str]:
+    return [author_text(conversation) for conversation in conversations]
 
 
 def title_of(conversation: dict) -> str:
     return conversation.get("title") or "untitled"
 
 
+def path_of(conversation: dict) -> str:
+    return conversation.get("path") or ""
+
+
 def tell_origin(copy: Copy) -> str:
     """The line under an answer."""
     source = ""
     if copy.post:
-        visibility, title, path = (copy.post.get(name) or "" for name in ("visibility", "title", "path"))
-        source = f', from the {visibility} post "{title}" {path}'
+        visibility = copy.post.get("visibility") or ""
+        title = copy.post.get("title") or ""
+        source = f', from the {visibility} post "{title}" {path_of(copy.post)}'
     return f"[longest run of words from the training data: {copy.words}{source}]"
 
 
@@ -586,7 +682,9 @@ class Chat:
             return False
         if not line.startswith("/"):
             return self.ask(line)
+
         if command == "/post" and rest:
+            # Posts were trained on as the first thing that is said.
             self.history.clear()
             return self.ask(TITLE_REQUESTS[0].format(rest))
         if command == "/continue" and rest:
@@ -598,6 +696,8 @@ class Chat:
             self.history.clear()
             self.beginning = ""
             return False
+
+        # Unknown, or a command without the text that it needs.
         say(COMMANDS)
         return False
 
@@ -637,6 +737,8 @@ class Chat:
         history = self.history
         if self.asks_base and history[-1]["role"] == "assistant":
             history = history[:-1]  # the question that was answered last
+
+        # The data has no conversation that begins with an answer, so the model has seen none.
         for first, turn in enumerate(history):
             if turn["role"] == "user":
                 ids = prompt_tokens(tokenizer, history[first:])
@@ -646,28 +748,37 @@ class Chat:
 
 
 # ---------------------------------------------------------------------------- quiz
-QUIZ_PAIRS = 20
+QUIZ_PAIRS = 20  # at most; 13 right of 20 still is 43 to 82 %
 QUIZ_WORDS = (15, 60)  # of an opening: fewer tell nothing, more take long to read
 
 
-def quiz_pairs(model, tokenizer, sampling, dice, blog: "BlogData") -> Iterator[tuple[str, str]]:
+def quiz_pairs(
+    model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, blog: BlogData
+) -> Iterator[tuple[str, str]]:
     """(opening of an unseen post, opening of an answer to the same request), of the same length in words."""
-    posts = [post for post in blog.held_out if post.get("kind", "post") == "post"]
+    posts = posts_of(blog.held_out)
     order = torch.randperm(len(posts), generator=dice).tolist()
     posts = [posts[place] for place in order[:QUIZ_PAIRS]]
     if not posts:
         return
 
+    fewest, most = QUIZ_WORDS
     index = WordIndex(blog.train)
     prompts = [prompt_tokens(tokenizer, post["messages"][:1]) for post in posts]
-    answers = (answer for _, answer in stream(model, tokenizer, prompts, sampling, dice) if answer)
+    answers = whole_answers(model, tokenizer, prompts, sampling, dice)
     for post, answer in zip(posts, answers, strict=True):
         own = author_text(post)
-        fewest, most = QUIZ_WORDS
-        words = min(count_words([own]), count_words([answer.text]), most)
+        # Of one length, or the longer one would be the author's more often than not.
+        shorter = min(count_words([own]), count_words([answer.text]))
+        words = min(shorter, most)
         # A copy would show a post of the training data.
         if words >= fewest and not index.longest_copy(answer.text).post:
             yield opening(own, words), opening(answer.text, words)
+
+
+def posts_of(conversations: list[dict]) -> list[dict]:
+    """Those of them that are posts and no replies to comments."""
+    return [entry for entry in conversations if entry.get("kind", "post") == "post"]
 
 
 def opening(text: str, words: int) -> str:
@@ -676,9 +787,35 @@ def opening(text: str, words: int) -> str:
     return text[: last.end()]
 
 
+def ask_which(own: str, other: str, dice: torch.Generator) -> bool | None:
+    """Shows both in an order by chance; whether the user knows which is the own text, None to end the quiz."""
+    own_place = int(torch.randint(2, (1,), generator=dice))
+    texts = [own, other] if own_place == 0 else [other, own]
+    for number, text in enumerate(texts, start=1):
+        # Line breaks would tell the two apart at a glance.
+        print(f"\n{number}: {' '.join(text.split())}", flush=True)
+
+    while (line := read_line()) not in ("1", "2", "/quit"):
+        say("1 or 2, /quit ends.")
+    if line == "/quit":
+        return None
+    return int(line) == own_place + 1
+
+
+def quiz_result(guesses: list[bool], shown: int) -> str:
+    """The sentence at the end, of guesses that were right or not and the number of pairs that were shown."""
+    if not shown:
+        return "Nothing was asked: it takes held-out posts of 15 words and more (val_data.jsonl)."
+    if not guesses:
+        return "\nNothing was answered."
+    low, high = wilson(sum(guesses), len(guesses))
+    return f"\nright {sum(guesses)} of {len(guesses)} ({low:.0%} to {high:.0%}); 50%: you cannot tell"
+
+
 # ---------------------------------------------------------------------------- report: evidence
 ANSWERS_AT_ONCE = 24  # rows of a batch; more bring little speed and take memory
 WORDS_TO_WRITE = 6_000  # by each model, at full size
+FEWEST_WORDS = 20  # in an answer on average; a model that writes less is not asked for ever
 PUBLIC_TEXTS = 200  # that are read for the leak check, at full size; private ones are all read
 
 
@@ -696,9 +833,12 @@ class Trial:
     """What one model did for the report."""
 
     answers: list[Answer] = field(default_factory=list)  # to the requests of held-out posts
-    readings: list["Reading"] = field(default_factory=list)  # of the texts, one each
+    readings: list[Reading] = field(default_factory=list)  # of the texts, one each
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
     control_nats: np.ndarray | None = None  # and of each held-out conversation of OTHER_BLOGS
+
+    def texts(self) -> list[str]:
+        return [answer.text for answer in self.answers]
 
 
 @dataclass
@@ -709,7 +849,7 @@ class Evidence:
     index: WordIndex | None = None  # of the training text
     control: list[dict] = field(default_factory=list)  # held-out conversations of OTHER_BLOGS
     other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by folder
-    texts: list["Text"] = field(default_factory=list)  # that could leak, and held-out ones as the control
+    texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones as the control
     requests: list[str] = field(default_factory=list)
     words: int = WORDS_TO_WRITE  # to be written by each model
     log: list[dict] = field(default_factory=list)  # of the training run
@@ -720,13 +860,33 @@ class Evidence:
     tokenizer: object = None
     tuned: Trial = field(default_factory=Trial)
     base: Trial | None = None
+    styles: Styles | None = None  # counted when the first part asks for them: `styles_of`
 
 
-def read_history(model_dir: Path) -> dict:
-    """training_report.json; empty where there is none, as for a model from elsewhere."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((model_dir / "training_report.json").read_text("utf-8"))
-    return {}
+def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, precision: str, size: float) -> Evidence:
+    """Everything that is the same for both models, before either is asked."""
+    blog = read_blog(args.data_dir)
+    # Empty for a model from elsewhere, which is read as train_model.py would.
+    recipe = history.get("settings", {})
+
+    # Asked as it was in training, for posts that it never saw.
+    requests = [post["messages"][0]["content"] for post in posts_of(blog.held_out)]
+    evidence = Evidence(
+        blog=blog,
+        index=WordIndex(blog.train) if blog.train else None,
+        requests=requests or PROMPTS,
+        words=max(1, round(size * WORDS_TO_WRITE)),
+        log=history.get("log", []),
+        context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
+        overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
+        precision=precision,
+        seed=42 if args.seed is None else args.seed,
+        tokenizer=tokenizer,
+    )
+
+    add_other_blogs(evidence)
+    evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
+    return evidence
 
 
 def read_blog(folder: Path) -> BlogData:
@@ -734,6 +894,7 @@ def read_blog(folder: Path) -> BlogData:
     blog = BlogData()
     for name, conversations in (("train_data.jsonl", blog.train), ("val_data.jsonl", blog.held_out)):
         path = folder / name
+        # Empty where the blog is too small for held-out posts.
         if path.is_file() and path.stat().st_size:
             conversations += training.read_conversations(path)
 
@@ -743,107 +904,87 @@ def read_blog(folder: Path) -> BlogData:
     return blog
 
 
-def gather_evidence(args, history: dict, model, tokenizer, precision: str, size: float) -> Evidence:
-    """Everything that is the same for both models, before either is asked."""
-    blog = read_blog(args.data_dir)
-    recipe = history.get("settings", {})
-    positions = positions_of(model)
-    evidence = Evidence(
-        blog=blog,
-        index=WordIndex(blog.train) if blog.train else None,
-        log=history.get("log", []),
-        context_tokens=min(recipe.get("context_tokens", 512), positions),
-        overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
-        precision=precision,
-        seed=42 if args.seed is None else args.seed,
-        tokenizer=tokenizer,
-    )
+def add_other_blogs(evidence: Evidence) -> None:
+    """What OTHER_BLOGS names; ends the program where a folder has no training data."""
     for folder in OTHER_BLOGS:
         other = read_blog(HERE / folder)
         if not other.train:
             sys.exit(f"There is no train_data.jsonl in {HERE / folder}, which OTHER_BLOGS names.")
         evidence.control += other.held_out
-        evidence.other_texts[str(folder)] = [author_text(post) for post in other.train + other.held_out]
-
-    posts = [post for post in blog.held_out if post.get("kind", "post") == "post"]
-    evidence.requests = [post["messages"][0]["content"] for post in posts] or PROMPTS
-    evidence.words = round(size * WORDS_TO_WRITE)
-    evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
-    return evidence
-
-
-def count_words(texts) -> int:
-    return sum(len(WORD.findall(text)) for text in texts)
+        evidence.other_texts[str(folder)] = author_texts(other.train + other.held_out)
 
 
 def visibility_of(conversation: dict) -> str:
     return "private" if conversation.get("visibility") == "private" else "public"
 
 
-def pick_texts(evidence: Evidence, public: int) -> list["Text"]:
+def private_posts(evidence: Evidence) -> list[dict]:
+    """Conversations of the training data that nobody else may read."""
+    return [post for post in evidence.blog.train if visibility_of(post) == "private"]
+
+
+def pick_texts(evidence: Evidence, public: int) -> list[Text]:
     """What is read for the leak check: all private texts, all held-out ones, and `public` public ones."""
-    private = [post for post in evidence.blog.train if visibility_of(post) == "private"]
     others = [post for post in evidence.blog.train if visibility_of(post) == "public"]
     # The same ones every time, so that two reports compare.
-    chosen = np.random.default_rng(42).permutation(len(others))[:public]
-    training_posts = private + [others[place] for place in sorted(chosen)]
+    order = np.random.default_rng(42).permutation(len(others))
+    chosen = sorted(order[:public])
+    trained = private_posts(evidence) + [others[place] for place in chosen]
 
     texts = []
-    for posts, is_held_out in ((training_posts, False), (evidence.blog.held_out, True)):
-        for post in posts:
-            ids, scored = conversation_tokens(evidence.tokenizer, post["messages"])
-            spans = spans_of(evidence.tokenizer, post, ids, scored, is_held_out)
-            texts.append(Text(post, ids, is_held_out, spans))
+    for post in trained:
+        texts.append(text_of(evidence.tokenizer, post, is_held_out=False))
+    for post in evidence.blog.held_out:
+        texts.append(text_of(evidence.tokenizer, post, is_held_out=True))
     return texts
 
 
 def try_out(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, name: str) -> Trial:
-    """Everything that the report asks of one model."""
+    """Everything that the report asks of one model; changes its weights to the precision of writing."""
     trial = Trial()
-    if evidence.blog.held_out:
-        trial.held_out_nats = read_losses(model, tokenizer, evidence, evidence.blog.held_out, f"{name} model: held-out")
+    held_out = evidence.blog.held_out
+    if held_out:
+        trial.held_out_nats = read_losses(model, tokenizer, evidence, held_out, f"{name} model: held-out")
     if evidence.control:
         trial.control_nats = read_losses(model, tokenizer, evidence, evidence.control, f"{name} model: control")
 
     # The losses above are exact; from here on the weights are those that answers are made with.
     model = model.to(NUMBERS[evidence.precision])
     trial.readings = read_texts(model, evidence, sampling, name)
-    requests = [prompt_tokens(tokenizer, [{"role": "user", "content": request}]) for request in evidence.requests]
-    trial.answers = write_words(model, tokenizer, requests, sampling, evidence.seed, evidence.words, name)
+    trial.answers = write_words(model, tokenizer, evidence, sampling, name)
     return trial
 
 
 def read_losses(model, tokenizer, evidence: Evidence, conversations: list[dict], what: str) -> np.ndarray:
     """Negative log-likelihood of the author's part of each conversation, in nats, in windows as in training."""
     say(f"{what}: reading {len(conversations)} conversations")
-    tokenized = [conversation_tokens(tokenizer, conversation["messages"]) for conversation in conversations]
+    tokenized = training.tokenize(tokenizer, conversations)
     rows = training.make_rows(tokenized, evidence.context_tokens, evidence.overlap_tokens, packed=False)
     with training.autocast(model.device, evidence.precision):
         return training.conversation_losses(model, rows)
 
 
-def write_words(model, tokenizer, prompts, sampling, seed: int, words: int, name: str) -> list[Answer]:
-    """Answers to the prompts, from the first again if need be, until there are `words` words."""
-    dice = torch.Generator().manual_seed(seed)
+def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Answer]:
+    """Answers to the requests, from the first again if need be, until there are as many words as are needed."""
+    dice = torch.Generator().manual_seed(evidence.seed)
+    prompts = [request_tokens(tokenizer, request) for request in evidence.requests]
+    # A model that ends every answer at once would go on for ever.
+    most = max(ANSWERS_AT_ONCE, evidence.words // FEWEST_WORDS)
+    source = itertools.islice(itertools.cycle(prompts), most)
+
     answers = []
     written = 0
-    # A model whose answers have under 20 words each would go on for ever.
-    most = max(ANSWERS_AT_ONCE, words // 20)
-    source = itertools.islice(itertools.cycle(prompts), most)
-    while written < words and (batch := list(itertools.islice(source, ANSWERS_AT_ONCE))):
-        answers += [answer for _, answer in stream(model, tokenizer, batch, sampling, dice) if answer]
+    while written < evidence.words:
+        batch = list(itertools.islice(source, ANSWERS_AT_ONCE))
+        if not batch:
+            break
+        answers += whole_answers(model, tokenizer, batch, sampling, dice)
         written = count_words(answer.text for answer in answers)
-        say(f"{name} model: wrote {written:,} words, {words:,} needed")
+        say(f"{name} model: wrote {written:,} words, {evidence.words:,} needed")
     return answers
 
 
-# ---------------------------------------------------------------------------- report: evidence, reading every text
-# The leak check computes the chance of every token of every text in one reading, instead of trying a few.
-PASSAGE_TOKENS = 50  # of a window, as in the literature since Carlini et al. 2022 ("Quantifying memorization")
-FEW_RANKS = 20  # up to this rank a token counts with 1 / rank under any settings; m in arXiv 2604.18697
-ROWS_AT_ONCE = 64  # of logits that are float32 at a time: 64 x 50,000 x 4 bytes are 13 MB
-
-
+# ---------------------------------------------------------------------------- report: evidence, what could leak
 class Span(NamedTuple):
     """A run of tokens that somebody might want to keep: ids[begin:end] of a conversation."""
 
@@ -862,6 +1003,107 @@ class Text:
     spans: list[Span]
 
 
+def text_of(tokenizer, post: dict, is_held_out: bool) -> Text:
+    ids, scored = conversation_tokens(tokenizer, post["messages"])
+    spans = spans_of(tokenizer, post, ids, scored, is_held_out)
+    return Text(post, ids, is_held_out, spans)
+
+
+def spans_of(tokenizer, conversation: dict, ids: list[int], scored: list[bool], is_held_out: bool) -> list[Span]:
+    """The author's turns and, of training texts, what else could be kept: private titles and readers' comments.
+
+    `scored` says of each token whether it is the author's.
+    """
+    group = "held-out" if is_held_out else visibility_of(conversation)
+    specials = set(tokenizer.all_special_ids)
+
+    spans = []
+    for is_author, begin, end in runs_of(scored):
+        if is_author:
+            while end > begin and ids[end - 1] in specials:
+                end -= 1  # the end-of-text token is no secret
+            spans.append(Span(group, begin, end))
+
+        # Held-out texts are there to compare with: what the author wrote in them is enough.
+        if is_held_out:
+            continue
+        if is_author:
+            spans += spans_of_personal_data(tokenizer, ids, begin, end)
+        else:
+            spans += spans_of_others(tokenizer, conversation, ids, begin, end)
+    return [span for span in spans if span.end > span.begin]
+
+
+def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
+    """(flag, begin, end) of each run of equal flags."""
+    begin = 0
+    for flag, run in itertools.groupby(flags):
+        end = begin + len(list(run))
+        yield flag, begin, end
+        begin = end
+
+
+def spans_of_personal_data(tokenizer, ids: list[int], begin: int, end: int) -> Iterator[Span]:
+    """Addresses, numbers and keys that stand in the author's text because REDACT was off or no rule knew them."""
+    own = ids[begin:end]
+    text = tokenizer.decode(own, clean_up_tokenization_spaces=False)
+    for found in find_personal_data(text):
+        _, left, right, _ = found
+        first, last = tokens_at(tokenizer, text, own, left, right)
+        yield Span("personal data", begin + first, begin + last)
+
+
+def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, end: int) -> Iterator[Span]:
+    """What the context ids[begin:end] holds that is no template: a private post's title, or readers' comments."""
+    group = "private titles"
+    wanted = [conversation.get("title") or ""] if visibility_of(conversation) == "private" else []
+    if conversation.get("kind") == "reply":
+        group = "comments"
+        wanted = comments_of(conversation)
+
+    context = ids[begin:end]
+    text = tokenizer.decode(context, clean_up_tokenization_spaces=False)
+    for content in wanted:
+        content = break_control_tokens(content, tokenizer)  # as the template shows it
+        left = text.find(content)
+        # A thread has several turns, and this context perhaps another one.
+        if content and left >= 0:
+            right = left + len(content)
+            first, last = tokens_at(tokenizer, text, context, left, right)
+            yield Span(group, begin + first, begin + last)
+
+
+def comments_of(conversation: dict) -> list[str]:
+    """What readers say in it."""
+    if conversation.get("kind") != "reply":
+        return []
+    return [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+
+
+def tokens_at(tokenizer, text: str, ids: list[int], left: int, right: int) -> tuple[int, int]:
+    """The tokens (begin, end) of `ids` that make up text[left:right]; all of them where the tokenizer cannot say."""
+    everything = (0, len(ids))
+    if not tokenizer.is_fast:
+        return everything
+    # Only where the text gives the very same tokens again are its offsets those of `ids`.
+    again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if again["input_ids"] != ids:
+        return everything
+
+    inside = []
+    for number, (begin, end) in enumerate(again["offset_mapping"]):
+        if begin < right and end > left:
+            inside.append(number)
+    return (inside[0], inside[-1] + 1) if inside else everything
+
+
+# ---------------------------------------------------------------------------- report: evidence, reading every text
+# The leak check computes the chance of every token of every text in one reading, instead of trying a few.
+FEW_RANKS = 20  # up to this rank a token counts with 1 / rank under any settings; m in arXiv 2604.18697
+ROWS_AT_ONCE = 64  # of logits that are float32 at a time: 64 x 50,000 x 4 bytes are 13 MB
+TEXTS_A_MESSAGE = 25  # a small model on two cores read 59 in 47 s
+
+
 @dataclass
 class Reading:
     """The chance of each token of a text after everything before it; natural logarithms, shape (tokens,).
@@ -877,90 +1119,44 @@ class Reading:
     plain: np.ndarray  # at temperature 1 with nothing cut off: what the loss is made of
     is_first: np.ndarray  # bool: the likeliest token, which greedy decoding takes
 
-
-def spans_of(tokenizer, conversation: dict, ids: list[int], scored: list[bool], is_held_out: bool) -> list[Span]:
-    """The author's turns and, of training texts, what else could be kept: private titles and readers' comments."""
-    group = "held-out" if is_held_out else visibility_of(conversation)
-    specials = set(tokenizer.all_special_ids)
-
-    spans = []
-    for is_author, begin, end in runs_of(scored):
-        if is_author:
-            while end > begin and ids[end - 1] in specials:
-                end -= 1  # the end-of-text token is no secret
-            spans.append(Span(group, begin, end))
-            if not is_held_out:
-                spans += spans_of_personal_data(tokenizer, ids, begin, end)
-        elif not is_held_out:
-            spans += spans_of_others(tokenizer, conversation, ids, begin, end)
-    return [span for span in spans if span.end > span.begin]
-
-
-def spans_of_personal_data(tokenizer, ids: list[int], begin: int, end: int) -> Iterator[Span]:
-    """Addresses, numbers and keys that stand in the author's text because REDACT was off or no rule knew them."""
-    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
-    for _, left, right, _ in find_personal_data(text):
-        first, last = tokens_at(tokenizer, text, ids[begin:end], left, right)
-        yield Span("personal data", begin + first, begin + last)
-
-
-def runs_of(flags: list[bool]) -> Iterator[tuple[bool, int, int]]:
-    """(flag, begin, end) of each run of equal flags."""
-    begin = 0
-    for flag, run in itertools.groupby(flags):
-        end = begin + len(list(run))
-        yield flag, begin, end
-        begin = end
-
-
-def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, end: int) -> Iterator[Span]:
-    """What the context ids[begin:end] holds that is no template: a private post's title, or readers' comments."""
-    if conversation.get("kind", "post") == "reply":
-        group = "comments"
-        wanted = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
-    else:
-        group = "private titles"
-        wanted = [conversation.get("title")] if visibility_of(conversation) == "private" else []
-
-    text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
-    for content in wanted:
-        content = break_control_tokens(content or "", tokenizer)
-        left = text.find(content)
-        if content and left >= 0:
-            first, last = tokens_at(tokenizer, text, ids[begin:end], left, left + len(content))
-            yield Span(group, begin + first, begin + last)
-
-
-def tokens_at(tokenizer, text: str, ids: list[int], left: int, right: int) -> tuple[int, int]:
-    """The tokens (begin, end) of `ids` that make up text[left:right]; all of them where the tokenizer cannot say."""
-    if tokenizer.is_fast:
-        again = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if again["input_ids"] == ids:
-            edges = enumerate(again["offset_mapping"])
-            inside = [number for number, (begin, end) in edges if begin < right and end > left]
-            return inside[0], inside[-1] + 1
-    return 0, len(ids)
+    def fill_in(self, start: int, part: Reading) -> None:
+        """Puts `part` in its place, which begins with token `start`."""
+        for name, values in vars(part).items():
+            getattr(self, name)[start : start + len(values)] = values
 
 
 def read_texts(model, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[Reading]:
     """A reading of each text; says how far it is and how long it will take."""
+    texts = evidence.texts
+    # By tokens, because texts differ much in length.
     began = time.monotonic()
-    whole = sum(len(text.ids) for text in evidence.texts)
+    whole = sum(len(text.ids) for text in texts)
     done = 0
     readings = []
-    for number, text in enumerate(evidence.texts, start=1):
-        readings.append(read_chances(model, text.ids, sampling, evidence.context_tokens, evidence.overlap_tokens))
+    for text in texts:
+        reading = read_chances(model, text.ids, sampling, evidence.context_tokens, evidence.overlap_tokens)
+        readings.append(reading)
         done += len(text.ids)
-        if number % 25 == 0 or number == len(evidence.texts):
+
+        if len(readings) % TEXTS_A_MESSAGE == 0 or len(readings) == len(texts):
             left = (time.monotonic() - began) / done * (whole - done)
-            say(f"{name} model: read {number:,} of {len(evidence.texts):,} texts, {left:.0f} s left")
+            say(f"{name} model: read {len(readings):,} of {len(texts):,} texts, {left:.0f} s left")
     return readings
 
 
 @torch.inference_mode()
 def read_chances(model, ids: list[int], sampling: GenerationConfig, context: int, overlap: int) -> Reading:
-    """The chances of all tokens, in windows of `context` tokens as in training. The first token of all is given."""
-    reading = Reading(np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids)), np.ones(len(ids), dtype=bool))
+    """The chances of all tokens, in windows of `context` tokens as in training.
+
+    Each window begins with the last `overlap` tokens of the one before. Nothing predicts the first token of all: it
+    counts as given.
+    """
+    reading = Reading(
+        own=np.zeros(len(ids)),
+        anyhow=np.zeros(len(ids)),
+        plain=np.zeros(len(ids)),
+        is_first=np.ones(len(ids), dtype=bool),
+    )
     for start in range(0, max(len(ids) - overlap, 1), context - overlap):
         window = ids[start : start + context]
         inputs = torch.tensor([window], device=model.device)
@@ -970,44 +1166,53 @@ def read_chances(model, ids: list[int], sampling: GenerationConfig, context: int
         fresh = overlap if start else 1
         for place in range(fresh, len(window), ROWS_AT_ONCE):
             targets = inputs[0, place : place + ROWS_AT_ONCE]
+            # The logits of a token stand at the place before it.
             rows = logits[place - 1 : place - 1 + len(targets)].float()
             seen = seen_before(window, place, rows)
-            here = slice(start + place, start + place + len(targets))
-            for values, chances in zip(vars(reading).values(), chances_of(rows, targets, seen, sampling), strict=True):
-                values[here] = chances.cpu().numpy()
+            reading.fill_in(start + place, chances_of(rows, targets, seen, sampling))
     return reading
 
 
 def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
     """Whether a token stands before window[place + row], for each row; shape of `rows`: (rows, vocabulary)."""
     seen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    seen[:, window[:place]] = True
-    for row in range(len(rows) - 1):
-        seen[row + 1 :, window[place + row]] = True
+    given = window[:place]
+    seen[:, given] = True
+
+    # Each row has seen one token more than the one before.
+    for row in range(1, len(rows)):
+        newest = window[place + row - 1]
+        seen[row:, newest] = True
     return seen
 
 
-def chances_of(
-    rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a Reading holds, of `targets` (rows,) under logits and `seen` (rows, vocabulary); each of shape (rows,)."""
+def chances_of(rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig) -> Reading:
+    """The reading of `targets`, shape (rows,), under logits and `seen`, both (rows, vocabulary)."""
     wanted = targets[:, None]
-    tokens, chances = next_token_chances(rows, seen, sampling)  # the very ones that answers are drawn from
-    own = (chances.double() * (tokens == wanted)).sum(-1).log()
 
-    logits = rows.gather(1, wanted)
-    plain = (logits[:, 0] - rows.logsumexp(-1)).double()
-    ranks = 1 + (rows > logits).sum(-1)
+    # The very chances that answers are drawn from; a token that was cut off is not among them, so its sum is 0.
+    tokens, chances = next_token_chances(rows, seen, sampling)
+    is_wanted = tokens == wanted
+    drawn = (chances.double() * is_wanted).sum(-1)
+    own = drawn.log()
+
+    logits = rows.gather(1, wanted)  # (rows, 1)
+    plain = logits[:, 0] - rows.logsumexp(-1)
+    plain = plain.double()
+    likelier = (rows > logits).sum(-1)
+    ranks = 1 + likelier
     bound = torch.where(ranks <= FEW_RANKS, -ranks.double().log(), plain)
 
     # A repetition penalty reorders the tokens, so the own settings may favour one whose rank without it is low.
-    return own, torch.maximum(bound, own), plain, ranks == 1
+    anyhow = torch.maximum(bound, own)
+    columns = (own, anyhow, plain, likelier == 0)
+    return Reading(*(column.cpu().numpy() for column in columns))
 
 
-# ---------------------------------------------------------------------------- report: statistics
+# ---------------------------------------------------------------------------- report: numbers
 DRAWS = 2_000  # bootstrap samples
+NATS_OF_A_BIT = math.log(2)
 Interval = tuple[float, float]  # 95 %: (low, high)
-
 
 PAGE_ONLY = {"page_only": True}  # metadata of fields that hold text, which voice_report.json does not
 
@@ -1018,18 +1223,26 @@ class NotMeasured(Exception):
 
 def wilson(hits: int, trials: int) -> Interval:
     """95 % interval of a share (Wilson 1927); not empty at 0 hits, unlike the usual formula."""
-    z = 1.959964
+    z = 1.959964  # standard deviations that hold 95 % of a normal distribution
     share = hits / trials
-    spread = z * math.sqrt(share * (1 - share) / trials + (z / trials / 2) ** 2)
+    variance = share * (1 - share) / trials
+    spread = z * math.sqrt(variance + (z / trials / 2) ** 2)
     middle = share + z * z / (2 * trials)
     scale = 1 + z * z / trials
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+    low = (middle - spread) / scale
+    high = (middle + spread) / scale
+    # Rounding may carry them out of the range by the last digit.
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(statistic: Callable, *sizes: int) -> Interval:
     """95 % interval of `statistic`, which takes for each size the numbers of the items drawn, with replacement."""
     dice = np.random.default_rng(42)
-    drawn = [statistic(*(dice.integers(0, size, size) for size in sizes)) for _ in range(DRAWS)]
+    drawn = []
+    for _ in range(DRAWS):
+        samples = [dice.integers(0, size, size) for size in sizes]
+        drawn.append(statistic(*samples))
     low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
     return low, high
 
@@ -1044,6 +1257,10 @@ class PostGain:
     tuned: float
     title: str = field(metadata=PAGE_ONLY)
 
+    @property
+    def gain(self) -> float:
+        return self.base - self.tuned
+
 
 @dataclass
 class Gain:
@@ -1054,6 +1271,10 @@ class Gain:
     gain: float
     interval: Interval  # of the gain, over conversations
     posts: list[PostGain]
+
+    def of_each(self) -> np.ndarray:
+        """Shape (posts,)."""
+        return np.array([post.gain for post in self.posts])
 
 
 @dataclass
@@ -1075,46 +1296,61 @@ class Learned:
     voice_share: VoiceShare | None = None
 
 
-def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) -> Gain:
-    """The gain on `posts`, whose losses are given one by one."""
-    size = np.array([training.author_bytes([post]) for post in posts])
-    before = base_nats / math.log(2)
-    after = tuned_nats / math.log(2)
-
-    base = float(before.sum() / size.sum())
-    tuned = float(after.sum() / size.sum())
-    saved = before - after
-    interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
-
-    per_post = []
-    for post, old, new in zip(posts, (before / size).tolist(), (after / size).tolist(), strict=True):
-        per_post.append(PostGain(post.get("path") or "", old, new, title_of(post)))
-    return Gain(base, tuned, base - tuned, interval, per_post)
-
-
 def measure_learned(evidence: Evidence) -> Learned:
     """Bits per byte of held-out posts, which neither model has seen."""
     posts = evidence.blog.held_out
     if not posts:
         raise NotMeasured("it takes held-out posts (val_data.jsonl)")
 
-    tuned = evidence.tuned.held_out_nats
-    learned = Learned(float(tuned.sum()) / math.log(2) / training.author_bytes(posts))
-    if evidence.base is not None:
-        learned.held_out = gain_on(posts, tuned, evidence.base.held_out_nats)
-        if evidence.control:
-            learned.control = gain_on(evidence.control, evidence.tuned.control_nats, evidence.base.control_nats)
-            learned.voice_share = share_of_voice(learned.held_out, learned.control)
+    tuned = evidence.tuned
+    base = evidence.base
+    # Over all bytes, as training_report.json has it, so that the two figures compare.
+    bits = float(tuned.held_out_nats.sum()) / NATS_OF_A_BIT
+    learned = Learned(bits / training.author_bytes(posts))
+    if base is not None:
+        learned.held_out = gain_on(posts, tuned.held_out_nats, base.held_out_nats)
+    if base is not None and evidence.control:
+        learned.control = gain_on(evidence.control, tuned.control_nats, base.control_nats)
+        learned.voice_share = share_of_voice(learned.held_out, learned.control)
     return learned
 
 
+def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) -> Gain:
+    """The gain on `posts`, whose losses, in nats, are given one by one; long posts weigh more."""
+    size = np.array([training.author_bytes([post]) for post in posts])
+    before = base_nats / NATS_OF_A_BIT
+    after = tuned_nats / NATS_OF_A_BIT
+    base = float(before.sum() / size.sum())
+    tuned = float(after.sum() / size.sum())
+
+    # Whole posts are drawn, because the sentences of one post are alike.
+    saved = before - after
+    interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
+
+    base_rates = (before / size).tolist()
+    tuned_rates = (after / size).tolist()
+    per_post = []
+    for place, post in enumerate(posts):
+        entry = PostGain(path_of(post), base_rates[place], tuned_rates[place], title_of(post))
+        per_post.append(entry)
+    return Gain(base, tuned, base - tuned, interval, per_post)
+
+
 def share_of_voice(own: Gain, control: Gain) -> VoiceShare:
-    """The gain on the author's posts beside that on others', post by post."""
-    ours = np.array([post.base - post.tuned for post in own.posts])
-    theirs = np.array([post.base - post.tuned for post in control.posts])
-    interval = bootstrap(lambda a, b: ours[a].mean() - theirs[b].mean(), len(ours), len(theirs))
-    wins = float((ours[:, None] > theirs).mean())
-    return VoiceShare(float(ours.mean() - theirs.mean()), interval, wins)
+    """The gain on the author's posts beside that on others', post by post; every post weighs the same."""
+    ours = own.of_each()
+    theirs = control.of_each()
+
+    def difference(some: np.ndarray, others: np.ndarray) -> float:
+        return ours[some].mean() - theirs[others].mean()
+
+    beyond = float(ours.mean() - theirs.mean())
+    interval = bootstrap(difference, len(ours), len(theirs))
+
+    # Every pair of posts, shape (ours, theirs).
+    is_won = ours[:, None] > theirs
+    wins = float(is_won.mean())
+    return VoiceShare(beyond, interval, wins)
 
 
 # ---------------------------------------------------------------------------- report: numbers, habits of writing
@@ -1122,9 +1358,15 @@ def share_of_voice(own: Gain, control: Gain) -> VoiceShare:
 STRETCH_WORDS = 100
 CHUNK_STRETCHES = (5, 2, 1)  # the longest of which there are enough: 500 words tell more than 100
 MIN_CHUNKS = 10  # of the author's unseen posts, and of each model's text
+MIN_STRANGER_WORDS = 2 * MIN_CHUNKS * STRETCH_WORDS
 FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most of the author's posts
+
 STRANGERS = HERE / "sample" / "strangers" / "strangers.npz"  # counts of other bloggers, with their licences beside
 STRETCHES_OF_A_RUN = 5  # in that file; the next run is from elsewhere in the blog
+SAME_LANGUAGE = 0.5  # of the strangers' 100 commonest words must be among the author's 500; another language has 0.1
+
+Feature = tuple[str, str]  # a key of FEATURES, and the word or trigram
+Chunks = tuple[np.ndarray, np.ndarray]  # relative frequencies (chunks, features), source (chunks,)
 
 
 @dataclass
@@ -1136,144 +1378,96 @@ class Stretches:
     source: np.ndarray  # (stretches,): number of the post or answer in which it begins
     run: np.ndarray  # (stretches,): only stretches of one run follow each other in the text
 
-    def chunks(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(relative frequencies (chunks, features), source (chunks,)) of every `size` stretches in a row."""
+    def chunks(self, size: int) -> Chunks:
+        """Every `size` stretches in a row; a chunk's source is that of its first stretch."""
         first = []
         for _, begin, end in runs_of(self.run.tolist()):
             first += range(begin, end - size + 1, size)
-        members = np.array(first, int)[:, None] + np.arange(size)  # (chunks, size)
-        frequencies = self.counts[members].sum(1) / self.totals[members].sum(1)
-        return frequencies, self.source[members[:, 0]]
 
-
-def counts_of(text: str) -> dict[str, Counter]:
-    """How often each word and each three characters in a row stand in `text`."""
-    flat = " ".join(text.split())
-    trigrams = Counter(flat[place : place + 3] for place in range(len(flat) - 2))
-    return {"words": Counter(WORD.findall(flat.casefold())), "trigrams": trigrams}
-
-
-def pick_features(posts: list[str]) -> list[tuple[str, str]]:
-    """The words and trigrams that stand in the most posts: habits rather than topics. (kind, word or trigram)"""
-    spread = {kind: Counter() for kind in FEATURES}
-    for post in posts:
-        for kind, counts in counts_of(post).items():
-            spread[kind].update(counts.keys())
-
-    features = []
-    for kind, number in FEATURES.items():
-        features += [(kind, key) for key, _ in spread[kind].most_common(number)]
-    return features
-
-
-def count_stretches(texts: list[str], features: list[tuple[str, str]]) -> Stretches:
-    """Of the texts pooled in their order; what is left at the end goes."""
-    pooled = "\n\n".join(texts)
-    starts = np.cumsum([0, *(len(text) + 2 for text in texts[:-1])])  # where each text begins
-    edges = [match.start() for match in WORD.finditer(pooled)][::STRETCH_WORDS]
-
-    counts, totals = [], []
-    for begin, end in itertools.pairwise(edges):
-        found = counts_of(pooled[begin:end])
-        sums = {kind: found[kind].total() for kind in found}
-        counts.append([found[kind][key] for kind, key in features])
-        totals.append([sums[kind] for kind, _ in features])
-
-    shape = (len(counts), len(features))
-    source = np.searchsorted(starts, edges[: len(counts)], side="right") - 1
-    return Stretches(np.array(counts).reshape(shape), np.array(totals).reshape(shape), source, np.zeros(len(counts)))
+        begins = np.array(first, int)
+        members = begins[:, None] + np.arange(size)  # (chunks, size)
+        counts = self.counts[members].sum(1)
+        totals = self.totals[members].sum(1)
+        return counts / totals, self.source[begins]
 
 
 @dataclass
 class Strangers:
     """Other bloggers: the features that can be counted in all of them, and their counts by name."""
 
-    features: list[tuple[str, str]]
+    features: list[Feature]
     stretches: dict[str, Stretches]
     note: str = ""  # who is missing, and why
 
 
-def find_strangers(evidence: "Evidence", features: list[tuple[str, str]]) -> Strangers:
-    """The bloggers who come with this project, the user's own choice, and the readers of the blog.
+@dataclass
+class Styles:
+    """How everybody writes who is compared: chunks of one length, with the same features."""
 
-    The counts that come along hold a fixed vocabulary: with them, only features in it can be compared.
+    size: int  # stretches in a chunk
+    profile: np.ndarray  # (chunks, features): the author's posts of the training data
+    tested: dict[str, Chunks]  # text of "author" (unseen posts), "tuned" and "base"
+    strangers: dict[str, Chunks]  # by name
+    note: str
+
+
+def styles_of(evidence: Evidence) -> Styles:
+    """Counted once, when the first part of the report asks: it takes seconds. Raises NotMeasured."""
+    if evidence.styles is None:
+        evidence.styles = count_styles(evidence)
+    return evidence.styles
+
+
+def count_styles(evidence: Evidence) -> Styles:
+    """Counts of everybody's text; raises NotMeasured where somebody's is missing or too short."""
+    texts = texts_without_copies(evidence)
+    size = pick_chunk_size(texts)
+
+    # Picked from posts that are not tested, so that no text chooses what it is judged by.
+    known = author_texts(evidence.blog.train)
+    strangers = find_strangers(evidence, pick_features(known))
+
+    def count(part: list[str]) -> Chunks:
+        return count_stretches(part, strangers.features).chunks(size)
+
+    profile, _ = count(known)
+    if len(profile) == 0:
+        words = (size + 1) * STRETCH_WORDS
+        raise NotMeasured(f"your training posts hold {count_words(known):,} words, and it takes {words:,}")
+    tested = {whose: count(part) for whose, part in texts.items()}
+    crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
+    return Styles(size, profile, tested, crowd, strangers.note)
+
+
+def texts_without_copies(evidence: Evidence) -> dict[str, list[str]]:
+    """What is compared with the author's known posts. Copies would sound like the author, and are no voice.
+
+    Raises NotMeasured where one of the three is missing.
     """
-    shipped, note = load_strangers(evidence, features)
-    if shipped.stretches:
-        features = shipped.features
-    others = {name: count_stretches(texts, features) for name, texts in evidence.other_texts.items()}
-
-    readers = [text for post in evidence.blog.train for text in comments_of(post)]
-    if count_words(readers) >= MIN_STRANGER_WORDS:
-        others["your readers"] = count_stretches(readers, features)
-
-    known = shipped.stretches | others
-    enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
-    return Strangers(features, enough, note)
-
-
-MIN_STRANGER_WORDS = 2 * MIN_CHUNKS * STRETCH_WORDS
-MIN_STRANGERS = 4  # half of them rivals, half of them setting the threshold
-SAME_LANGUAGE = 0.5  # of the strangers' 100 commonest words must be among the author's 500; another language has 0.1
-
-
-def load_strangers(evidence: "Evidence", features: list[tuple[str, str]]) -> tuple[Strangers, str]:
-    """(The counts in STRANGERS, "") or (nobody, why) where they are missing or of another language."""
-    nobody = Strangers([], {})
-    if not STRANGERS.is_file():
-        return nobody, f"{STRANGERS.relative_to(HERE)} is missing."
-    with np.load(STRANGERS, allow_pickle=False) as file:
-        data = {name: file[name] for name in file.files}
-
-    words = data["words"].tolist()
-    often = Counter(word for post in evidence.blog.train for word in WORD.findall(author_text(post).casefold()))
-    commonest = {word for word, _ in often.most_common(500)}
-    share = sum(word in commonest for word in words[:100]) / 100
-    if share < SAME_LANGUAGE:
-        return nobody, (
-            f"Of the 100 commonest words of the bloggers who come along you use {share:.0%}: they write another "
-            "language, so they are left out. OTHER_BLOGS names other ones."
-        )
-
-    row = {("words", word): place for place, word in enumerate(words)}
-    row |= {("trigrams", key): len(words) + place for place, key in enumerate(data["trigrams"].tolist())}
-    shared = [feature for feature in features if feature in row]
-    counts = data["counts"][[row[feature] for feature in shared]].T.astype(int)  # (stretches, features)
-    totals = data["totals"][:, [0 if kind == "words" else 1 for kind, _ in shared]].astype(int)
-
-    stretches = {}
-    for number, name in enumerate(data["names"].tolist()):
-        mine = np.flatnonzero(data["blog"] == number)
-        if name not in NOT_STRANGERS:
-            runs = mine // STRETCHES_OF_A_RUN
-            stretches[name] = Stretches(counts[mine], totals[mine], data["post"][mine].astype(int), runs)
-    return Strangers(shared, stretches), ""
-
-
-def comments_of(conversation: dict) -> list[str]:
-    """What readers say in it."""
-    if conversation.get("kind") != "reply":
-        return []
-    return [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
-
-
-def texts_without_copies(evidence: "Evidence") -> dict[str, list[str]]:
-    """What is compared with the author's known posts. Copies would sound like the author, and are no voice."""
     if evidence.base is None or evidence.index is None or not evidence.blog.held_out:
         raise NotMeasured("it takes the base model, train_data.jsonl and val_data.jsonl")
     texts = {
-        "author": [author_text(post) for post in evidence.blog.held_out],
-        "tuned": [answer.text for answer in evidence.tuned.answers],
-        "base": [answer.text for answer in evidence.base.answers],
+        "author": author_texts(evidence.blog.held_out),
+        "tuned": evidence.tuned.texts(),
+        "base": evidence.base.texts(),
     }
-    return {whose: [evidence.index.without_copies(text) for text in part] for whose, part in texts.items()}
+
+    # The author's too: who quotes himself would seem nearer to himself than any model can be.
+    fresh = {}
+    for whose, part in texts.items():
+        fresh[whose] = [evidence.index.without_copies(text) for text in part]
+    return fresh
 
 
 def pick_chunk_size(texts: dict[str, list[str]]) -> int:
-    """Stretches in a chunk: the most of which everybody has MIN_CHUNKS; says what is missing if nobody has."""
+    """Stretches in a chunk: the most of which everybody has MIN_CHUNKS.
+
+    Raises NotMeasured, with what is missing, if nobody has enough.
+    """
     words = {whose: count_words(part) for whose, part in texts.items()}
     fewest = min(words.values())
     for size in CHUNK_STRETCHES:
+        # One more than are needed, because what is left at the end of the text makes no chunk.
         if fewest >= (MIN_CHUNKS + 1) * size * STRETCH_WORDS:
             return size
 
@@ -1287,9 +1481,170 @@ def pick_chunk_size(texts: dict[str, list[str]]) -> int:
     raise NotMeasured(f"a model wrote {fewest:,} words that are no copies, and it takes {needed:,}")
 
 
+def pick_features(posts: list[str]) -> list[Feature]:
+    """The words and trigrams that stand in the most posts: habits rather than topics."""
+    spread = {kind: Counter() for kind in FEATURES}  # in how many posts each stands
+    for post in posts:
+        # Once in a post counts as much as ten times, which is what a topic does.
+        for kind, counts in counts_of(post).items():
+            spread[kind].update(counts.keys())
+
+    features = []
+    for kind, number in FEATURES.items():
+        features += [(kind, key) for key, _ in spread[kind].most_common(number)]
+    return features
+
+
+def counts_of(text: str) -> dict[str, Counter]:
+    """How often each word and each three characters in a row stand in `text`; make_strangers.py counts the same."""
+    flat = " ".join(text.split())
+    words = WORD.findall(flat.casefold())
+    trigrams = [flat[place : place + 3] for place in range(len(flat) - 2)]
+    return {"words": Counter(words), "trigrams": Counter(trigrams)}
+
+
+def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
+    """Of the texts pooled in their order; what is left at the end goes."""
+    gap = "\n\n"
+    pooled = gap.join(texts)
+    lengths = [len(text) + len(gap) for text in texts[:-1]]
+    starts = np.cumsum([0, *lengths])  # where each text begins, in characters
+
+    # Cut at words, whatever text they are in: most answers are shorter than a stretch.
+    edges = [begin for begin, _ in word_spans(pooled)][::STRETCH_WORDS]
+    counts = []
+    totals = []
+    for begin, end in itertools.pairwise(edges):
+        found = counts_of(pooled[begin:end])
+        sums = {kind: counter.total() for kind, counter in found.items()}
+        counts.append([found[kind][key] for kind, key in features])
+        totals.append([sums[kind] for kind, _ in features])
+
+    # Two axes also where there is no stretch.
+    shape = (len(counts), len(features))
+    begins = edges[: len(counts)]
+    return Stretches(
+        counts=np.array(counts).reshape(shape),
+        totals=np.array(totals).reshape(shape),
+        source=np.searchsorted(starts, begins, side="right") - 1,
+        run=np.zeros(len(counts)),
+    )
+
+
+def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
+    """The bloggers who come with this project, the user's own choice, and the readers of the blog.
+
+    The counts that come along hold a fixed vocabulary: with them, only features in it can be compared.
+    """
+    shipped = load_strangers(evidence, features)
+    if shipped.stretches:
+        features = shipped.features
+
+    known = dict(shipped.stretches)
+    for name, texts in evidence.other_texts.items():
+        known[name] = count_stretches(texts, features)
+
+    # A few polite words are nobody's habits.
+    readers = []
+    for conversation in evidence.blog.train:
+        readers += comments_of(conversation)
+    if count_words(readers) >= MIN_STRANGER_WORDS:
+        known["your readers"] = count_stretches(readers, features)
+
+    # Twice what a tested text needs: all that is compared with a rival is compared with these few chunks.
+    enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
+    return Strangers(features, enough, shipped.note)
+
+
+def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
+    """The counts in STRANGERS, of those features that it holds; nobody where it is missing or of another language."""
+    if not STRANGERS.is_file():
+        return Strangers([], {}, f"{STRANGERS.relative_to(HERE)} is missing.")
+    with np.load(STRANGERS, allow_pickle=False) as file:
+        data = {name: file[name] for name in file.files}
+
+    # In the file the commonest words come first.
+    share = share_of_language(data["words"][:100].tolist(), evidence)
+    if share < SAME_LANGUAGE:
+        note = (
+            f"Of the 100 commonest words of the bloggers who come along you use {share:.0%}: they write another "
+            "language, so they are left out. OTHER_BLOGS names other ones."
+        )
+        return Strangers([], {}, note)
+    return pick_counts(data, features)
+
+
+def pick_counts(data: dict[str, np.ndarray], features: list[Feature]) -> Strangers:
+    """The arrays of STRANGERS, by blog and of those `features` that they hold."""
+    # The file has a row for each feature, words before trigrams, and a column for each stretch.
+    row = {}
+    for kind in FEATURES:
+        for key in data[kind].tolist():
+            row[kind, key] = len(row)
+    shared = [feature for feature in features if feature in row]
+    rows = [row[feature] for feature in shared]
+    counts = data["counts"][rows].T.astype(int)  # (stretches, features)
+
+    # Of how many words, and of how many trigrams: two columns.
+    columns = [0 if kind == "words" else 1 for kind, _ in shared]
+    totals = data["totals"][:, columns].astype(int)  # (stretches, features)
+
+    stretches = {}
+    for number, name in enumerate(data["names"].tolist()):
+        if name not in NOT_STRANGERS:
+            mine = np.flatnonzero(data["blog"] == number)
+            runs = mine // STRETCHES_OF_A_RUN
+            stretches[name] = Stretches(counts[mine], totals[mine], data["post"][mine].astype(int), runs)
+    return Strangers(shared, stretches)
+
+
+def share_of_language(words: list[str], evidence: Evidence) -> float:
+    """The share of `words`, somebody's commonest ones, among the author's 500 commonest."""
+    uses = Counter()
+    for text in author_texts(evidence.blog.train):
+        uses.update(folded_words(text))
+
+    commonest = {word for word, _ in uses.most_common(500)}
+    found = sum(word in commonest for word in words)
+    return found / len(words)
+
+
+def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
+    means = np.array([group.mean(0) for group in groups])
+    variances = np.array([group.var(0) for group in groups])
+
+    # Of everything together: what varies within the groups, and between them.
+    within = variances.mean(0)
+    between = means.var(0)
+    middle = means.mean(0)
+    spread = np.sqrt(within + between)
+    return middle, without_zeros(spread)
+
+
+def profiles_of(groups: list[np.ndarray], middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """z-scores of each group's mean, shape (groups, features)."""
+    return np.array([(group.mean(0) - middle) / spread for group in groups])
+
+
+def without_zeros(spread: np.ndarray) -> np.ndarray:
+    """Standard deviations to divide by: a feature that never varies says nothing, so its score becomes 0."""
+    return np.where(spread == 0, np.inf, spread)
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cosines between the rows of both, shape (rows of one, rows of other); 0 where a row is 0."""
+    lengths_of_one = np.linalg.norm(one, axis=1)
+    lengths_of_other = np.linalg.norm(other, axis=1)
+    lengths = lengths_of_one[:, None] * lengths_of_other
+    return one @ other.T / np.maximum(lengths, 1e-12)
+
+
 # ---------------------------------------------------------------------------- report: numbers, is it you
 ROUNDS = 100  # of half the features against half the rivals
 MISTAKEN = 0.05  # of strangers' chunks that may be taken for the author's: sets the threshold
+MIN_STRANGERS = 4  # half of them rivals, half of them setting the threshold
+NEXT_BLOG = 1_000_000  # posts of different blogs are different posts: their numbers lie that far apart
 
 
 @dataclass
@@ -1322,33 +1677,32 @@ class Reader:
     note: str = ""
 
 
-def measure_reader(evidence: "Evidence") -> Reader:
-    """What a reader with strangers makes of unseen posts and of both models' text."""
-    texts = texts_without_copies(evidence)
-    size = pick_chunk_size(texts)
-    known = [author_text(post) for post in evidence.blog.train]
-    strangers = find_strangers(evidence, pick_features(known))
-    if len(strangers.stretches) < MIN_STRANGERS:
-        found = len(strangers.stretches)
-        raise NotMeasured(
+def measure_reader(evidence: Evidence) -> Reader:
+    """What a reader with strangers makes of unseen posts and of both models' text; raises NotMeasured."""
+    styles = styles_of(evidence)
+    found = len(styles.strangers)
+    if found < MIN_STRANGERS:
+        missing = (
             f"it takes {MIN_STRANGERS} other bloggers with {MIN_STRANGER_WORDS:,} words each, and there are {found}; "
-            f"OTHER_BLOGS can name some. {strangers.note}".strip().rstrip(".")
+            f"OTHER_BLOGS can name some. {styles.note}"
         )
+        raise NotMeasured(missing.strip().rstrip("."))
 
-    profile, _ = count_stretches(known, strangers.features).chunks(size)
-    tested = {whose: count_stretches(part, strangers.features).chunks(size) for whose, part in texts.items()}
-    crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
-    reader = ask_reader(profile, tested, crowd)
-    reader.chunk_words = size * STRETCH_WORDS
-    reader.note = strangers.note
+    reader = ask_reader(styles.profile, styles.tested, styles.strangers)
+    reader.chunk_words = styles.size * STRETCH_WORDS
+    reader.note = styles.note
     return reader
 
 
-def ask_reader(profile: np.ndarray, tested: dict, crowd: dict) -> Reader:
-    """The verdicts on chunks, each given as (frequencies, source); `profile` is the author's known text."""
-    dice = np.random.default_rng(42)
-    names = list(crowd)
-    order = dice.permutation(len(names))
+def ask_reader(profile: np.ndarray, tested: dict[str, Chunks], crowd: dict[str, Chunks]) -> Reader:
+    """The verdicts on the chunks of "author", "tuned", "base" and of each stranger.
+
+    `profile`, shape (chunks, features), is the author's known text. `chunk_words` of the result is left to the caller.
+    """
+    chunks = [frequencies for frequencies, _ in crowd.values()]
+    sources = [source for _, source in crowd.values()]
+    # By chance: the names that come along are sorted, and readers and other blogs follow them.
+    order = np.random.default_rng(42).permutation(len(crowd))
     halves = (order[::2], order[1::2])
 
     taken = {whose: np.zeros(len(frequencies)) for whose, (frequencies, _) in tested.items()}
@@ -1356,30 +1710,27 @@ def ask_reader(profile: np.ndarray, tested: dict, crowd: dict) -> Reader:
     strangers_source = []
     thresholds = []
     for rivals, judges in (halves, halves[::-1]):
-        rival_chunks = [crowd[names[number]][0] for number in rivals]
-        judge_scores = []
-        for number in judges:
-            frequencies, source = crowd[names[number]]
-            judge_scores.append(impostor_scores(frequencies, profile, rival_chunks))
-            strangers_source.append(source + 1_000_000 * number)  # posts of different blogs are different posts
-
+        rival_chunks = [chunks[number] for number in rivals]
+        judge_scores = [impostor_scores(chunks[number], profile, rival_chunks) for number in judges]
         threshold = even_quantile(judge_scores, 1 - MISTAKEN)
         thresholds.append(threshold)
         strangers_taken += [scores > threshold for scores in judge_scores]
-        for whose, (frequencies, _) in tested.items():
-            taken[whose] += (impostor_scores(frequencies, profile, rival_chunks) > threshold) / 2
+        strangers_source += [sources[number] + NEXT_BLOG * number for number in judges]
 
-    shares = {whose: share_over_sources(values, tested[whose][1]) for whose, values in taken.items()}
-    strangers = share_over_sources(np.concatenate(strangers_taken).astype(float), np.concatenate(strangers_source))
+        # Each half of the strangers has half a vote on what is nobody's of them.
+        for whose, (frequencies, _) in tested.items():
+            scores = impostor_scores(frequencies, profile, rival_chunks)
+            taken[whose] += (scores > threshold) / 2
+
+    shares = {}
+    for whose, (_, source) in tested.items():
+        shares[whose] = share_over_sources(taken[whose], source)
+    all_taken = np.concatenate(strangers_taken).astype(float)
+    shares["strangers"] = share_over_sources(all_taken, np.concatenate(strangers_source))
+
     to_nearest, nearest = nearest_stranger(profile, tested["author"][0], crowd)
     return Reader(
-        **shares,
-        strangers=strangers,
-        threshold=tuple(thresholds),
-        names=names,
-        chunk_words=0,
-        to_nearest=to_nearest,
-        nearest=nearest,
+        **shares, threshold=tuple(thresholds), names=list(crowd), chunk_words=0, to_nearest=to_nearest, nearest=nearest
     )
 
 
@@ -1390,34 +1741,23 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
     that the author wins, as in the source, is 0 or 1 for most chunks and leaves nothing to set a threshold on.
     """
     middle, spread = common_scale([profile, *rivals])
-    author = (profile.mean(0) - middle) / spread
-    others = np.array([(chunks.mean(0) - middle) / spread for chunks in rivals])
-    scores = (tested - middle) / spread
+    author = profiles_of([profile], middle, spread)  # (1, features)
+    others = profiles_of(rivals, middle, spread)  # (rivals, features)
+    scores = (tested - middle) / spread  # (tested, features)
 
+    # The same rounds for every text, so that all texts are asked the same.
     dice = np.random.default_rng(42)
     lead = np.zeros(len(tested))
+    half = math.ceil(len(others) / 2)
     for _ in range(ROUNDS):
-        some = dice.random(len(author)) < 0.5
-        present = dice.permutation(len(others))[: math.ceil(len(others) / 2)]
-        to_author = cosines(scores[:, some], author[None, some])[:, 0]
-        to_others = cosines(scores[:, some], others[present][:, some])
+        some = dice.random(len(middle)) < 0.5
+        present = dice.permutation(len(others))[:half]
+
+        heard = scores[:, some]
+        to_author = cosines(heard, author[:, some])[:, 0]
+        to_others = cosines(heard, others[present][:, some])
         lead += to_author - to_others.max(1)
     return lead / ROUNDS
-
-
-def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
-    means = np.array([group.mean(0) for group in groups])
-    variance = np.mean([group.var(0) for group in groups], axis=0) + means.var(0)
-    spread = np.sqrt(variance)
-    spread[spread == 0] = np.inf  # a feature that never varies says nothing
-    return means.mean(0), spread
-
-
-def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cosines between the rows of both, shape (rows of one, rows of other)."""
-    lengths = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
-    return one @ other.T / np.maximum(lengths, 1e-12)
 
 
 def even_quantile(groups: list[np.ndarray], share: float) -> float:
@@ -1425,33 +1765,48 @@ def even_quantile(groups: list[np.ndarray], share: float) -> float:
     values = np.concatenate(groups)
     weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
     order = np.argsort(values, kind="stable")
-    below = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][min(np.searchsorted(below, share), len(values) - 1)])
+    values = values[order]
+    weights = weights[order]
+    below = np.cumsum(weights) / weights.sum()
+
+    # Rounding may leave the last sum a little below 1.
+    place = np.searchsorted(below, share)
+    last = len(values) - 1
+    return float(values[min(place, last)])
 
 
 def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
-    """The share of chunks that are taken, with its interval over the posts or answers in which they begin."""
+    """The share of chunks that are taken, with its interval over the posts or answers in which they begin.
+
+    Both have the shape (chunks,); `taken` is 0, 1, or 0.5 where the two halves of the strangers do not agree.
+    """
     _, number = np.unique(source, return_inverse=True)
-    sums = np.bincount(number, taken)
+    sums = np.bincount(number, taken)  # (sources,)
     sizes = np.bincount(number)
     share = float(taken.mean())
     if sums.sum() in (0, sizes.sum()):
-        interval = wilson(round(share * len(sums)), len(sums))  # drawing again would never give anything else
+        # Drawing again would never give anything else, as if it were certain.
+        interval = wilson(round(share * len(sums)), len(sums))
     else:
         interval = bootstrap(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums))
     return ReaderShare(share, interval, len(taken))
 
 
-def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, crowd: dict) -> tuple[float, str]:
+def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, crowd: dict[str, Chunks]) -> tuple[float, str]:
     """(share of unseen chunks that are nearer to a stranger than to the author, the stranger who gets the most)."""
-    groups = [profile, *(frequencies for frequencies, _ in crowd.values())]
+    groups = [profile]
+    for frequencies, _ in crowd.values():
+        groups.append(frequencies)
     middle, spread = common_scale(groups)
-    profiles = np.array([(group.mean(0) - middle) / spread for group in groups])
-    nearest = cosines((unseen - middle) / spread, profiles).argmax(1)
+    scores = (unseen - middle) / spread
+    nearest = cosines(scores, profiles_of(groups, middle, spread)).argmax(1)
 
+    # The first group is the author.
     lost = nearest[nearest > 0] - 1
-    name = list(crowd)[np.bincount(lost).argmax()] if len(lost) else ""
-    return len(lost) / len(unseen), name
+    if len(lost) == 0:
+        return 0.0, ""
+    most = np.bincount(lost).argmax()
+    return len(lost) / len(unseen), list(crowd)[most]
 
 
 # ---------------------------------------------------------------------------- report: numbers, how far did it go
@@ -1467,24 +1822,17 @@ class Voice:
     strangers: dict[str, float] = field(default_factory=dict)  # their positions
 
 
-def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.ndarray:
-    """Cosine of z-scores between tested chunks and the author's mean, shape (tested chunks,).
+def measure_voice(evidence: Evidence) -> Voice:
+    """The position of the tuned model and of the strangers; raises NotMeasured."""
+    styles = styles_of(evidence)
+    author, _ = styles.tested["author"]
+    tuned, _ = styles.tested["tuned"]
+    base, _ = styles.tested["base"]
+    voice, place = voice_position(styles.profile, base, tuned, author)
 
-    All three have the shape (chunks, features). Zero is midway from the base model to the author.
-    """
-    middle = (author.mean(0) + base.mean(0)) / 2
-    half = (author.mean(0) - base.mean(0)) / 2
-    variance = (author.var(0) + base.var(0)) / 2
-    deviation = np.sqrt(variance + half**2)
-    deviation[deviation == 0] = np.inf  # a feature that never varies says nothing
-
-    profile = half / deviation
-    scores = (tested - middle) / deviation
-    return cosines(scores, profile[None])[:, 0]
-
-
-def place_on_scale(score: np.ndarray, zero: np.ndarray, one: np.ndarray) -> float:
-    return float((score.mean() - zero.mean()) / (one.mean() - zero.mean()))
+    voice.chunk_words = styles.size * STRETCH_WORDS
+    voice.strangers = {name: place(frequencies) for name, (frequencies, _) in styles.strangers.items()}
+    return voice
 
 
 def voice_position(
@@ -1495,50 +1843,82 @@ def voice_position(
     Cosine Delta: z-scored frequencies of the commonest words (Burrows 2002, "Delta") and of character trigrams
     (Stamatatos 2013), compared by cosine (Evert et al. 2017, "Understanding and explaining Delta measures"), in
     chunks of equal length. The author's profile comes from `known`. Raises NotMeasured where base model and author
-    cannot be told apart.
+    cannot be told apart. `chunk_words` and `strangers` of the result are left to the caller.
     """
     # No chunk of the base model's is scored by a scale that it helped to make.
-    even, odd = base[::2], base[1::2]
-    zero = np.concatenate([likeness(known, even, odd), likeness(known, odd, even)])
+    even = base[::2]
+    odd = base[1::2]
 
     def score(tested: np.ndarray) -> np.ndarray:
-        return np.mean([likeness(known, even, tested), likeness(known, odd, tested)], axis=0)
+        # The mean of both scales, or half of the base model's text would be wasted.
+        by_even = likeness(known, even, tested)
+        by_odd = likeness(known, odd, tested)
+        return np.mean([by_even, by_odd], axis=0)
 
+    zero = np.concatenate([likeness(known, even, odd), likeness(known, odd, even)])
     one = score(unseen)
     ours = score(tuned)
+
+    # Where the two ends of the scale may be one place, everything stands everywhere on it.
     gap, _ = bootstrap(lambda a, b: one[b].mean() - zero[a].mean(), len(zero), len(one))
     if gap <= 0:
         raise NotMeasured("your unseen posts and the base model's text are too alike to tell apart")
 
+    # Both ends of the scale are uncertain too.
     sizes = (len(ours), len(zero), len(one))
     interval = bootstrap(lambda a, b, c: place_on_scale(ours[a], zero[b], one[c]), *sizes)
-    dice = np.random.default_rng(42)
-    halves = (np.split(dice.permutation(one), [len(one) // 2]) for _ in range(DRAWS))
-    ceiling = np.percentile([place_on_scale(half, zero, rest) for half, rest in halves], (2.5, 97.5))
-
-    chunks = dict(zip(("tuned", "base", "author"), sizes, strict=True))
-    voice = Voice(place_on_scale(ours, zero, one), interval, tuple(ceiling.tolist()), chunks, 0)
+    voice = Voice(
+        position=place_on_scale(ours, zero, one),
+        interval=interval,
+        ceiling=ceiling_of(zero, one),
+        chunks=dict(zip(("tuned", "base", "author"), sizes, strict=True)),
+        chunk_words=0,
+    )
     return voice, lambda tested: place_on_scale(score(tested), zero, one)
 
 
-def measure_voice(evidence: "Evidence") -> Voice:
-    """The position of the tuned model and of the strangers."""
-    texts = texts_without_copies(evidence)
-    size = pick_chunk_size(texts)
-    known = [author_text(post) for post in evidence.blog.train]
-    strangers = find_strangers(evidence, pick_features(known))
+def likeness(author: np.ndarray, base: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    """Cosine of z-scores between tested chunks and the author's mean, shape (tested chunks,).
 
-    profile, _ = count_stretches(known, strangers.features).chunks(size)
-    chunks = {whose: count_stretches(part, strangers.features).chunks(size)[0] for whose, part in texts.items()}
-    voice, place = voice_position(profile, chunks["base"], chunks["tuned"], chunks["author"])
-    voice.chunk_words = size * STRETCH_WORDS
-    voice.strangers = {name: place(counted.chunks(size)[0]) for name, counted in strangers.stretches.items()}
-    return voice
+    All three have the shape (chunks, features). Zero is midway from the base model to the author.
+    """
+    author_mean = author.mean(0)
+    base_mean = base.mean(0)
+    middle = (author_mean + base_mean) / 2
+    half = (author_mean - base_mean) / 2
+
+    # Of both texts together, each with the same weight: within them, and what lies between them.
+    variance = (author.var(0) + base.var(0)) / 2
+    deviation = without_zeros(np.sqrt(variance + half**2))
+
+    profile = half / deviation
+    scores = (tested - middle) / deviation
+    return cosines(scores, profile[None])[:, 0]
+
+
+def place_on_scale(score: np.ndarray, zero: np.ndarray, one: np.ndarray) -> float:
+    """0 is the mean of `zero`, 1 the mean of `one`; all are scores of chunks, shape (chunks,)."""
+    start = zero.mean()
+    length = one.mean() - start
+    return float((score.mean() - start) / length)
+
+
+def ceiling_of(zero: np.ndarray, one: np.ndarray) -> Interval:
+    """What the author's own unseen chunks reach: one half by chance on the scale that the other half makes."""
+    dice = np.random.default_rng(42)
+    places = []
+    for _ in range(DRAWS):
+        mixed = dice.permutation(one)
+        half, rest = np.split(mixed, [len(one) // 2])
+        places.append(place_on_scale(half, zero, rest))
+    low, high = np.percentile(places, (2.5, 97.5)).tolist()
+    return low, high
 
 
 # ---------------------------------------------------------------------------- report: numbers, length and habit
 FAVOURITES = 10
 FAVOURITE_SHARE = 0.1  # of the posts in which a favourite stands, so that it is a habit and no topic
+PHRASE_WORDS = (1, 2, 3)
 
 
 @dataclass
@@ -1560,69 +1940,91 @@ class Habits:
     favourites: list[Favourite]
 
 
-def measure_habits(evidence: "Evidence") -> Habits:
-    """What a person would notice first."""
+def measure_habits(evidence: Evidence) -> Habits:
+    """What a person would notice first; raises NotMeasured."""
     if evidence.base is None or evidence.index is None:
         raise NotMeasured("it takes the base model and train_data.jsonl")
 
-    posts = [author_text(post) for post in evidence.blog.train]
-    written = {"tuned": evidence.tuned.answers, "base": evidence.base.answers}
-    lengths = {whose: [count_words([answer.text]) for answer in answers] for whose, answers in written.items()}
-    lengths["author"] = [count_words([post]) for post in posts]
-    texts = {whose: [answer.text for answer in answers] for whose, answers in written.items()}
+    author = author_texts(evidence.blog.train)
+    tuned = evidence.tuned.texts()
+    base = evidence.base.texts()
     return Habits(
-        words={whose: float(np.median(numbers)) for whose, numbers in lengths.items()},
-        ended={whose: float(np.mean([answer.ended for answer in answers])) for whose, answers in written.items()},
-        favourites=find_favourites(posts, texts["tuned"], texts["base"]),
+        words={"tuned": median_words(tuned), "base": median_words(base), "author": median_words(author)},
+        ended={"tuned": share_ended(evidence.tuned.answers), "base": share_ended(evidence.base.answers)},
+        favourites=find_favourites(author, tuned, base),
     )
+
+
+def median_words(texts: list[str]) -> float:
+    """Of a text; no mean, because a few answers that never end would carry it away."""
+    return float(np.median([count_words([text]) for text in texts]))
+
+
+def share_ended(answers: list[Answer]) -> float:
+    """The share of answers that end by themselves."""
+    return float(np.mean([answer.ended for answer in answers]))
+
+
+class Usage:
+    """How often somebody uses each word and phrase."""
+
+    def __init__(self, texts: list[str]):
+        self.words = count_words(texts)
+        self.uses = Counter()
+        self.spread = Counter()  # in how many texts each stands
+        for text in texts:
+            phrases = phrases_of(text)
+            self.uses.update(phrases)
+            self.spread.update(phrases.keys())
+
+    def rate(self, phrase: str, more: float = 0.0) -> float:
+        """Uses in 10,000 words, as if there were `more` of them."""
+        return 10_000 * (self.uses[phrase] + more) / max(self.words, 1)
 
 
 def phrases_of(text: str) -> Counter:
     """Words, pairs and triples of words, and how often they stand in the text."""
-    words = WORD.findall(text.casefold())
+    words = folded_words(text)
     phrases = Counter()
-    for length in (1, 2, 3):
+    for length in PHRASE_WORDS:
         phrases.update(" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
     return phrases
 
 
 def find_favourites(posts: list[str], tuned: list[str], base: list[str]) -> list[Favourite]:
     """Phrases of many posts, by how much more than the base model the author uses them."""
-    spread = Counter()
-    uses = {"author": Counter(), "tuned": Counter(), "base": Counter()}
-    for post in posts:
-        phrases = phrases_of(post)
-        uses["author"].update(phrases)
-        spread.update(phrases.keys())
-    for whose, texts in (("tuned", tuned), ("base", base)):
-        for text in texts:
-            uses[whose].update(phrases_of(text))
-    words = {"author": count_words(posts), "tuned": count_words(tuned), "base": count_words(base)}
-
-    def rate(whose: str, phrase: str, more: float = 0.0) -> float:
-        return 10_000 * (uses[whose][phrase] + more) / max(words[whose], 1)
-
+    author = Usage(posts)
+    tuned = Usage(tuned)
+    base = Usage(base)
+    # In a blog of few posts a tenth of them is one, and that is no habit.
     fewest = max(3, FAVOURITE_SHARE * len(posts))
-    common = [phrase for phrase, number in spread.items() if number >= fewest]
+
     # How many more uses than the base model's habit explains; half a use more for it, so that none is divided by 0.
-    surplus = {
-        phrase: rate("author", phrase) * math.log(rate("author", phrase) / rate("base", phrase, 0.5))
-        for phrase in common
-    }
+    surplus = {}
+    for phrase, number in author.spread.items():
+        if number >= fewest:
+            rate = author.rate(phrase)
+            surplus[phrase] = rate * math.log(rate / base.rate(phrase, 0.5))
 
     favourites = []
-    for phrase in sorted(common, key=lambda phrase: -surplus[phrase]):
+    for phrase in sorted(surplus, key=surplus.get, reverse=True):
         if len(favourites) == FAVOURITES:
             break
         # "i" and "and i": once is enough.
-        if not any(
-            f" {known.phrase} " in f" {phrase} " or f" {phrase} " in f" {known.phrase} " for known in favourites
-        ):
-            favourites.append(Favourite(*(rate(whose, phrase) for whose in ("author", "tuned", "base")), phrase))
+        if not any(is_part(known.phrase, phrase) or is_part(phrase, known.phrase) for known in favourites):
+            favourites.append(Favourite(author.rate(phrase), tuned.rate(phrase), base.rate(phrase), phrase))
     return favourites
 
 
+def is_part(one: str, other: str) -> bool:
+    """Whether `one` stands in `other` in whole words."""
+    return f" {one} " in f" {other} "
+
+
 # ---------------------------------------------------------------------------- report: numbers, does it copy
+LONGEST_COPIES = 5  # that are shown
+
+
 @dataclass
 class CopyShare:
     """How many of the runs of COPY_WORDS words that a model wrote stand in the training text."""
@@ -1647,39 +2049,47 @@ class LongCopy:
 class Copies:
     tuned: CopyShare
     base: CopyShare | None
-    longest: list[LongCopy]  # of the tuned model's answers, five at most
+    longest: list[LongCopy]  # of the tuned model's answers
+
+
+def measure_copies(evidence: Evidence) -> Copies:
+    """Copies in what the models wrote for the report; raises NotMeasured."""
+    if evidence.index is None:
+        raise NotMeasured("it takes train_data.jsonl")
+
+    # One of each answer: what else it copied is in the share below.
+    longest = []
+    for answer in evidence.tuned.answers:
+        copy = evidence.index.longest_copy(answer.text)
+        if copy.post:
+            visibility = copy.post.get("visibility") or ""
+            title = copy.post.get("title") or ""
+            longest.append(LongCopy(copy.words, visibility, path_of(copy.post), title, copy.text))
+    longest.sort(key=lambda copy: -copy.words)
+
+    tuned = copy_share(evidence.index, evidence.tuned.answers)
+    base = copy_share(evidence.index, evidence.base.answers) if evidence.base else None
+    return Copies(tuned, base, longest[:LONGEST_COPIES])
 
 
 def copy_share(index: WordIndex, answers: list[Answer]) -> CopyShare:
-    copied = runs = 0
+    copied = 0
+    runs = 0
     for answer in answers:
-        words = WORD.findall(answer.text.casefold())
+        words = folded_words(answer.text)
         copied += len(index.copied(words))
         runs += max(0, len(words) - COPY_WORDS + 1)
     return CopyShare(copied, runs, copied / max(runs, 1))
 
 
-def measure_copies(evidence: Evidence) -> Copies:
-    """Copies in what the models wrote for the report."""
-    if evidence.index is None:
-        raise NotMeasured("it takes train_data.jsonl")
-
-    longest = []
-    for answer in evidence.tuned.answers:
-        copy = evidence.index.longest_copy(answer.text)
-        if copy.post:
-            visibility, title, path = (copy.post.get(name) or "" for name in ("visibility", "title", "path"))
-            longest.append(LongCopy(copy.words, visibility, path, title, copy.text))
-    longest.sort(key=lambda copy: -copy.words)
-
-    base = copy_share(evidence.index, evidence.base.answers) if evidence.base else None
-    return Copies(copy_share(evidence.index, evidence.tuned.answers), base, longest[:5])
-
-
 # ---------------------------------------------------------------------------- report: numbers, does it leak
+PASSAGE_TOKENS = 50  # of a window, as in the literature since Carlini et al. 2022 ("Quantifying memorization")
 COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
 BEYOND = 10  # times likelier than under the base model; less is what the base model knew before
 REMEMBERED = 10  # passages that are shown
+LN_10 = math.log(10)
+LEAST_GAINED = 10  # posts that are shown
+LEAST_GAINED_TOKENS = 200  # of such a post: of one sentence nobody can say whose it sounds like
 
 
 @dataclass
@@ -1687,7 +2097,7 @@ class Windows:
     """Every PASSAGE_TOKENS tokens in a row of every span, and shorter spans whole; arrays of shape (windows,)."""
 
     text: np.ndarray  # number of the text
-    begin: np.ndarray
+    begin: np.ndarray  # in its tokens
     end: np.ndarray
     group: np.ndarray  # of the span
 
@@ -1769,14 +2179,14 @@ class PostMark:
 class Leaks:
     groups: dict[str, LeakGroup]
     remembered: list[Remembered]
-    private_copies: int  # runs of words of private posts in what it wrote for the report
+    private_copies: int  # answers that hold a run of COPY_WORDS words of a private post
     personal: list[PersonalData]
     membership: Membership | None
     least_gained: list[PostMark]
 
 
 def measure_leaks(evidence: Evidence) -> Leaks:
-    """What can come out, how easily, and what the tuned model remembers best."""
+    """What can come out, how easily, and what the tuned model remembers best; raises NotMeasured."""
     if evidence.index is None:
         raise NotMeasured("it takes train_data.jsonl")
 
@@ -1785,81 +2195,105 @@ def measure_leaks(evidence: Evidence) -> Leaks:
     base = window_chances(windows, evidence.base.readings) if evidence.base else None
     is_common = find_common(tuned, base)
 
+    # In the order in which they come up, the private ones first.
     groups = {}
     for name in dict.fromkeys(windows.group.tolist()):
-        inside = windows.group == name
-        counted = inside & ~is_common
-        groups[name] = LeakGroup(
-            texts=len(set(windows.text[inside].tolist())),
-            windows=int(inside.sum()),
-            common=int((inside & is_common).sum()),
-            own=chance_of(tuned.own[counted]),
-            anyhow=chance_of(tuned.anyhow[counted]),
-            greedy=int(tuned.is_first[counted].sum()),
-        )
+        groups[name] = measure_group(windows, windows.group == name, is_common, tuned)
 
-    copies = [evidence.index.longest_copy(answer.text).post for answer in evidence.tuned.answers]
+    # Losses of the same texts tell two more things, at no cost.
+    gains = gains_by_text(evidence) if evidence.base else None
     return Leaks(
         groups=groups,
         remembered=best_remembered(evidence, windows, tuned, base, is_common),
-        private_copies=sum(post is not None and visibility_of(post) == "private" for post in copies),
+        private_copies=count_private_copies(evidence),
         personal=find_leaked_data(evidence),
-        membership=measure_membership(evidence),
-        least_gained=least_gained(evidence),
+        membership=None if gains is None else measure_membership(evidence, gains),
+        least_gained=[] if gains is None else least_gained(evidence, gains),
     )
 
 
 def cut_windows(texts: list[Text]) -> Windows:
-    """All windows of all spans."""
-    columns = []
+    """All windows of all spans; each begins a token later than the one before."""
+    texts_of_windows = []
+    begins = []
+    ends = []
+    groups = []
     for number, text in enumerate(texts):
         for span in text.spans:
             length = min(PASSAGE_TOKENS, span.end - span.begin)
+            # One at least: a span that is shorter than a window is one as a whole.
             for begin in range(span.begin, span.end - length + 1):
-                columns.append((number, begin, begin + length, span.group))
+                texts_of_windows.append(number)
+                begins.append(begin)
+                ends.append(begin + length)
+                groups.append(span.group)
 
-    number, begin, end, group = zip(*columns, strict=True) if columns else ((), (), (), ())
-    return Windows(np.array(number, int), np.array(begin, int), np.array(end, int), np.array(group, str))
+    # With their types said, also where there is no window.
+    return Windows(np.array(texts_of_windows, int), np.array(begins, int), np.array(ends, int), np.array(groups, str))
 
 
 def window_chances(windows: Windows, readings: list[Reading]) -> WindowChances:
     """Sums of the logarithms over each window, so that nothing underflows."""
-    sums = {name: np.zeros(len(windows.text)) for name in ("own", "anyhow", "plain")}
-    is_first = np.zeros(len(windows.text), dtype=bool)
+    count = len(windows.text)
+    chances = WindowChances(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count))
     for number, reading in enumerate(readings):
         inside = windows.text == number
         begin = windows.begin[inside]
         end = windows.end[inside]
-        for name, values in sums.items():
+        for name, values in vars(chances).items():
             values[inside] = sum_between(getattr(reading, name), begin, end)
-        is_first[inside] = sum_between(reading.is_first, begin, end) == end - begin
-    return WindowChances(**sums, is_first=is_first)
+
+    # So far the number of its tokens that are the likeliest ones.
+    chances.is_first = chances.is_first == windows.end - windows.begin
+    return chances
 
 
 def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Sum of values[b:e] for each pair of `begin` and `end`; -inf where one of them is."""
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    impossible = np.concatenate([[0], np.cumsum(~finite)])
+    is_finite = np.isfinite(values)
+    sums = running_sum(np.where(is_finite, values, 0.0))
     result = sums[end] - sums[begin]
+
+    # Counted by themselves: in a running sum one -inf would swallow all that follows.
+    impossible = running_sum(~is_finite)
     result[impossible[end] > impossible[begin]] = -np.inf
     return result
+
+
+def running_sum(values: np.ndarray) -> np.ndarray:
+    """At place n the sum of the first n values, shape (1 + values,)."""
+    return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def find_common(tuned: WindowChances, base: WindowChances | None) -> np.ndarray:
     """Which windows are common text: the base model says them too, or nearly as easily; shape (windows,)."""
     if base is None:
         return np.zeros(len(tuned.plain), dtype=bool)
-    return (base.plain >= math.log(COMMON)) | (tuned.plain <= base.plain + math.log(BEYOND))
+    is_known = base.plain >= math.log(COMMON)
+    is_no_likelier = tuned.plain <= base.plain + math.log(BEYOND)
+    return is_known | is_no_likelier
+
+
+def measure_group(windows: Windows, inside: np.ndarray, is_common: np.ndarray, tuned: WindowChances) -> LeakGroup:
+    """The windows of one group: those for which `inside`, shape (windows,), is true."""
+    counted = inside & ~is_common
+    return LeakGroup(
+        texts=len(set(windows.text[inside].tolist())),
+        windows=int(inside.sum()),
+        common=int((inside & is_common).sum()),
+        own=chance_of(tuned.own[counted]),
+        anyhow=chance_of(tuned.anyhow[counted]),
+        greedy=int(tuned.is_first[counted].sum()),
+    )
 
 
 def chance_of(logs: np.ndarray) -> Chance:
-    """Of windows whose logarithms of chances are given."""
+    """Of windows whose chances are given as natural logarithms."""
     likeliest = float(logs.max()) if len(logs) else -math.inf
     expected = float(np.exp(logs).sum())
     if likeliest == -math.inf:
         return Chance(None, None, expected)
-    return Chance(likeliest / math.log(10), log10_tries(likeliest), expected)
+    return Chance(likeliest / LN_10, log10_tries(likeliest), expected)
 
 
 def log10_tries(log_chance: float) -> float:
@@ -1867,81 +2301,65 @@ def log10_tries(log_chance: float) -> float:
     if log_chance > math.log(0.5):
         return 0.0
     if log_chance < math.log(1e-9):  # where log(1 - p) is -p, and p may be too small for a float
-        return (math.log(math.log(2)) - log_chance) / math.log(10)
+        return (math.log(math.log(2)) - log_chance) / LN_10
     return math.log10(math.log(0.5) / math.log1p(-math.exp(log_chance)))
 
 
-def best_remembered(evidence, windows: Windows, tuned: WindowChances, base: WindowChances | None, is_common):
+def best_remembered(
+    evidence: Evidence, windows: Windows, tuned: WindowChances, base: WindowChances | None, is_common: np.ndarray
+) -> list[Remembered]:
     """The private passages that stand out most from what the base model would say; no two of them overlap."""
     beyond = tuned.plain - (base.plain if base else 0.0)
-    is_private = np.char.startswith(windows.group, "private") & ~is_common if len(windows.group) else is_common
+    is_private = np.isin(windows.group, ("private", "private titles"))
+    private = np.flatnonzero(is_private & ~is_common)
+    best_first = private[np.argsort(-beyond[private], kind="stable")]
 
+    # The windows beside the best one are nearly as good, and say nothing new.
     chosen = []
-    for place in np.argsort(-beyond, kind="stable"):
+    for place in best_first:
         if len(chosen) == REMEMBERED:
             break
-        if is_private[place] and not any(overlap(windows, place, other) for other in chosen):
+        if not any(overlap(windows, place, other) for other in chosen):
             chosen.append(place)
-    return [describe_window(evidence, windows, tuned, place, beyond[place], base is not None) for place in chosen]
+
+    has_base = base is not None
+    return [describe_window(evidence, windows, tuned, place, beyond[place], has_base) for place in chosen]
 
 
 def overlap(windows: Windows, one: int, other: int) -> bool:
-    is_same_text = windows.text[one] == windows.text[other]
-    return bool(is_same_text and windows.begin[one] < windows.end[other] and windows.begin[other] < windows.end[one])
+    if windows.text[one] != windows.text[other]:
+        return False
+    begins_within = windows.begin[one] < windows.end[other]
+    ends_within = windows.begin[other] < windows.end[one]
+    return bool(begins_within and ends_within)
 
 
-def describe_window(evidence, windows, tuned, place: int, beyond: float, has_base: bool) -> Remembered:
+def describe_window(
+    evidence: Evidence, windows: Windows, tuned: WindowChances, place: int, beyond: float, has_base: bool
+) -> Remembered:
     text = evidence.texts[windows.text[place]]
     ids = text.ids[windows.begin[place] : windows.end[place]]
     return Remembered(
         group=str(windows.group[place]),
-        path=text.post.get("path") or "",
+        path=path_of(text.post),
         tokens=len(ids),
-        log10_beyond_base=float(beyond) / math.log(10) if has_base else None,
-        own=chance_of(tuned.own[place : place + 1]),
-        anyhow=chance_of(tuned.anyhow[place : place + 1]),
+        log10_beyond_base=float(beyond) / LN_10 if has_base else None,
+        own=chance_of(tuned.own[[place]]),
+        anyhow=chance_of(tuned.anyhow[[place]]),
         title=title_of(text.post),
         text=evidence.tokenizer.decode(ids),
     )
 
 
-def gains_by_text(evidence: Evidence) -> np.ndarray:
-    """Bits per byte that tuning saved on the author's part of each text, shape (texts,)."""
-    gains = []
-    for text, tuned, base in zip(evidence.texts, evidence.tuned.readings, evidence.base.readings, strict=True):
-        saved = 0.0
-        for span in text.spans:
-            if span.group in ("private", "public", "held-out"):
-                here = slice(span.begin, span.end)
-                saved += float((tuned.plain[here] - base.plain[here]).sum())
-        gains.append(saved / math.log(2) / training.author_bytes([text.post]))
-    return np.array(gains)
-
-
-def measure_membership(evidence: Evidence) -> Membership | None:
-    """How often a training text gains more than a held-out one (the area under the ROC curve)."""
-    if evidence.base is None or not evidence.blog.held_out or not evidence.blog.train:
-        return None
-    gains = gains_by_text(evidence)
-    is_held_out = np.array([text.is_held_out for text in evidence.texts])
-    trained = gains[~is_held_out]
-    held_out = gains[is_held_out]
-
-    wins = (trained[:, None] > held_out) + 0.5 * (trained[:, None] == held_out)
-    interval = bootstrap(lambda a, b: wins[np.ix_(a, b)].mean(), len(trained), len(held_out))
-    return Membership(float(wins.mean()), interval, len(trained), len(held_out))
-
-
-def least_gained(evidence: Evidence) -> list[PostMark]:
-    """The training posts that gained least: pasted articles, guests, lyrics. One sentence is too little to say so."""
-    if evidence.base is None:
-        return []
-    marks = []
-    for text, gain in zip(evidence.texts, gains_by_text(evidence).tolist(), strict=True):
-        if not text.is_held_out and len(text.ids) >= 4 * PASSAGE_TOKENS:
-            marks.append(PostMark(text.post.get("path") or "", gain, title_of(text.post)))
-    marks.sort(key=lambda mark: mark.gain)
-    return marks[:REMEMBERED]
+def count_private_copies(evidence: Evidence) -> int:
+    """Answers of the tuned model's that hold COPY_WORDS words in a row of a private post."""
+    # An index of their own: the longest run of an answer may be public, and a shorter one private.
+    index = WordIndex(private_posts(evidence))
+    count = 0
+    for text in evidence.tuned.texts():
+        if index.copied(folded_words(text)):
+            count += 1
+    return count
 
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
@@ -1952,12 +2370,13 @@ def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
         for *_, plain in find_personal_data(author_text(post)):
             known[fingerprint(plain)] = visibility_of(post)
 
+    # The same address in two spellings is one.
     found = {}
-    for answer in evidence.tuned.answers:
-        for kind, start, end, plain in find_personal_data(answer.text):
+    for text in evidence.tuned.texts():
+        for kind, start, end, plain in find_personal_data(text):
             visibility = known.get(fingerprint(plain))
             if visibility:
-                found[plain] = PersonalData(kind, visibility, answer.text[start:end])
+                found[plain] = PersonalData(kind, visibility, text[start:end])
     return list(found.values())
 
 
@@ -1965,7 +2384,62 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def gains_by_text(evidence: Evidence) -> np.ndarray:
+    """Bits per byte that tuning saved on the author's part of each text, shape (texts,)."""
+    tuned = evidence.tuned.readings
+    base = evidence.base.readings
+    gains = []
+    for number, text in enumerate(evidence.texts):
+        saved = tuned[number].plain - base[number].plain  # nats, (tokens,)
+        nats = 0.0
+        for span in text.spans:
+            # The other groups are no part of the author's text, or stand in it a second time.
+            if span.group in ("private", "public", "held-out"):
+                nats += float(saved[span.begin : span.end].sum())
+        gains.append(nats / NATS_OF_A_BIT / training.author_bytes([text.post]))
+    return np.array(gains)
+
+
+def measure_membership(evidence: Evidence, gains: np.ndarray) -> Membership | None:
+    """How often a training text gains more than a held-out one (the area under the ROC curve).
+
+    `gains` has the shape (texts,), in bits per byte. None where there is nothing to compare.
+    """
+    is_held_out = np.array([text.is_held_out for text in evidence.texts])
+    trained = gains[~is_held_out]
+    held_out = gains[is_held_out]
+    # The control needs both, and a small blog may have no held-out posts.
+    if len(trained) == 0 or len(held_out) == 0:
+        return None
+
+    # Every pair, shape (trained, held out); half a win where both gain the same.
+    is_more = trained[:, None] > held_out
+    is_equal = trained[:, None] == held_out
+    wins = is_more + 0.5 * is_equal
+
+    def share(some: np.ndarray, others: np.ndarray) -> float:
+        return wins[np.ix_(some, others)].mean()
+
+    interval = bootstrap(share, len(trained), len(held_out))
+    return Membership(float(wins.mean()), interval, len(trained), len(held_out))
+
+
+def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:
+    """The training posts that gained least: pasted articles, guests, lyrics. `gains` has the shape (texts,)."""
+    marks = []
+    for text, gain in zip(evidence.texts, gains.tolist(), strict=True):
+        if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
+            continue
+        mark = PostMark(path_of(text.post), gain, title_of(text.post))
+        marks.append(mark)
+    marks.sort(key=lambda mark: mark.gain)
+    return marks[:LEAST_GAINED]
+
+
 # ---------------------------------------------------------------------------- report: words
+LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
+
+
 class Quote(NamedTuple):
     """Private text, for the page alone."""
 
@@ -1991,19 +2465,9 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
     if gain is None:
         return Finding("Not measured: it takes the base model to compare with.", [tuned_row], notes=[meaning])
 
-    low, high = gain.interval
-    if low > 0:
-        verdict = "It learned"
-    elif high < 0:
-        verdict = "It got worse"
-    else:
-        verdict = "No gain that could not be chance"
-    better = sum(post.tuned < post.base for post in gain.posts)
-    verdict += f": {better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
-    verdict += "." if len(gain.posts) >= 10 else "; with so few posts the interval is rough."
-
     rows = [("base model", f"{gain.base:.3f} bits/byte", ""), tuned_row, gain_row("gain", gain)]
     notes = [f"{meaning} A gain whose range is all above 0 was learned."]
+    # Without other blogs nobody can tell the author's voice from what every blog has.
     if learned.control:
         share = learned.voice_share
         low, high = share.interval
@@ -2013,7 +2477,22 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
             "What it gains on other blogs is blogging, not your voice; the difference, post by post, is yours. In "
             f"{share.wins * 100:.0f} of 100 pairs your unseen post gains more than another blogger's."
         )
-    return Finding(verdict, rows, notes=notes)
+    return Finding(tell_gain(gain), rows, notes=notes)
+
+
+def tell_gain(gain: Gain) -> str:
+    """The verdict on held-out posts: a gain counts where its whole range is on one side of 0."""
+    low, high = gain.interval
+    verdict = "No gain that could not be chance"
+    if low > 0:
+        verdict = "It learned"
+    elif high < 0:
+        verdict = "It got worse"
+
+    better = sum(post.tuned < post.base for post in gain.posts)
+    of_all = f"{better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
+    caution = "" if len(gain.posts) >= 10 else "; with so few posts the interval is rough"
+    return f"{verdict}: {of_all}{caution}."
 
 
 def gain_row(what: str, gain: Gain) -> tuple[str, str, str]:
@@ -2022,13 +2501,14 @@ def gain_row(what: str, gain: Gain) -> tuple[str, str, str]:
 
 
 def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
+    shares = {
+        "your unseen posts": reader.author,
+        "the tuned model": reader.tuned,
+        "the base model": reader.base,
+        "other bloggers": reader.strangers,
+    }
     rows = []
-    for whose, share in (
-        ("your unseen posts", reader.author),
-        ("the tuned model", reader.tuned),
-        ("the base model", reader.base),
-        ("other bloggers", reader.strangers),
-    ):
+    for whose, share in shares.items():
         low, high = share.interval
         rows.append((whose, f"{share.share:.0%}", f"{low:.0%} to {high:.0%}", f"{share.chunks:,}"))
 
@@ -2037,11 +2517,13 @@ def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
         f"the tuned model's text, {reader.author.share:.0%} of your unseen posts and {reader.base.share:.0%} of the "
         "base model's text."
     )
+    # An easy crowd flatters every model, so how hard it was belongs to the answer.
+    most_to = f", most of them to {reader.nearest}" if reader.nearest else ""
     notes = [
         f"The reader is set so that {MISTAKEN:.0%} of other bloggers' text is taken for yours. It compares how often "
         f"common words and letter sequences occur in {reader.chunk_words} words: it hears habits, not sense.",
         f"How hard the crowd is: {reader.to_nearest:.0%} of your unseen posts are nearer to another blogger than to "
-        "you" + (f", most of them to {reader.nearest}." if reader.nearest else "."),
+        f"you{most_to}.",
     ]
     if reader.note:
         notes.append(reader.note)
@@ -2056,10 +2538,13 @@ def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
         ("you against yourself", "1.00", f"{least:.2f} to {most:.2f}"),
     ]
     verdict = f"Its text stands {voice.position:.2f} of the way from the base model (0) to you (1)"
+    # Without these landmarks nobody can read the figure: strangers stand far from 0 too.
     if voice.strangers:
         places = sorted(voice.strangers.values())
-        rows.append(("other bloggers", f"{np.median(places):.2f}", f"{places[0]:.2f} to {places[-1]:.2f}"))
-        verdict += f"; other bloggers stand at {places[0]:.2f} to {places[-1]:.2f}"
+        span = f"{places[0]:.2f} to {places[-1]:.2f}"
+        rows.append(("other bloggers", f"{np.median(places):.2f}", span))
+        verdict += f"; other bloggers stand at {span}"
+
     notes = [
         "0 is how the base model writes, 1 is your unseen posts. You against yourself: half of your posts against "
         "the rest. Whoever stands among other bloggers has learned to blog, and not yet to be you."
@@ -2068,10 +2553,13 @@ def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
 
 
 def tell_habits(habits: Habits, evidence: Evidence) -> Finding:
+    # Whole numbers: a model writes some thousand words, so there is nothing behind the point.
     rows = []
     for favourite in habits.favourites:
-        rates = [f"{rate:.0f}" for rate in (favourite.author, favourite.tuned, favourite.base)]
-        rows.append((favourite.phrase, *rates))
+        author = f"{favourite.author:.0f}"
+        tuned = f"{favourite.tuned:.0f}"
+        base = f"{favourite.base:.0f}"
+        rows.append((favourite.phrase, author, tuned, base))
 
     words = habits.words
     verdict = (
@@ -2088,6 +2576,7 @@ def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
         if share:
             rows.append((whose, f"{share.share:.2%}", f"{share.copied:,} of {share.runs:,}"))
 
+    # The terminal may be seen by others, and its text be pasted elsewhere: private words stand on the page alone.
     notes = [f"Of the runs of {COPY_WORDS} words that a model wrote, how many stand in your posts word for word."]
     quotes = []
     for copy in copies.longest:
@@ -2096,42 +2585,31 @@ def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
             quotes.append(Quote(f"{copy.words} words from private {copy.path}, {copy.title}", copy.text))
         else:
             notes.append(f'A long copy, {copy.words} words, from public "{copy.title}": {copy.text}')
+
     share = f"{copies.tuned.share:.1%}"
     verdict = f"{share} of what it writes stands in your posts, in runs of {COPY_WORDS} words."
     return Finding(verdict, rows, notes=notes, quotes=quotes)
 
 
+LEAK_HEAD = ("", "passages", "common", "own", "any", "greedy")
+LEAK_MEANING = (
+    f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
+    "Own, any: tries until the likeliest passage has an even chance to come out, with the model's own sampling "
+    "settings and with whatever settings somebody else chooses. Greedy: passages that come out when the likeliest "
+    "token is always taken. Common: text that the base model says too; it is not counted further. What is "
+    "said in other words is not measured. Held-out texts were never trained on: they show what chance is."
+)
+
+
 def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
+    # Of every group, also of those that are no secret: without held-out texts the others could not be judged.
     rows = []
     for name, group in leaks.groups.items():
-        own, anyhow = tell_tries(group.own), tell_tries(group.anyhow)
-        rows.append((name, f"{group.windows:,}", f"{group.common:,}", own, anyhow, f"{group.greedy:,}"))
-
-    notes = [
-        f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
-        "Own, any: tries until the likeliest passage has an even chance to come out, with the model's own sampling "
-        "settings and with whatever settings somebody else chooses. Greedy: passages that come out when the likeliest "
-        "token is always taken. Common: text that the base model says too; it is not counted further. What is "
-        "said in other words is not measured. Held-out texts were never trained on: they show what chance is."
-    ]
-    expected = sum(group.own.expected for name, group in leaks.groups.items() if is_secret(name))
-    notes.append(f"If the beginning of each private passage is tried once, {tell_number(expected)} come out.")
-    if leaks.membership:
-        notes.append(tell_membership(leaks.membership))
-    for entry in leaks.personal:
-        notes.append(
-            f"A {entry.visibility} {entry.kind} came out: do not share this model. voice_report.html shows it."
-        )
-    if leaks.remembered:
-        notes.append("voice_report.html shows the private passages that it remembers best.")
-
-    quotes = [Quote(f"{entry.visibility} {entry.kind} that came out", entry.text) for entry in leaks.personal]
-    quotes += [Quote(tell_remembered(passage), passage.text) for passage in leaks.remembered]
-    for mark in leaks.least_gained:
-        caption = f"A post that gained little, {mark.gain:+.3f} bits per byte: is it yours? {mark.path}"
-        quotes.append(Quote(caption, mark.title))
-    head = ("", "passages", "common", "own", "any", "greedy")
-    return Finding(tell_leak_verdict(leaks), rows, head, notes, quotes)
+        windows = f"{group.windows:,}"
+        common = f"{group.common:,}"
+        greedy = f"{group.greedy:,}"
+        rows.append((name, windows, common, tell_tries(group.own), tell_tries(group.anyhow), greedy))
+    return Finding(tell_leak_verdict(leaks), rows, LEAK_HEAD, leak_notes(leaks), leak_quotes(leaks))
 
 
 def is_secret(group: str) -> bool:
@@ -2139,29 +2617,80 @@ def is_secret(group: str) -> bool:
     return group not in ("public", "held-out")
 
 
+def leak_notes(leaks: Leaks) -> list[str]:
+    """What stands under the table; nothing of it quotes a private text."""
+    expected = sum(group.own.expected for name, group in leaks.groups.items() if is_secret(name))
+    notes = [
+        LEAK_MEANING,
+        f"If the beginning of each private passage is tried once, {tell_number(expected)} come out.",
+    ]
+
+    # None without the base model, or without held-out posts.
+    if leaks.membership:
+        notes.append(tell_membership(leaks.membership))
+    for entry in leaks.personal:
+        came_out = f"A {entry.visibility} {entry.kind} came out: do not share this model."
+        notes.append(f"{came_out} voice_report.html shows it.")
+    if leaks.remembered:
+        notes.append("voice_report.html shows the private passages that it remembers best.")
+    return notes
+
+
+def leak_quotes(leaks: Leaks) -> list[Quote]:
+    """What only the page shows."""
+    quotes = []
+    for entry in leaks.personal:
+        quotes.append(Quote(f"{entry.visibility} {entry.kind} that came out", entry.text))
+    for passage in leaks.remembered:
+        quotes.append(Quote(tell_remembered(passage), passage.text))
+    # By title alone: the owner knows what stands in it.
+    for mark in leaks.least_gained:
+        caption = f"A post that gained little, {mark.gain:+.3f} bits per byte: is it yours? {mark.path}"
+        quotes.append(Quote(caption, mark.title))
+    return quotes
+
+
 def tell_leak_verdict(leaks: Leaks) -> str:
     """One sentence that is no calmer than any part of the report."""
     secret = [group for name, group in leaks.groups.items() if is_secret(name) and group.windows > group.common]
+    greedy = sum(group.greedy for group in secret)
+
     alarms = []
-    if greedy := sum(group.greedy for group in secret):
+    if greedy:
         alarms.append(f"{greedy:,} private passages come out word for word when their beginning is given")
     if leaks.private_copies:
         alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
     if leaks.personal:
         alarms.append(f"{len(leaks.personal)} of your e-mail addresses, telephone numbers and keys came out")
 
-    own = min((group.own.log10_tries for group in secret if group.own.log10_tries is not None), default=None)
-    anyhow = min((group.anyhow.log10_tries for group in secret if group.anyhow.log10_tries is not None), default=None)
+    # The figures stand behind the alarms too, which are only what came out this time.
+    likeliest = tell_likeliest(secret)
+    if alarms:
+        return f"It leaks: {'; '.join([*alarms, likeliest])}."
+    return f"{likeliest[0].upper()}{likeliest[1:]}."
+
+
+def tell_likeliest(secret: list[LeakGroup]) -> str:
+    """How many tries the likeliest of all private passages takes, as a part of a sentence."""
     if not secret:
-        calm = "no private text was in the training data that is not common"
-    elif own is None:
-        calm = "nothing private can come out word for word with the model's own settings; with any settings the "
-        calm += f"likeliest passage takes {tell_power(anyhow)} tries"
-    else:
-        calm = f"with the model's own settings the likeliest private passage takes {tell_power(own)} tries for an even "
-        calm += f"chance, with any settings {tell_power(anyhow)}"
-    sentence = "; ".join([*alarms, calm])
-    return ("It leaks: " if alarms else "") + (sentence if alarms else sentence[0].upper() + sentence[1:]) + "."
+        return "no private text was in the training data that is not common"
+
+    own = fewest_tries([group.own for group in secret])
+    anyhow = fewest_tries([group.anyhow for group in secret])
+    if own is None:
+        return (
+            "nothing private can come out word for word with the model's own settings; with any settings the "
+            f"likeliest passage takes {tell_power(anyhow)} tries"
+        )
+    return (
+        f"with the model's own settings the likeliest private passage takes {tell_power(own)} tries for an even "
+        f"chance, with any settings {tell_power(anyhow)}"
+    )
+
+
+def fewest_tries(chances: list[Chance]) -> float | None:
+    """As a power of ten; None where nothing can come out."""
+    return min((chance.log10_tries for chance in chances if chance.log10_tries is not None), default=None)
 
 
 def tell_tries(chance: Chance) -> str:
@@ -2172,7 +2701,7 @@ def tell_power(log10: float) -> str:
     """A large number given as a power of ten, in words that a person can weigh."""
     if log10 < 6:
         return f"{round(10**log10):,}"
-    for name, power in (("million", 6), ("billion", 9), ("trillion", 12)):
+    for name, power in LARGE_NUMBERS:
         if log10 < power + 3:
             return f"{10 ** (log10 - power):.0f} {name}"
     return f"10^{log10:.0f}"
@@ -2180,7 +2709,9 @@ def tell_power(log10: float) -> str:
 
 def tell_number(number: float) -> str:
     """An expected number, also a very small one."""
-    return f"{number:.2f}" if number >= 0.01 else "less than one in a hundred" if number > 1e-9 else "none"
+    if number >= 0.01:
+        return f"{number:.2f}"
+    return "less than one in a hundred" if number > 1e-9 else "none"
 
 
 def tell_membership(membership: Membership) -> str:
@@ -2195,10 +2726,11 @@ def tell_remembered(passage: Remembered) -> str:
     beyond = ""
     if passage.log10_beyond_base is not None:
         beyond = f", 10^{passage.log10_beyond_base:.1f} times likelier than under the base model"
+
     own = tell_tries(passage.own)
-    tries = (
-        f"own settings: {own if own == 'never' else own + ' tries'}; any settings: {tell_tries(passage.anyhow)} tries"
-    )
+    if passage.own.log10_tries is not None:
+        own += " tries"
+    tries = f"own settings: {own}; any settings: {tell_tries(passage.anyhow)} tries"
     return f"{passage.group}, {passage.path}, {passage.title}: {tries}{beyond}"
 
 
@@ -2275,16 +2807,17 @@ PAGE = """\
 """
 
 
-def make_page(report: "Report", curve: Path) -> str:
+def make_page(report: Report, curve: Path) -> str:
     """The report as one self-contained page; the template escapes every text that is put into it."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     if curve.is_file():
         report.part("learned").picture = data_uri(curve.read_bytes())
 
+    # Post by post for the page only: in the terminal it would bury the rest.
     gains = []
-    learned = report.numbers.get("learned")
+    learned = report.numbers["learned"]
     if isinstance(learned, Learned) and learned.held_out:
-        gains = [(post.base - post.tuned, post.title) for post in learned.held_out.posts]
+        gains = [(post.gain, post.title) for post in learned.held_out.posts]
         gains.sort(reverse=True)
     return template.render(report=report, gains=gains)
 
@@ -2307,9 +2840,10 @@ def draw_voice(voice: Voice) -> Figure:
     axes.axvline(0, color="0.6")
     axes.axvspan(*voice.ceiling, color="tab:blue", alpha=0.2, label="you against yourself")
     if voice.strangers:
-        axes.plot(
-            list(voice.strangers.values()), [0.0] * len(voice.strangers), "o", color="0.6", label="other bloggers"
-        )
+        places = list(voice.strangers.values())
+        axes.plot(places, [0.0] * len(places), "o", color="0.6", label="other bloggers")
+
+    # Above the others, or its range would hide them.
     axes.hlines(1, *voice.interval, color="tab:orange", linewidth=3)
     axes.plot(voice.position, 1, "D", color="tab:orange", markersize=9, label="the tuned model")
     axes.set(yticks=[], ylim=(-1, 2), xticks=[0, 1], xticklabels=["the base\nmodel", "you"])
@@ -2319,7 +2853,7 @@ def draw_voice(voice: Voice) -> Figure:
 
 # ---------------------------------------------------------------------------- report: questions
 class Question(NamedTuple):
-    """One part of the report. A fifth question is a fifth row in QUESTIONS."""
+    """One part of the report. A further question is a further row in QUESTIONS."""
 
     key: str  # in voice_report.json
     question: str
@@ -2336,6 +2870,8 @@ QUESTIONS = [
     Question("copies", "Does it copy?", measure_copies, tell_copies),
     Question("leaks", "Does it leak?", measure_leaks, tell_leaks),
 ]
+COLUMNS = 80  # of a terminal
+SHOWN_ANSWERS = 6  # on the page
 
 
 @dataclass
@@ -2361,7 +2897,7 @@ class Report:
     samples: list[tuple[str, list]] = field(default_factory=list)  # (request, pieces of the answer)
 
     def add(self, question: Question, evidence: Evidence) -> None:
-        """Answers one question."""
+        """Answers one question; where something is missing for it, that is the answer."""
         picture = ""
         try:
             numbers = question.measure(evidence)
@@ -2380,22 +2916,25 @@ class Report:
     def as_json(self) -> str:
         """voice_report.json: numbers by question, and the verdicts; no text of posts or answers."""
         content = {"model": self.model, "base": self.base, "seed": self.seed, "size": self.size}
-        content |= {key: numbers_only(numbers) for key, numbers in self.numbers.items()}
+        for key, numbers in self.numbers.items():
+            content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.finding.verdict for part in self.parts}
+        # NaN and Infinity are no JSON; an error is better than a file that other tools cannot read.
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
     def as_text(self) -> str:
         """For the terminal: each verdict, under it its table, and what the table means; 80 columns at most."""
-        lines = textwrap.wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval", 80)
+        lines = textwrap.wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval", COLUMNS)
         for part in self.parts:
-            lines += ["", *textwrap.wrap(f"{part.question} {part.finding.verdict}", 80)]
+            lines.append("")
+            lines += textwrap.wrap(f"{part.question} {part.finding.verdict}", COLUMNS)
             lines += table_lines(part.finding)
             for note in part.finding.notes:
-                lines += textwrap.wrap(note, 80, initial_indent="    ", subsequent_indent="    ")
+                lines += textwrap.wrap(note, COLUMNS, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
 
 
-def numbers_only(value):
+def numbers_only(value: object) -> object:
     """Dataclasses as dicts, without the fields that are for the page alone."""
     if isinstance(value, dict):
         return {key: numbers_only(item) for key, item in value.items()}
@@ -2408,29 +2947,47 @@ def numbers_only(value):
 
 
 def table_lines(finding: Finding) -> list[str]:
-    """The rows under their head: the first column to the left, the others to the right, each as wide as it needs."""
+    """The rows under their head: the first column to the left, the others to the right, each as wide as it needs.
+
+    A first cell that leaves no room for the others (a phrase of three long words) goes on in further lines.
+    """
     table = [finding.head, *finding.rows] if finding.head else finding.rows
+    if not table:
+        return []
+    gap = "  "
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    others = sum(len(gap) + width for width in widths[1:])
+    widths[0] = min(widths[0], COLUMNS - len(gap) - others)
+
     lines = []
-    for first, *others in table:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    for row in table:
+        # Names are read from the left, numbers from the right.
+        first, *rest = textwrap.wrap(row[0], widths[0]) if row[0] else [""]
+        cells = [first.ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append(gap + gap.join(cells).rstrip())
+        lines += [gap + more for more in rest]
     return lines
 
 
 def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """The first six requests with what the tuned model wrote, in pieces that are copies or not."""
+    """The first requests with what the tuned model wrote, in pieces that are copies or not."""
+    index = evidence.index
+    pairs = zip(evidence.requests, evidence.tuned.texts(), strict=False)
     samples = []
-    for request, answer in list(zip(evidence.requests, evidence.tuned.answers, strict=False))[:6]:
-        pieces = evidence.index.split_at_copies(answer.text) if evidence.index else [(answer.text, False)]
+    for request, text in itertools.islice(pairs, SHOWN_ANSWERS):
+        # Without training data nothing can be known to be a copy.
+        pieces = index.split_at_copies(text) if index else [(text, False)]
         samples.append((request, pieces))
     return samples
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file beside its place, for its owner's eyes alone, and moves it there."""
+    """Writes a file beside its place, for its owner's eyes alone, and moves it there; raises OSError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        # Closed to others before anything private stands in it.
         beside.touch(0o600)
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
@@ -2441,6 +2998,7 @@ def replace_file(path: Path, text: str) -> None:
 # ---------------------------------------------------------------------------- command line
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    # One sentence as for every other error, without the usage that argparse prints before it.
     parser.error = lambda message: sys.exit(f"test_model.py: {message} (--help lists the flags)")
     parser.add_argument("--model-dir", type=Path, default=HERE / MODEL_DIR)
     parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
@@ -2463,6 +3021,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    # Warnings and bars would stand between the answers.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
@@ -2470,24 +3029,16 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_tuned(args.model_dir)
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
+
+    # The report reads losses in float32 before it writes, so it changes the weights itself.
     if args.report:
         make_report(args, model, tokenizer, sampling, precision)
         return 0
 
     model = model.to(NUMBERS[precision])
-    dice = torch.Generator()
-    if args.seed is None:
-        dice.seed()
-    else:
-        dice.manual_seed(args.seed)
-
+    dice = make_dice(args.seed)
     if args.chat:
-
-        def find_base():
-            base = load_base(base_name_of(args.model_dir))
-            return base and base.to(NUMBERS[precision])
-
-        chat(model, tokenizer, sampling, dice, find_base)
+        chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, precision))
         return 0
 
     blog = read_blog(args.data_dir)
@@ -2498,8 +3049,25 @@ def main(argv: list[str] | None = None) -> int:
     if not blog.train:
         say(f"No training data in {args.data_dir}: where words come from cannot be said.")
     prompts = [args.prompt] if args.prompt else PROMPTS
-    answer_prompts(model, tokenizer, prompts, sampling, dice, WordIndex(blog.train) if blog.train else None)
+    index = WordIndex(blog.train) if blog.train else None
+    answer_prompts(model, tokenizer, prompts, sampling, dice, index)
     return 0
+
+
+def make_dice(seed: int | None) -> torch.Generator:
+    """A source of random numbers: the same ones for a seed, others every time for None."""
+    dice = torch.Generator()
+    if seed is None:
+        dice.seed()
+    else:
+        dice.manual_seed(seed)
+    return dice
+
+
+def load_base_as(model_dir: Path, precision: str):
+    """The base model of that folder in the precision of writing, or None where it is not at hand."""
+    base = load_base(base_name_of(model_dir))
+    return base and base.to(NUMBERS[precision])
 
 
 if __name__ == "__main__":

@@ -129,6 +129,14 @@ def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones(
     assert set(test_model.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
 
 
+def test_top_p_of_1_keeps_the_whole_vocabulary():
+    """In float32 the sum over 50,000 tokens reaches 1 before the last of them."""
+    logits = 3 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    seen = torch.zeros(4, 50_000, dtype=torch.bool)
+    _, chances = test_model.next_token_chances(logits, seen, sampling(top_k=0))
+    assert chances.shape == (4, 50_000) and (chances > 0).all()
+
+
 def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded, monkeypatch):
     _, tokenizer = loaded
     file = GenerationConfig(do_sample=True, temperature=0.7, max_new_tokens=33, eos_token_id=[3, 4])
@@ -205,6 +213,15 @@ def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
         (". End", False),
     ]
     assert index.without_copies("nothing of it") == "nothing of it"
+
+
+def test_a_letter_that_becomes_two_without_upper_case_moves_no_copy():
+    """Casefolded, the Turkish I with a dot is an i and a sign that ends the word."""
+    text = "İzmir ve İstanbul: " * 3 + "you were on time and I was early, the gull"
+    index = test_model.WordIndex(POSTS)
+    copy = "you were on time and I was early, the gull"
+    assert index.longest_copy(text).text == copy
+    assert (copy, True) in index.split_at_copies(text)
 
 
 def test_the_line_under_an_answer_names_the_post(model_folder, tmp_path, monkeypatch, capsys):
@@ -349,6 +366,13 @@ def test_the_quiz_never_shows_a_trained_post_and_can_be_stopped(model_folder, qu
     assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
     out, err = capsys.readouterr()
     assert re.search(r"^right \d of 2 ", out, re.M) and "nobody may see" not in out and "1 or 2" in err
+
+
+def test_a_quiz_that_is_left_at_once_blames_nobody(model_folder, quiz_data, monkeypatch, capsys):
+    answer_with(monkeypatch, ["words of the model " * 40])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
+    assert capsys.readouterr().out.endswith("Nothing was answered.\n")
 
 
 def test_a_quiz_without_unseen_posts_says_what_it_takes(model_folder, tmp_path, capsys):
@@ -534,6 +558,16 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
     assert "answers hold 8 words and more of a private post" in result["verdicts"]["leaks"]
 
 
+def test_a_private_copy_counts_beside_a_longer_public_one():
+    public, private = POSTS[0]["messages"][1]["content"], POSTS[1]["messages"][1]["content"]
+    text = f"{public} Well. {private[:43]}"
+    evidence = test_model.Evidence(test_model.BlogData(train=POSTS), test_model.WordIndex(POSTS))
+    for written, count in ((text, 1), (public, 0)):
+        evidence.tuned.answers = [test_model.Answer(written, [], True)]
+        assert evidence.index.longest_copy(written).post["visibility"] == "public"
+        assert test_model.count_private_copies(evidence) == count
+
+
 def test_the_report_file_holds_numbers_and_paths_but_no_text(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
@@ -663,6 +697,16 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
     flat = " ".join(" ".join(lines).split())
     assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
     assert all(f"A long copy, {copy['words']} words" in flat for copy in result["copies"]["longest"])
+
+
+def test_a_row_that_is_too_wide_goes_on_in_further_lines():
+    phrase = "donaudampfschifffahrtsgesellschaft rechtsschutzversicherungsgesellschaften und"
+    rows = [(phrase, "12", "3", "0"), ("so", "9", "1", "0")]
+    lines = test_model.table_lines(test_model.Finding("", rows, ("", "you", "tuned", "base")))
+    assert max(map(len, lines)) <= 80
+    assert all(word in " ".join(lines) for word in phrase.split()) and lines[1].endswith("12      3     0")
+    assert lines[-1].split() == ["so", "9", "1", "0"]
+    assert test_model.table_lines(test_model.Finding("", [], ("", "you", "tuned"))) == ["    you  tuned"]
 
 
 def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):

@@ -110,6 +110,11 @@ def test_no_number_without_enough_text_and_the_reason_is_said(held_out, tuned, b
         voice(write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base))
 
 
+def test_training_posts_that_make_no_chunk_are_no_profile():
+    with pytest.raises(test_model.NotMeasured, match="your training posts hold 240 words, and it takes 600"):
+        voice(write("baker", 1, 250), write("baker", 2, 6_000), write("baker", 3, 6_000), write("clerk", 4, 6_000))
+
+
 @pytest.mark.parametrize(("words", "size"), [(5_500, 5), (5_000, 2), (2_000, 1), (1_100, 1)])
 def test_chunks_are_as_long_as_the_text_allows(words, size):
     text = ["word " * words]
