@@ -349,10 +349,12 @@ def read_site(repository: Path, visibility: str) -> Site:
 def site_words(config: dict) -> dict[str, str]:
     """{"site.title": "Kettle"}: the strings of the config that are words."""
     values = {f"site.{name}": config.get(name) for name in SITE_FIELDS}
+
+    # Some themes want an author with a name, a portrait and links.
     for name in ("author", "owner"):
         person = config.get(name)
-        values[f"site.{name}.name"] = person.get("name") if isinstance(person, dict) else None
-
+        if isinstance(person, dict):
+            values[f"site.{name}.name"] = person.get("name")
     return {field_name: value for field_name, value in values.items() if is_words(value)}
 
 
@@ -720,7 +722,9 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
 
 
 def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
-    """`{{ page.title }}` is the front matter's value, `{{ site.title }}` the config's, `{{word}}` the author's word."""
+    """`{{ page.title }}` is the front matter's value, `{{ site.title }}` the config's, `{{word}}` the author's word.
+
+    Anything else is lost."""
     expression, _, filters = found["expression"].partition("|")
     expression = expression.strip(" -\n")
     filters = filters.strip(" -\n")
@@ -1419,9 +1423,16 @@ PERSONAL_DATA = [
     ),
     PersonalData(
         "card",
-        "in groups of four: Visa, Mastercard, Maestro, Discover, UnionPay, JCB",
-        r"(?:4\d|5[0-8]|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?",
+        "in groups of four: Visa, Mastercard, Maestro, Discover, JCB; what stands behind a blank is the security code",
+        r"(?:4\d|5[0-8]|2[2-7]|6[013-9]|35)\d\d(?:[ -]?\d{4}){3}\d{0,3}",
         "4111 1111 1111 1111",
+        has_luhn_sum,
+    ),
+    PersonalData(
+        "card",
+        "UnionPay",
+        r"62\d\d(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?",
+        "6205 5000 0000 0000 004",
         has_luhn_sum,
     ),
     PersonalData("card", "American Express", r"3[47]\d\d[ -]?\d{6}[ -]?\d{5}", "3782 822463 10005", has_luhn_sum),
@@ -1488,6 +1499,8 @@ def find_personal_data(text: str, is_public: bool = False) -> list[Found]:
     """Every e-mail address, number and key, in order, not overlapping; in public an id in a link is no key."""
     found = []
     position = 0 if PERSONAL_SIGN.search(text) else len(text)
+
+    # What fails its check may hold something else, further on: a number after the first group of what is no card.
     while match := PERSONAL.search(text, position):
         rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
         is_real = rule.check is None or rule.check(match)
@@ -1517,11 +1530,15 @@ def normalise(kind: str, typed: str) -> str:
 
 
 def clean_for_training(text: str, post: Post, blocked: tuple[str, ...] = ()) -> str:
-    """Text that may leave the blog: personal data and private words replaced and recorded in the post, control tokens
-    made harmless."""
-    personal = find_personal_data(text, post.visibility == "public") if REDACT else []
+    """Text that may leave the blog: without personal data and private words, with its control tokens made harmless.
+
+    What was replaced is recorded in the post."""
+    personal = []
+    if REDACT:
+        personal = find_personal_data(text, post.visibility == "public")
     post.redacted += [(one.kind, digest(one.normalised)) for one in personal]
 
+    # Looked for in the text as it was: a name in an e-mail address counts as found, and the whole address goes.
     private = find_blocked(text, blocked)
     post.blocked.update(one.normalised for one in private)
     return break_control_tokens(redact(text, personal + private))
@@ -1553,7 +1570,7 @@ CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Chinese, Japanese and Korean
 # their own.
 NO_WORD_BEFORE = rf"(?<![^\W_{CJK}])"
 NO_WORD_BEHIND = rf"(?![^\W_{CJK}]|[\u0300-\u036f])"
-BETWEEN_WORDS = r"[\s_-]+"
+BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in the name of a file, in a link
 
 
 def blocked_words() -> tuple[str, ...]:
@@ -1584,13 +1601,14 @@ def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
 
 def word_pattern(phrase: str) -> str:
     """For a phrase in any case and with any white space, either apostrophe, ss for sz, and accents spelt either way."""
-    words = [word for word in re.split(BETWEEN_WORDS, phrase) if word]
+    words = [word for word in re.split(r"[\s_-]+", phrase) if word]
     patterns = []
     for word in words:
         folded = unicodedata.normalize("NFC", word.casefold())
         spellings = dict.fromkeys([word, folded, unicodedata.normalize("NFD", folded)])
         patterns.append("|".join(map(re.escape, spellings)))
 
+    # Chinese and Japanese have no blanks at which a word could begin or end; Korean hangs endings on a name.
     inner = BETWEEN_WORDS.join(f"(?:{pattern})" for pattern in patterns)
     inner = re.sub("['\u2019]", "['\u2019]", inner).replace("ss", "(?:ss|\u00df)")
     before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE
@@ -1602,6 +1620,7 @@ def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
     """Replaces private words in the names that say where a text comes from; says it, since no file has these names."""
     hidden = 0
     for post in posts:
+        # Only the path counts: the name of the repository is that of all its posts.
         found = find_blocked(post.path, blocked)
         hidden += bool(found)
         post.blocked.update(one.normalised for one in found)
@@ -1610,10 +1629,7 @@ def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
         post.detail = without_blocked(post.detail, blocked)
 
     if hidden:
-        print(
-            f"{hidden:,} file names hold a private word: the data names them with [private] in its place.",
-            file=sys.stderr,
-        )
+        print(f"files whose names hold a private word, [private] in the data: {hidden:,}", file=sys.stderr)
 
 
 def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
@@ -1980,9 +1996,8 @@ def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, site
     words, conversation_rows = count_conversations(splits)
     redacted = {(sha256, kind, post.visibility) for post in kept for kind, sha256 in post.redacted}
     blocked = sum((post.blocked for post in kept), Counter())
-    redactions = Counter(kind for post in kept for kind, _ in post.redacted) + Counter(
-        {"private word": blocked.total()}
-    )
+    redactions = Counter(kind for post in kept for kind, _ in post.redacted)
+    redactions["private word"] = blocked.total()
     holes = [(p.blog, p.path, p.losses["holes"]) for p in kept if p.losses["holes"] > MOST_HOLES]
     problems = [
         (without_blocked(site.repository.name, run.blocked), without_blocked(site.problem, run.blocked))

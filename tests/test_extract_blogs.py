@@ -423,7 +423,8 @@ def spawned(monkeypatch):
 
 
 def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch, capsys, spawned):
-    blog = write_blog(tmp_path / "anna-blog", {"_config.yml": "source: anna\n"} | NAMED | many_posts(70))
+    others = {name.replace("-post-", "-anna-"): text for name, text in many_posts(70).items()}
+    blog = write_blog(tmp_path / "anna-blog", {"_config.yml": "source: anna\n"} | NAMED | others)
     flags = ["--private", str(blog), "--author", "wren", "--author", "Anna Wren"]
     before = [{line["path"] for line in lines} for lines in run(tmp_path, *flags)[:2]]
     capsys.readouterr()
@@ -437,12 +438,12 @@ def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch
     assert "anna" not in said.out.lower()
 
     # The words are counted by their places; what comes from where can still be told.
-    assert report["blocked_words"] == [16, 1, 1, 0]
-    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 18}
+    assert report["blocked_words"] == [86, 1, 1, 0]
+    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 88}
     assert {row["kind"] for row in report["redacted"]} == {"email", "phone"}
-    assert re.search(r"redacted: private word +18\b", said.out)
+    assert re.search(r"redacted: private word +88\b", said.out)
     assert re.search(r"private words found nowhere +1\b", said.out)
-    assert "4 file names hold a private word" in said.err
+    assert "files whose names hold a private word, [private] in the data: 74" in said.err
     assert {row["path"]: row["detail"] for row in report["skipped"]} == {
         "_posts/2006-01-03-[private]_again.md": "[private]-blog/_posts/2006-01-02-copy-of-annas-day.md",
         "_posts/2006-01-04-by-[private].md": "[private] other",
@@ -453,7 +454,7 @@ def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch
 
     # Neither the split nor the near-duplicates go by the words that are gone.
     after = [{line["path"] for line in lines} for lines in (train, val)]
-    assert [{path.replace("anna-is", "[private]-is") for path in paths} for paths in before] == after
+    assert [{path.replace("-anna-", "-[private]-") for path in paths} for paths in before] == after
 
     texts = {line["kind"]: line["messages"] for line in train + val if line["path"].endswith("[private]-is-born.md")}
     assert '"[private] is born"' in texts["post"][0]["content"]

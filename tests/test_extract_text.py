@@ -54,6 +54,7 @@ def test_text_that_stays_as_it_is_typed(line):
         ("one\n\n{{ site.motto }}\n\n{{ page.x }} {{ page.y }}\n\ntwo", "one\n\ntwo", 0),
         ("one\n{% include x.html %} two {% assign a = 1 %}", "one\n two", 0),
         ('[18F]({{ site.baseurl }}/a) <a href="{{ site.url }}">x</a> {{ site.url }}/b', "18F x /b", 0),
+        ("one<br>{{ page.x }}<br>two {{ site.title | absolute_url }}", "one\n\ntwo", 1),
         ("> said {{ page.x }}\n\n`{{ page.x }}`", "`{{ page.x }}`", 0),
     ],
 )
@@ -394,6 +395,9 @@ PERSONAL = [
     (r"Fred\ Bloggs\@example.com", r"Fred\ [email]", "email", "bloggs@example.com"),
     # cards, each a number that its maker prints in examples
     ("my card 4111 1111 1111 1111, 03/09", "my card [card], 03/09", "card", "4111111111111111"),
+    ("4111 1111 1111 1111 03/09 123", "[card] 03/09 123", "card", "4111111111111111"),
+    ("4111 1111 1111 1111 123", "[card] 123", "card", "4111111111111111"),
+    ("4111 4111 1111 1111 1111", "4111 [card]", "card", "4111111111111111"),
     ("5555-5555-5555-4444.", "[card].", "card", "5555555555554444"),
     ("(378282246310005)", "([card])", "card", "378282246310005"),
     ("3566 0020 2036 0505", "[card]", "card", "3566002020360505"),
@@ -489,6 +493,7 @@ BLOCKED = [
     ("Anna", "https://x.org/anna/?a=anna", "https://x.org/[private]/?a=[private]"),
     ("Anna", "Annaは、アンナ", "[private]は、アンナ"),
     ("12 Elm Street", "12 elm  street, 12 Elm\nStreet, 12\u00a0Elm-Street", "[private], [private], [private]"),
+    ("12 Elm Street", "https://x.org/?q=12+elm+street&a=12%20Elm%20Street", "https://x.org/?q=[private]&a=[private]"),
     ("12 Elm Street", "112 Elm Street, 12 Elm, 12 Elm Streets", "112 Elm Street, 12 Elm, 12 Elm Streets"),
     ("  Acme   Ltd. ", "Acme Ltd., ACME LTD. and Acme Ltd", "[private], [private] and Acme Ltd"),
     ("Zo\u00eb", "ZO\u00cb, zoe\u0308, Zoe", "[private], [private], Zoe"),
