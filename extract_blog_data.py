@@ -17,7 +17,8 @@ The sections of this file, in the order in which the run calls them:
     Markdown              markdown_to_html    as the author typed it: emphasis and line breaks stay
     HTML to text          to_text             paragraphs, list lines, no quotes, tables or captions
     lines                 clean_lines         without chat logs, bare links and importers' tails
-    personal data         clean_for_training  e-mail addresses, telephone numbers, keys: a table, PERSONAL_DATA
+    personal data         clean_for_training  addresses, numbers, keys: a table, PERSONAL_DATA
+    private words         find_blocked        what BLOCKED_WORDS lists, also in the names of files
     conversations         make_request        what a post answers; add_replies: what the author's comments answer
     other people's posts  drop_other_authors
     near-duplicates       drop_duplicates     one of each group stays
@@ -33,12 +34,15 @@ import email.utils
 import functools
 import hashlib
 import html
+import ipaddress
 import json
 import math
 import os
 import re
 import signal
 import sys
+import tomllib
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -69,7 +73,8 @@ DATA_DIR = "data"
 INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
-REDACT = True  # e-mail addresses, telephone numbers and keys become [email], [phone], [secret]
+REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
+BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
 VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
 SIMILARITY = 0.8  # Jaccard of word 5-grams from which on two posts count as one
@@ -98,9 +103,10 @@ REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to ad
 # ---------------------------------------------------------------- the run
 def extract(args: argparse.Namespace):
     """Reads the repositories and writes the data folder. Exits with a sentence where there is nothing to write."""
+    run = Run(args.author, date.today(), blocked_words())
     sites = read_sites(args)
     found = list_posts(sites, args)
-    posts = read_with_progress(found, args.author)
+    posts = read_with_progress(found, run)
 
     # Other people's posts first, or one of them could be the copy that is kept of a post of the author's.
     drop_other_authors(posts, args.author, args.author_is_given)
@@ -111,8 +117,10 @@ def extract(args: argparse.Namespace):
         most = ", ".join(f"{number} {reason}" for reason, number in reasons)
         sys.exit(f"None of the {len(posts)} files could be used ({most}): is this the right repository?")
 
+    # The names of the files come last: the requests and the split go by the true ones.
     splits = split_posts(kept, VALIDATION_SHARE)
-    report = make_report(posts, splits, sorted(args.author), sites)
+    hide_in_origins(posts, run.blocked)
+    report = make_report(posts, splits, run, sites)
 
     # The report goes with the data that it counts: all three files are new, or all three are the old ones.
     files = {
@@ -124,10 +132,19 @@ def extract(args: argparse.Namespace):
     print_report(report, args.data_dir)
 
 
-def read_with_progress(found: list[Post], authors: frozenset[str]) -> list[Post]:
+@dataclass(frozen=True)
+class Run:
+    """What is the same for every file of a run; handed over, since a process that is spawned knows no flags."""
+
+    authors: frozenset[str]
+    today: date
+    blocked: tuple[str, ...] = ()  # BLOCKED_WORDS
+
+
+def read_with_progress(found: list[Post], run: Run) -> list[Post]:
     """The posts filled in; says on stderr how far it has come."""
     posts = []
-    for post in read_all(found, authors):
+    for post in read_all(found, run):
         posts.append(post)
         is_last = len(posts) == len(found)
         if is_last or len(posts) % 50 == 0:
@@ -136,9 +153,9 @@ def read_with_progress(found: list[Post], authors: frozenset[str]) -> list[Post]
     return posts
 
 
-def read_all(posts: list[Post], authors: frozenset[str]) -> Iterator[Post]:
+def read_all(posts: list[Post], run: Run) -> Iterator[Post]:
     """The posts filled in, in order, by as many processes as there are cores; a handful is read right here."""
-    read = functools.partial(read_post, authors=authors, today=date.today())
+    read = functools.partial(read_post, run=run)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     # So few are read within a second; several processes would save little.
@@ -150,13 +167,13 @@ def read_all(posts: list[Post], authors: frozenset[str]) -> Iterator[Post]:
         yield from pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
 
 
-def read_post(post: Post, authors: frozenset[str], today: date) -> Post:
+def read_post(post: Post, run: Run) -> Post:
     """Fills in the post of a file; whatever is wrong with it becomes the reason why it is skipped."""
     signal.signal(signal.SIGVTALRM, out_of_time)
     signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, 1)  # processor time, so that a busy machine skips nothing
     try:
         if not post.reason:
-            post.reason = fill_post(post, authors, today)
+            post.reason = fill_post(post, run)
         return post
     except TimeoutError:
         post.reason = f"took over {MAX_SECONDS} s to parse"
@@ -175,7 +192,7 @@ def read_post(post: Post, authors: frozenset[str], today: date) -> Post:
     return post
 
 
-def fill_post(post: Post, authors: frozenset[str], today: date) -> str:
+def fill_post(post: Post, run: Run) -> str:
     """Reads the file into the post; returns the reason why it cannot be used, "" if it can."""
     if post.file.stat().st_size > MAX_BYTES:
         return "too large"
@@ -191,18 +208,18 @@ def fill_post(post: Post, authors: frozenset[str], today: date) -> str:
 
     # A day's grace: somebody east of here may be in tomorrow already.
     day = parse_date(meta.get("date")) or parse_date(post.file.name)
-    if day and (day - today).days > 1:
+    if day and (day - run.today).days > 1:
         return "dated in the future"
 
-    # Title, text, replies and tags, each without personal data.
+    # Title, text, replies and tags, each without personal data and private words.
     is_html = post.file.suffix.lower() in HTML_SUFFIXES
     title = clean_title(meta.get("title"))
-    text = to_text(strip_markup(body, meta), is_html, title, LINE_BREAKS)
+    text = to_text(strip_markup(body, meta, post.site_words), is_html, title, LINE_BREAKS, post.losses)
     post.date = day.isoformat() if day else None
-    post.title = clean_for_training(title, post)
-    post.text = clean_for_training(text, post)
+    post.title = clean_for_training(title, post, run.blocked)
+    post.text = clean_for_training(text, post, run.blocked)
     post.authors = [name.casefold() for name in strings(meta.get("author")) + strings(meta.get("authors"))]
-    add_replies(post, read_comments(meta.get("comments")), authors)
+    add_replies(post, read_comments(meta.get("comments")), run)
     post.group = split_group(post)
 
     # A post that is only a picture may still have been talked about: its replies stay.
@@ -212,7 +229,7 @@ def fill_post(post: Post, authors: frozenset[str], today: date) -> str:
         post.detail = f"{len(words)} words" if words else ""
         return why_without_text(post, words)
 
-    post.request = make_request(post, read_tags(meta, post))
+    post.request = make_request(post, read_tags(meta, post, run.blocked))
     post.shingles = shingle_hashes(words)
     return ""
 
@@ -225,6 +242,7 @@ class Post:
     visibility: str  # "public" or "private"
     path: str  # in the repository
     file: Path = Path()
+    site_words: dict[str, str] = field(default_factory=dict)  # what Liquid knows of the site: {"site.title": "Kettle"}
     reason: str = ""  # why it is skipped; "" while it is not
     detail: str = ""
     title: str = ""
@@ -237,7 +255,9 @@ class Post:
     replies: list[list[dict]] = field(default_factory=list)  # conversations, each a list of messages
     cases: Counter = field(default_factory=Counter)  # what the replies answer
     repairs: Counter = field(default_factory=Counter)
+    losses: Counter = field(default_factory=Counter)  # "holes": words that Liquid would have put into a sentence
     redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, SHA-256)
+    blocked: Counter = field(default_factory=Counter)  # place in BLOCKED_WORDS: times found
 
 
 def chunk_size(posts: int, cores: int) -> int:
@@ -265,6 +285,7 @@ def why_without_text(post: Post, words: list[str]) -> str:
 POST_FOLDERS = ("_posts", "_drafts")
 MARKDOWN_SUFFIXES = {".md", ".markdown", ".mkd", ".mkdn", ".mkdown"}
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
+CONFIG_NAMES = ("_config.yml", "_config.yaml", "_config.toml")  # Jekyll reads the first that is there
 # Names of files and folders that Jekyll passes over unless they are included.
 PASSED_OVER = re.compile(r"[._#].*|.*~")
 # What tools have made: large, and full of other people's posts.
@@ -283,11 +304,13 @@ class Site:
     root: Path  # where Jekyll looks: the repository, or the source folder of its _config.yml
     excluded: re.Pattern  # of paths in root
     included: set[str]  # names that are not passed over
-    problem: str = ""  # why _config.yml could not be read
+    words: dict[str, str]  # what Liquid knows of the site
+    config: Path
+    problem: str = ""  # what is wrong with the config, and what follows
 
 
 def read_sites(args: argparse.Namespace) -> list[Site]:
-    """The repositories of the flags or settings. Exits if one is missing; says it if a _config.yml is broken."""
+    """The repositories of the flags or settings. Exits if one is missing; says what is wrong with a _config.yml."""
     sites = []
     for visibility in ("public", "private"):
         for repository in getattr(args, visibility):
@@ -298,14 +321,16 @@ def read_sites(args: argparse.Namespace) -> list[Site]:
 
     for site in sites:
         if site.problem:
-            what_follows = "its exclude, include and source are not applied; mend it and run again"
-            file = site.repository / "_config.yml"
-            print(f"{file} cannot be read ({site.problem}): {what_follows}.", file=sys.stderr)
+            print(f"{site.config} {site.problem}; mend it and run again.", file=sys.stderr)
     return sites
 
 
 def read_site(repository: Path, visibility: str) -> Site:
-    config, problem = read_config(repository / "_config.yml")
+    paths = [repository / name for name in CONFIG_NAMES]
+    file = next(filter(os.path.lexists, paths), paths[0])
+    config, problem = read_config(file)
+    if problem:
+        problem = f"cannot be read ({problem}): its exclude, include and source are not applied"
 
     # A source folder that leads out of the repository would be read without having been named by anybody.
     root = repository
@@ -313,10 +338,31 @@ def read_site(repository: Path, visibility: str) -> Site:
         source = repository / name
         if source.is_dir() and source.resolve().is_relative_to(repository):
             root = source
+        else:
+            problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
 
     excluded = excluded_paths(strings(config.get("exclude")))
     included = {*POST_FOLDERS, *strings(config.get("include")), *strings(config.get("collections_dir"))}
-    return Site(repository, visibility, root, excluded, included, problem)
+    return Site(repository, visibility, root, excluded, included, site_words(config), file, problem)
+
+
+def site_words(config: dict) -> dict[str, str]:
+    """{"site.title": "Kettle"}: the strings of the config that are words."""
+    values = {f"site.{name}": config.get(name) for name in SITE_FIELDS}
+
+    # Some themes want an author with a name, a portrait and links.
+    for name in ("author", "owner"):
+        person = config.get(name)
+        if isinstance(person, dict):
+            values[f"site.{name}.name"] = person.get("name")
+    return {field_name: value for field_name, value in values.items() if is_words(value)}
+
+
+def is_words(value: object) -> bool:
+    """Whether a value of the config may stand in a sentence; a link, an address or a template may not."""
+    return (
+        isinstance(value, str) and bool(words_of(value)) and not re.search(r"[@{<]", value) and not URL.fullmatch(value)
+    )
 
 
 def excluded_paths(names: list[str]) -> re.Pattern:
@@ -330,18 +376,21 @@ def excluded_paths(names: list[str]) -> re.Pattern:
 
 
 def read_config(file: Path) -> tuple[dict, str]:
-    """(what _config.yml holds, why it cannot be read); a repository without one is no problem."""
+    """(what the config holds, why it cannot be read); a repository without one is no problem."""
     if not os.path.lexists(file):
         return {}, ""
 
+    parse = tomllib.loads if file.suffix == ".toml" else parse_yaml
     try:
-        loaded = parse_yaml(file.read_text("utf-8-sig"))
+        loaded = parse(file.read_text("utf-8-sig"))
     except OSError as error:
         return {}, error.strerror or type(error).__name__
     except UnicodeDecodeError:
         return {}, "not UTF-8"
     except RecursionError:
         return {}, "nested too deep"
+    except tomllib.TOMLDecodeError as error:
+        return {}, str(error)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = str(error).split("\n")[0]
@@ -369,7 +418,7 @@ def list_posts(sites: list[Site], args: argparse.Namespace) -> list[Post]:
             # A file name need not be UTF-8, the report must be.
             inside = file.relative_to(site.repository).as_posix()
             path = inside.encode("utf-8", "replace").decode()
-            posts.append(Post(site.repository.name, site.visibility, path, file, reason))
+            posts.append(Post(site.repository.name, site.visibility, path, file, site.words, reason))
 
     if not posts:
         where = ", ".join(map(str, args.public + args.private))
@@ -450,7 +499,8 @@ def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
 # ---------------------------------------------------------------- front matter
 # Characters of the private-use area carry structure through Markdown; input that contains them loses them.
 HOLE, SOFT, BRACE = "\ue000", "\ue001", "\ue002"  # Liquid was here; a newline typed in a paragraph; a raw brace
-NO_MARKS = str.maketrans("", "", HOLE + SOFT + BRACE)
+LOST = "\ue003"  # Liquid was here and would have put something into the text that nobody knows
+NO_MARKS = str.maketrans("", "", HOLE + SOFT + BRACE + LOST)
 # UTF-8 read as cp1252 leaves these pairs; ftfy then decides whether undoing it is certain.
 MOJIBAKE = re.compile("[\u00c2\u00c3\u00e2\u00f0][\u0080-\u00bf\u0152-\u0178\u02c6\u02dc\u2013-\u2122]")
 # A one-line value at the top level of the front matter.
@@ -569,6 +619,7 @@ DROPPED_TAGS |= {"for", "tablerow", "capture"}  # a template at work, not a text
 DROPPED_TAGS |= {"table", "gallery", "figure", "caption", "button"}
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
+SITE_FIELDS = ["title", "name", "description", "subtitle", "tagline", "author"]  # of _config.yml
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
 RAW_BLOCK = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
 FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
@@ -587,6 +638,7 @@ class Page(NamedTuple):
 
     meta: dict
     assigned: set[str]  # names of its variables
+    site_words: dict[str, str]
 
 
 class Markup(NamedTuple):
@@ -599,14 +651,14 @@ class Markup(NamedTuple):
     result: str  # what strip_markup makes of the example
 
 
-def strip_markup(text: str, meta: dict) -> str:
+def strip_markup(text: str, meta: dict, site_words: dict[str, str] | None = None) -> str:
     """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown."""
     if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[")):
         return text
     if "endraw" in text:
         text = RAW_BLOCK.sub(hide_braces, text)
 
-    page = Page(meta, set(ASSIGNED.findall(text)))
+    page = Page(meta, set(ASSIGNED.findall(text)), site_words or {})
     out = []
     position = 0
     while found := SCANNER.search(text, position):
@@ -617,7 +669,7 @@ def strip_markup(text: str, meta: dict) -> str:
     whole = "".join(out) + text[position:]
 
     # A line on which nothing but Liquid stood is no line; otherwise it would end or begin a paragraph.
-    whole = re.sub(f"^[ \t{HOLE}]+$", "", whole, flags=re.MULTILINE)
+    whole = re.sub(f"^[ \t{HOLE}{LOST}]+$", "", whole, flags=re.MULTILINE)
     return whole.replace(BRACE, "{")
 
 
@@ -670,18 +722,22 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
 
 
 def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
-    """`{{ page.title }}` is the front matter's value, `{{word}}` the author's word, anything else leaves a hole."""
+    """`{{ page.title }}` is the front matter's value, `{{ site.title }}` the config's, `{{word}}` the author's word.
+
+    Anything else is lost."""
     expression, _, filters = found["expression"].partition("|")
     expression = expression.strip(" -\n")
     filters = filters.strip(" -\n")
 
     # A field of the page may be words of the author's, unless it is made into a link. What stands in braces alone is
     # either a variable of the template or, in the text of somebody who knows no Liquid, a word.
-    kept = HOLE
+    kept = LOST
     field_name = expression.removeprefix("page.")
     if field_name != expression and field_name in PROSE_FIELDS and "url" not in filters:
         value = page.meta.get(field_name)
-        kept = value if isinstance(value, str) else HOLE
+        kept = value if isinstance(value, str) else LOST
+    elif expression in page.site_words and "url" not in filters:
+        kept = page.site_words[expression]
     elif expression.isalpha() and not filters and expression.lower() not in LIQUID_WORDS | page.assigned:
         kept = expression
     return kept, found.end()
@@ -747,7 +803,7 @@ NOT_PROSE = [
         r"\{\{(?P<expression>.*?)\}\}",
         liquid_output,
         "{{ page.title }} {{avec}} {{ page.x }}.",
-        f"My cat avec {HOLE}.",
+        f"My cat avec {LOST}.",
     ),
     Markup("kramdown_comment", r"\{::comment\}.*?\{:/(?:comment)?\}", "", "{::comment}no{:/comment}Hello.", "Hello."),
     Markup("kramdown_option", r"\{::[^}\n]*\}|\{:/\w*\}", "", "{::nomarkdown}Hello.{:/}", "Hello."),
@@ -897,24 +953,32 @@ PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # A line break with the blanks around it; a newline typed behind a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 SPACE = re.compile(r"[ \t\r\n\f]+")
+HOLE_IN_LINE = re.compile(f"(?<![/=@]){LOST}(?![/@])")
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,30});")
 # Control characters, soft hyphens, zero-width and bidi marks, U+FFFD, and zero-width joiners outside of emoji, Arabic
 # and Indic words.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue002]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue003]"
     "|(?<![\u0600-\u0dff\u2190-\U0010ffff])[\u200c\u200d]|[\u200c\u200d](?![\u0600-\u0dff\u2190-\U0010ffff])"
 )
 
 
-def to_text(markup: str, is_html: bool, title: str = "", line_breaks: str = "keep") -> str:
-    """HTML or Markdown (Liquid already gone) to plain text: paragraphs, list lines, emphasis as the author types it."""
+def to_text(
+    markup: str, is_html: bool, title: str = "", line_breaks: str = "keep", losses: Counter | None = None
+) -> str:
+    """HTML or Markdown (Liquid already gone) to plain text: paragraphs, list lines, emphasis as the author types it.
+
+    Counts in losses the holes that Liquid has left in sentences."""
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
 
     if not is_html:
         markup = markdown_to_html(markup)
     elif not PARAGRAPH_TAG.search(markup):
         markup = re.sub(r"\n[ \t]*\n", "<p>", markup)  # WordPress makes paragraphs of blank lines
-    blocks = PlainText().read(BeautifulSoup(markup, "html.parser"))
+    reader = PlainText()
+    blocks = reader.read(BeautifulSoup(markup, "html.parser"))
+    if losses is not None:
+        losses["holes"] += reader.holes
 
     # The title is in the request; as the first heading it would be said twice.
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
@@ -948,6 +1012,7 @@ class PlainText:
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # of each open list its numbers, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
+        self.holes = 0
         self.begin_block()
 
     def begin_block(self):
@@ -1040,7 +1105,8 @@ class PlainText:
 
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
-        text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
+        typed = "".join(self.parts)
+        text = typed.strip(" \n\xa0" + SOFT + HOLE + LOST)
         if "\n" in text or SOFT in text:
             text = LINE_END.sub(r"\1\2", text)
 
@@ -1053,7 +1119,14 @@ class PlainText:
                 text = indent + (self.item or "  ") + text
             self.item = ""
             self.blocks.append(Block(kind, text))
+            self.holes += count_holes(typed)
         self.begin_block()
+
+
+def count_holes(text: str) -> int:
+    """Places at which Liquid has left a hole beside words; on a line of its own or in a link none is missed."""
+    lines = [line for line in re.split(rf"[\n{SOFT}]", text) if any(map(str.isalnum, line))]
+    return sum(len(HOLE_IN_LINE.findall(line)) for line in lines)
 
 
 def unescape(text: str) -> str:
@@ -1210,18 +1283,103 @@ CONTROL_TOKEN = re.compile(
 class PersonalData(NamedTuple):
     """A way to write something that nobody else should read."""
 
-    kind: str  # "secret", "email" or "phone": the word that takes its place
+    kind: str  # the word that takes its place: "secret", "email", "card", "iban", "ip" or "phone"
     what: str
     pattern: str
     example: str  # the tests look for it
+    check: Callable[[re.Match], bool] | None = None  # whether what the pattern finds is really one
+    in_links: bool = True  # False: in a link it may be the id of a video or a ticket
 
 
-AT = r"(?:@|\s?[\[({]\s?at\s?[\])}]\s?)"
+class Found(NamedTuple):
+    """Something in a text that is to be replaced."""
+
+    kind: str  # of PersonalData, or "private"
+    start: int
+    end: int
+    normalised: str  # one spelling for all of the same address or number
+
+
+def has_luhn_sum(found: re.Match) -> bool:
+    """The last digit of a card number follows from the others; of any other numbers a tenth pass."""
+    digits = [int(sign) for sign in found[0] if sign.isdecimal()]
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def has_iban_sum(found: re.Match) -> bool:
+    """Letters count as 10 to 35, country and check digits go to the end, the rest modulo 97 is 1 (ISO 13616)."""
+    plain = re.sub("[ -]", "", found[0])
+    numbers = [str(int(sign, 36)) for sign in plain[4:] + plain[:4]]
+    return int("".join(numbers)) % 97 == 1
+
+
+def is_id_in_link(found: re.Match) -> bool:
+    """Whether it is a parameter of a link whose name does not tell a key: the id of a video or a ticket."""
+    link = BEFORE_ID.search(found.string[max(0, found.start() - 500) : found.start()])
+    return bool(link) and not NAME_OF_A_KEY.search(link["name"])
+
+
+def is_somebodys_address(found: re.Match) -> bool:
+    """Whether an IP address may lead to a person. 127.0.0.1, 192.168.1.1 and 2001:db8::1 lead nowhere."""
+    try:
+        address = ipaddress.ip_address(found[0])
+    except ValueError:
+        return False
+    if not address.is_global or address.is_multicast or found[0].startswith(KNOWN_SERVERS):
+        return False
+
+    # Four numbers are a version, too. Small ones are taken for it unless somebody says what they are.
+    before = found.string[max(0, found.start() - 20) : found.start()]
+    if address.version == 6 or CALLED_ADDRESS.search(before):
+        return True
+    first, second, *_ = address.packed
+    has_small_numbers = first < 30 and (second < 10 or max(address.packed) < 100)
+    return not has_small_numbers and not CALLED_VERSION.search(before)
+
+
+def iban_pattern(length: int, countries: str) -> str:
+    """For the account numbers of that many signs, in groups of four or in one piece."""
+    groups, rest = divmod(length - 4, 4)
+    either = countries.replace(" ", "|")
+    tail = f"[ -]?[0-9A-Za-z]{{{rest}}}" if rest else ""
+    return f"(?i:{either})[0-9]{{2}}(?:[ -]?[0-9A-Za-z]{{4}}){{{groups}}}{tail}"
+
+
+AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
 DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
+# Name servers that everybody may ask, and example.com.
+KNOWN_SERVERS = ("1.1.1.", "1.0.0.", "8.8.8.", "8.8.4.", "9.9.9.", "149.112.112.", "208.67.22", "93.184.216.34")
+CALLED_ADDRESS = re.compile(r"(?i)\bip(?:v4)?\b(?:[ -]?address(?:es)?)?\W*(?:(?:is|was|of|at)\W*)?$|://$")
+CALLED_VERSION = re.compile(r"(?i)\b(?:v|ver|vers|version|versions|release|build|firmware)\W*$")
+BEFORE_ID = re.compile(r"(?i)(?:https?://|www\.)[^\s?#]*[?#](?:\S*[?&;#])?(?P<name>[^\s?&;#=]*)=?$")
+NAME_OF_A_KEY = re.compile(r"(?i)key|token|secret|sig|pass|pwd|auth|session|sid|credential|code")
+IBAN_LENGTHS = {  # length: countries, of SWIFT's register
+    15: "NO",
+    16: "BE",
+    18: "DK FI FK FO GL NL SD",
+    19: "MK SI",
+    20: "AT BA EE KZ LT LU MN XK",
+    21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA",
+    23: "AE GI IL IQ OM SO TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST",
+    26: "IS TR",
+    27: "BI DJ FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HN HU LB NI PL",
+    29: "BR EG PS QA UA",
+    30: "JO KW MU YE",
+    31: "MT SC",
+    32: "LC",
+    33: "RU",
+}
+ANY_IBAN = "|".join(iban_pattern(length, countries) for length, countries in IBAN_LENGTHS.items())
 
 # To add a telephone format, or the keys of another service: write a row with an example. The tests look for every
 # example; they fail, too, if it holds none of the signs of PERSONAL_SIGN, which then needs one more. Of the rows of a
-# kind the first that matches wins. The kinds' order and what may not stand around them: AROUND.
+# kind the first that matches wins; what fails its check is not tried as another kind from the same place on. The
+# kinds' order and what may not stand around them: AROUND.
 PERSONAL_DATA = [
     PersonalData(
         "secret",
@@ -1239,15 +1397,17 @@ PERSONAL_DATA = [
     ),
     PersonalData(
         "secret",
-        "a key or a digest in hexadecimal, but not in a path",
-        r"(?<![/-])[0-9a-fA-F]{32,}(?![\w-])",
+        "a key or a digest in hexadecimal, but not in a path; digits alone are a large number, letters alone a scream",
+        r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
         "0123456789abcdef" * 2,
+        in_links=False,
     ),
     PersonalData(
         "secret",
         "letters of both cases with three digits or more",
-        r"(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]{30,}(?![\w-])",
+        r"(?=[A-Za-z0-9_-]{30})(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]+(?![\w-])",
         "aB3" + "dE4fG5h" * 5,
+        in_links=False,
     ),
     PersonalData(
         "email",
@@ -1260,6 +1420,38 @@ PERSONAL_DATA = [
         "name at host dot com",
         r"[\w.+-]{1,64} at [\w-]{1,63}(?: dot [\w-]{1,63})* dot (?:com|org|net|edu|gov|io|co|uk|de|fr|us)\b",
         "ann at example dot com",
+    ),
+    PersonalData(
+        "card",
+        "in groups of four: Visa, Mastercard, Maestro, Discover, JCB; what stands behind a blank is the security code",
+        r"(?:4\d|5[0-8]|2[2-7]|6[013-9]|35)\d\d(?:[ -]?\d{4}){3}\d{0,3}",
+        "4111 1111 1111 1111",
+        has_luhn_sum,
+    ),
+    PersonalData(
+        "card",
+        "UnionPay",
+        r"62\d\d(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?",
+        "6205 5000 0000 0000 004",
+        has_luhn_sum,
+    ),
+    PersonalData("card", "American Express", r"3[47]\d\d[ -]?\d{6}[ -]?\d{5}", "3782 822463 10005", has_luhn_sum),
+    PersonalData("card", "Diners", r"3(?:0[0-59]|[689]\d)\d[ -]?\d{6}[ -]?\d{4}", "3056 930902 5904", has_luhn_sum),
+    PersonalData("card", "Visa, of old", r"4\d{3}(?:[ -]?\d{3}){3}", "4222 222 222 222", has_luhn_sum),
+    PersonalData(
+        "iban",
+        "a bank account of one of 80 countries",
+        f"(?=[A-Za-z][A-Za-z][0-9])(?:{ANY_IBAN})",
+        "DE89 3704 0044 0532 0130 00",
+        has_iban_sum,
+    ),
+    PersonalData("ip", "version 4", r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![.-]?\w)", "192.0.43.8", is_somebodys_address),
+    PersonalData(
+        "ip",
+        "version 6; all of those in use begin with 2 or 3",
+        r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
+        "2620:0:2d0:200::8",
+        is_somebodys_address,
     ),
     PersonalData(
         "phone",
@@ -1277,55 +1469,89 @@ PERSONAL_DATA = [
     ),
 ]
 # Kind: what must not stand before and behind it. An address is no part of a longer one, a number none of a date, a
-# version or a path.
-AROUND = {"secret": ("", ""), "email": (r"(?<![@.+-])", ""), "phone": (r"(?<![.+/=-])", r"(?![\w/]|[.-]\d)")}
+# version, a path or a link. What a kind begins with is asked for first, to save time.
+AROUND = {
+    "secret": ("", ""),
+    "email": (r"(?<![@.+-])", ""),
+    "card": (r"(?=\d)(?<![.+/=#-])", r"(?![\w/]|[.-]\d)"),
+    "iban": ("", r"(?!\w)"),
+    "ip": (r"(?=\d)(?<![.+-])(?<![^/]/)", ""),
+    "phone": (r"(?=[\d+(])(?<![.+/=-])", r"(?![\w/]|[.-]\d)"),
+}
 # Text without any of these signs holds no personal data; asking for them first saves most of the time.
-PERSONAL_SIGN = re.compile(r"@|\d{2}[ .()-]*\d\d|[\w-]{14}|-----BEGIN|\bdot\b|\bat ?[\])}]", re.IGNORECASE)
+PERSONAL_SIGN = re.compile(
+    r"@|\d{2}[ .()-]*\d\d|[\w-]{14}|-----BEGIN|\bdot\b|\bat ?[\])}]|\d(?:\.\d{1,3}){3}|[23][0-9a-f]{3}:", re.IGNORECASE
+)
 
 
 def any_of(kind: str) -> str:
-    """The pattern of a kind, as a group of its name."""
+    """The pattern of a kind; each row is a group of its own, "row7" for PERSONAL_DATA[7]."""
     before, behind = AROUND[kind]
-    patterns = "|".join(rule.pattern for rule in PERSONAL_DATA if rule.kind == kind)
-    return f"{before}(?P<{kind}>{patterns}){behind}"
+    rows = [(number, rule.pattern) for number, rule in enumerate(PERSONAL_DATA) if rule.kind == kind]
+    patterns = "|".join(f"(?P<row{number}>{pattern})" for number, pattern in rows)
+    return f"{before}(?:{patterns}){behind}"
 
 
 PERSONAL = re.compile(rf"(?<!\w)(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
 
 
-def find_personal_data(text: str) -> list[tuple[str, int, int, str]]:
-    """(kind, start, end, normalised) of every e-mail address, telephone number and key, in order, not overlapping."""
-    if not PERSONAL_SIGN.search(text):
-        return []
-    return [(found.lastgroup, *found.span(), normalise(found.lastgroup, found[0])) for found in PERSONAL.finditer(text)]
+def find_personal_data(text: str, is_public: bool = False) -> list[Found]:
+    """Every e-mail address, number and key, in order, not overlapping; in public an id in a link is no key."""
+    found = []
+    position = 0 if PERSONAL_SIGN.search(text) else len(text)
+
+    # What fails its check may hold something else, further on: a number after the first group of what is no card.
+    while match := PERSONAL.search(text, position):
+        rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
+        is_real = rule.check is None or rule.check(match)
+        if is_public and not rule.in_links and is_id_in_link(match):
+            is_real = False
+
+        if is_real:
+            found.append(Found(rule.kind, *match.span(), normalise(rule.kind, match[0])))
+        position = match.end() if is_real else match.start() + 1
+    return found
 
 
 def normalise(kind: str, typed: str) -> str:
     """One spelling for all of the same address or number, so that their digests are the same."""
-    if kind == "phone":
+    if kind in ("phone", "card"):
         return re.sub(r"\D", "", typed)
+    if kind == "iban":
+        return re.sub("[ -]", "", typed).upper()
+    if kind == "ip":
+        return str(ipaddress.ip_address(typed))
     if kind == "email":
-        address = typed.lower()
+        address = typed.lower().replace("\\", "")
         if "@" not in address:
             address = re.sub(r"\W*\bat\b\W*", "@", address)
         return re.sub(r"[\s\[({]+dot[\s\])}]+", ".", address)
     return typed
 
 
-def clean_for_training(text: str, post: Post) -> str:
-    """Text that may leave the blog: personal data replaced and recorded in the post, control tokens made harmless."""
-    found = find_personal_data(text) if REDACT else []
-    post.redacted += [(kind, digest(normalised)) for kind, _, _, normalised in found]
-    return break_control_tokens(redact(text, found))
+def clean_for_training(text: str, post: Post, blocked: tuple[str, ...] = ()) -> str:
+    """Text that may leave the blog: without personal data and private words, with its control tokens made harmless.
+
+    What was replaced is recorded in the post."""
+    personal = []
+    if REDACT:
+        personal = find_personal_data(text, post.visibility == "public")
+    post.redacted += [(one.kind, digest(one.normalised)) for one in personal]
+
+    # Looked for in the text as it was: a name in an e-mail address counts as found, and the whole address goes.
+    private = find_blocked(text, blocked)
+    post.blocked.update(one.normalised for one in private)
+    return break_control_tokens(redact(text, personal + private))
 
 
-def redact(text: str, found: list[tuple[str, int, int, str]]) -> str:
-    """The text with [email], [phone] or [secret] in place of what find_personal_data found in it."""
+def redact(text: str, found: list[Found]) -> str:
+    """The text with [email], [private] and so on in place of what was found; two that overlap become one, the first."""
     out = []
     position = 0
-    for kind, start, end, _ in found:
-        out += [text[position:start], f"[{kind}]"]
-        position = end
+    for one in sorted(found, key=lambda one: (one.start, -one.end)):
+        if one.start >= position:
+            out += [text[position : one.start], f"[{one.kind}]"]
+        position = max(position, one.end)
     return "".join(out) + text[position:]
 
 
@@ -1338,16 +1564,90 @@ def break_control_tokens(text: str) -> str:
     return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], text)
 
 
+# ---------------------------------------------------------------- private words
+CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Chinese, Japanese and Korean: words have no blanks between them
+# What a whole word is not part of; an underscore is emphasis, or the blank of a file name. Accents may be signs of
+# their own.
+NO_WORD_BEFORE = rf"(?<![^\W_{CJK}])"
+NO_WORD_BEHIND = rf"(?![^\W_{CJK}]|[\u0300-\u036f])"
+BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in the name of a file, in a link
+
+
+def blocked_words() -> tuple[str, ...]:
+    """BLOCKED_WORDS as it is now, without blanks around them. Exits with a sentence if one of them is no word."""
+    if not isinstance(BLOCKED_WORDS, list | tuple):
+        sys.exit('BLOCKED_WORDS in extract_blog_data.py is a list: BLOCKED_WORDS = ["Anna", "12 Elm Street"].')
+
+    for number, word in enumerate(BLOCKED_WORDS, 1):
+        if not isinstance(word, str) or not any(map(str.isalnum, word)):
+            sys.exit(f"Number {number} of BLOCKED_WORDS in extract_blog_data.py is no word in quotation marks.")
+    return tuple(word.strip() for word in BLOCKED_WORDS)
+
+
+def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
+    """Every private word of a text, in order, not overlapping; normalised is its place in BLOCKED_WORDS, from 0."""
+    if not blocked:
+        return []
+    matches = blocked_pattern(blocked).finditer(text)
+    return [Found("private", *match.span(), match.lastgroup.removeprefix("word")) for match in matches]
+
+
+@functools.cache
+def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
+    """A group "word3" for blocked[3]; where two begin at the same place, the longer one is found."""
+    by_length = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
+    return re.compile("|".join(f"(?P<word{place}>{word_pattern(word)})" for place, word in by_length), re.IGNORECASE)
+
+
+def word_pattern(phrase: str) -> str:
+    """For a phrase in any case and with any white space, either apostrophe, ss for sz, and accents spelt either way."""
+    words = [word for word in re.split(r"[\s_-]+", phrase) if word]
+    patterns = []
+    for word in words:
+        folded = unicodedata.normalize("NFC", word.casefold())
+        spellings = dict.fromkeys([word, folded, unicodedata.normalize("NFD", folded)])
+        patterns.append("|".join(map(re.escape, spellings)))
+
+    # Chinese and Japanese have no blanks at which a word could begin or end; Korean hangs endings on a name.
+    inner = BETWEEN_WORDS.join(f"(?:{pattern})" for pattern in patterns)
+    inner = re.sub("['\u2019]", "['\u2019]", inner).replace("ss", "(?:ss|\u00df)")
+    before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE
+    behind = "" if re.search(f"[{CJK}]$", words[-1]) else NO_WORD_BEHIND
+    return before + inner + behind
+
+
+def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
+    """Replaces private words in the names that say where a text comes from; says it, since no file has these names."""
+    hidden = 0
+    for post in posts:
+        # Only the path counts: the name of the repository is that of all its posts.
+        found = find_blocked(post.path, blocked)
+        hidden += bool(found)
+        post.blocked.update(one.normalised for one in found)
+        post.path = redact(post.path, found)
+        post.blog = without_blocked(post.blog, blocked)
+        post.detail = without_blocked(post.detail, blocked)
+
+    if hidden:
+        print(f"files whose names hold a private word, [private] in the data: {hidden:,}", file=sys.stderr)
+
+
+def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
+    return redact(text, find_blocked(text, blocked))
+
+
 # ---------------------------------------------------------------- conversations
 # Untitled, a date, a number, signs only: nothing that a request could be made of.
 PLACEHOLDER = re.compile(
     r"\W*(?i:untitled|no (?:title|subject)|title|none|null|nil|n/a|test|blog|post|\d{4}\W\d\d?\W\d\d?.*|[\d\W]*)\W*"
 )
+# What is left of a title or tag that was nothing but a name.
+REDACTED = re.compile(r"\W*\[(?:private|secret|email|card|iban|ip|phone)\]\W*")
 URL = re.compile(r"(?:https?://|www\.)\S*|[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|edu|io|me|info|blog)\b\S*", re.I)
 HANDLE = re.compile(r"@\w+|(?=\w*[a-z])(?=\w*\d)[a-z]\w+|[a-z0-9]+_\w+", re.I)
 DULL_TAGS = {"uncategorized", "general", "misc", "blog", "post", "posts", "other", "default", "livejournal", "all"}
 # A word; a Chinese, Japanese or Korean character counts as one.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+WORD = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 LONGEST_TITLE = 200  # characters; a longer one is a paragraph in the wrong place
 TAG_LENGTHS = range(3, 40)  # characters
 OPENING = 200  # characters of a post that a reader quotes
@@ -1364,11 +1664,11 @@ def split_group(post: Post) -> str:
     return f"{post.date} {title_words}" if post.date and title_words else f"{post.blog}/{post.path}"
 
 
-def read_tags(meta: dict, post: Post) -> list[str]:
+def read_tags(meta: dict, post: Post, blocked: tuple[str, ...]) -> list[str]:
     tags = meta.get("tags")
     if isinstance(tags, str):  # Jekyll splits at blanks
         tags = tags.split()
-    return [clean_for_training(clean_title(tag), post) for tag in strings(tags)]
+    return [clean_for_training(clean_title(tag), post, blocked) for tag in strings(tags)]
 
 
 def make_request(post: Post, tags: list[str]) -> str:
@@ -1394,7 +1694,7 @@ def choose(requests: list[str], number: int) -> str:
 def is_telling(title: str) -> bool:
     if len(title) > LONGEST_TITLE or not words_of(title):
         return False
-    return not any(useless.fullmatch(title) for useless in (PLACEHOLDER, URL, HANDLE))
+    return not any(useless.fullmatch(title) for useless in (PLACEHOLDER, REDACTED, URL, HANDLE))
 
 
 def repeats_title(post: Post) -> bool:
@@ -1405,7 +1705,8 @@ def repeats_title(post: Post) -> bool:
 
 
 def is_topic(tag: str) -> bool:
-    return len(tag) in TAG_LENGTHS and tag.lower() not in DULL_TAGS and not URL.fullmatch(tag)
+    is_dull = tag.lower() in DULL_TAGS or URL.fullmatch(tag) or REDACTED.fullmatch(tag)
+    return len(tag) in TAG_LENGTHS and not is_dull
 
 
 class Comment(NamedTuple):
@@ -1444,20 +1745,20 @@ def first_of(item: dict, *names: str) -> str:
     return next((text for name in names for text in strings(item.get(name))), "")
 
 
-def add_replies(post: Post, comments: dict[str, Comment], authors: frozenset[str]):
+def add_replies(post: Post, comments: dict[str, Comment], run: Run):
     """One conversation for each of the author's comments, with the comments that it answers before it."""
 
     # Cached not for speed: cleaning records in the post what it redacts, and each comment must be counted once.
     @functools.cache
     def said(key: str) -> str:
         source = strip_markup(comments[key].content, {}) if key in comments else ""
-        return clean_for_training(to_text(source, bool(PARAGRAPH_TAG.search(source))), post)
+        return clean_for_training(to_text(source, bool(PARAGRAPH_TAG.search(source))), post, run.blocked)
 
     for key, comment in comments.items():
-        if comment.author not in authors or not said(key):
+        if comment.author not in run.authors or not said(key):
             continue
         chain = chain_of(key, comments, said)
-        turns = [("assistant" if comments[one].author in authors else "user", said(one)) for one in chain]
+        turns = [("assistant" if comments[one].author in run.authors else "user", said(one)) for one in chain]
 
         # What begins with the author answers the post, or a comment that is gone: a reader brings the post up.
         case = "answers a comment"
@@ -1496,7 +1797,7 @@ def reply_context(post: Post) -> str:
     if len(opening) > OPENING:
         opening = opening[:OPENING].rpartition(" ")[0] + " ..."
 
-    has_title = bool(post.title) and not PLACEHOLDER.fullmatch(post.title)
+    has_title = bool(post.title) and not (PLACEHOLDER.fullmatch(post.title) or REDACTED.fullmatch(post.title))
     if not has_title and not opening:
         return ""
     title = f' "{post.title}".' if has_title else "."
@@ -1647,6 +1948,9 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 
 
 # ---------------------------------------------------------------- writing
+MOST_HOLES = 2  # in a post that is not worth a look
+
+
 def conversations(post: Post) -> Iterator[dict]:
     """What stands on the lines of the data files: messages, "post" or "reply", and where they come from."""
     origin = {key: getattr(post, key) for key in ("visibility", "blog", "path", "title", "date")}
@@ -1685,27 +1989,38 @@ def write_files(folder: Path, files: dict[str, Iterable[str]]):
             path.unlink(missing_ok=True)
 
 
-def make_report(posts: list[Post], splits: dict[str, list[Post]], authors: list[str], sites: list[Site]) -> dict:
-    """Numbers of the run, then every skipped file; of what was redacted only digests."""
+def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, sites: list[Site]) -> dict:
+    """Numbers of the run, then every skipped file; of what was redacted only digests, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
     skipped = [post for post in posts if post.reason]
     words, conversation_rows = count_conversations(splits)
     redacted = {(sha256, kind, post.visibility) for post in kept for kind, sha256 in post.redacted}
+    blocked = sum((post.blocked for post in kept), Counter())
+    redactions = Counter(kind for post in kept for kind, _ in post.redacted)
+    redactions["private word"] = blocked.total()
+    holes = [(p.blog, p.path, p.losses["holes"]) for p in kept if p.losses["holes"] > MOST_HOLES]
+    problems = [
+        (without_blocked(site.repository.name, run.blocked), without_blocked(site.problem, run.blocked))
+        for site in sites
+        if site.problem
+    ]
 
     # test_model.py knows by the digests of "redacted" what the model must not say.
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
         "files_skipped": counted(post.reason for post in skipped),
-        "config_problems": [{"blog": s.repository.name, "problem": s.problem} for s in sites if s.problem],
+        "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "words": words,
         "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
         "replies": counted(case for post in kept for case in post.cases.elements()),
         "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
-        "redactions": counted(kind for post in kept for kind, _ in post.redacted),
+        "redactions": counted(redactions.elements()),
+        "blocked_words": [blocked[str(place)] for place in range(len(run.blocked))],
         "redacted": table(("sha256", "kind", "visibility"), sorted(redacted)),
-        "authors": authors,
+        "authors": [without_blocked(author, run.blocked) for author in sorted(run.authors)],
+        "holes": table(("blog", "path", "count"), holes),
         "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
     }
 
@@ -1737,7 +2052,7 @@ def print_report(report: dict, data_dir: Path):
     """A row for each number of the report; problems first, since they put the other rows in doubt."""
     rows = {}
     if report["config_problems"]:
-        rows["_config.yml not read, not applied"] = len(report["config_problems"])
+        rows["_config.yml not applied in full"] = len(report["config_problems"])
     rows["files found"] = report["files_found"]
     rows["  kept"] = report["files_kept"]
     for reason, number in report["files_skipped"].items():
@@ -1753,6 +2068,10 @@ def print_report(report: dict, data_dir: Path):
     for key, label in {"replies": "replies", "repairs": "files", "redactions": "redacted"}.items():
         for name, number in report[key].items():
             rows[f"{label}: {name}"] = number
+    if 0 in report["blocked_words"]:
+        rows["private words found nowhere"] = report["blocked_words"].count(0)
+    if report["holes"]:
+        rows["posts with holes left by Liquid"] = len(report["holes"])
 
     width = max(map(len, rows))
     for name, number in rows.items():

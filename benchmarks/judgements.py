@@ -58,12 +58,13 @@ def question_posts(blog: Path) -> dict[str, Witness]:
     """What the guesses were asked while the blog's posts were read, those that are passed over left out."""
     witnesses = {name: Witness(name) for name in NUMBERS}
     site = x.read_site(blog.resolve(), "public")
+    run = x.Run(frozenset(), date.today())
     with mock.patch.multiple(x, **witnesses):
         for file, reason in x.walk_posts(site, drafts=False):
             path = file.relative_to(site.repository).as_posix()
             for witness in witnesses.values():
                 witness.path = path
-            x.read_post(x.Post(blog.name, "public", path, file, reason), frozenset(), date.today())
+            x.read_post(x.Post(blog.name, "public", path, file, site.words, reason), run)
     return witnesses
 
 

@@ -1,7 +1,9 @@
 """Whole runs over tiny blogs: what is found, what becomes of it, and what happens when something is wrong."""
 
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import stat
@@ -210,6 +212,8 @@ def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
         ("- exclude\n- secret\n", "it holds no settings"),
         ("exclude: \x01\n", "characters are not allowed"),
         (None, "Is a directory"),
+        ({"_config.yaml": "exclude: [secret\n"}, "_config.yaml cannot be read (line 2: "),
+        ({"_config.toml": "exclude = [secret]\n"}, "_config.toml cannot be read (Invalid value (at line 1"),
     ],
 )
 def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, config, problem):
@@ -217,17 +221,62 @@ def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, conf
         "_posts/2006-01-01-a.md": post("what everybody may read"),
         "secret/_posts/2006-01-02-b.md": post("not for you"),
     }
-    blog = write_blog(tmp_path / "blog", files | ({"_config.yml/x": ""} if config is None else {"_config.yml": config}))
+    if not isinstance(config, dict):
+        config = {"_config.yml/x": ""} if config is None else {"_config.yml": config}
+    blog = write_blog(tmp_path / "blog", files | config)
     train, val, report = run(tmp_path, "--public", str(blog))
     check_contract(train + val, report)
     said = capsys.readouterr()
-    sentence = next(line for line in said.err.splitlines() if "_config.yml" in line)
-    assert str(blog / "_config.yml") in sentence
+    sentence = next(line for line in said.err.splitlines() if "_config." in line)
+    assert str(blog / "_config.") in sentence
     assert problem in sentence
-    assert "exclude, include and source are not applied" in sentence
-    assert re.search(r"_config\.yml not read, not applied +1\b", said.out)
+    assert "exclude, include and source are not applied; mend it and run again." in sentence
+    assert re.search(r"_config\.yml not applied in full +1\b", said.out)
     assert [row["blog"] for row in report["config_problems"]] == ["blog"]
-    assert problem in report["config_problems"][0]["problem"]
+    assert report["config_problems"][0]["problem"] in sentence
+
+
+@pytest.mark.parametrize("source", ["nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
+def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, source):
+    write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": post("words of somebody else")})
+    files = {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": post("what everybody may read")}
+    blog = write_blog(tmp_path / "blog", files)
+    (blog / "link").symlink_to(tmp_path / "elsewhere")
+    train, val, report = run(tmp_path, "--public", str(blog))
+    assert [line["path"] for line in train + val] == ["_posts/2006-01-01-a.md"]
+    sentence = f'{blog}/_config.yml names a source, "{source}", that is no folder of the repository: '
+    assert sentence + "all of the repository is read; mend it and run again." in capsys.readouterr().err.splitlines()
+    assert sentence.endswith(report["config_problems"][0]["problem"].partition(": ")[0] + ": ")
+
+
+@pytest.mark.parametrize(
+    ("configs", "read"),
+    [
+        ({"_config.yaml": "exclude: [one]\n"}, "two"),
+        ({"_config.toml": 'exclude = ["one"]\n'}, "two"),
+        ({"_config.toml": 'source = "one"\n[author]\nname = "Wren"\n'}, "one"),
+        ({"_config.yml": "exclude: [two]", "_config.yaml": "exclude: [one]", "_config.toml": "broken"}, "one"),
+        ({"_config.yaml": "exclude: [two]", "_config.toml": "broken"}, "one"),
+    ],
+)
+def test_the_config_has_three_names_and_the_first_wins(tmp_path, configs, read):
+    files = {f"{name}/_posts/2006-01-01-a.md": post(f"words of the folder {name}") for name in ("one", "two")}
+    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files | configs)))
+    assert [line["path"] for line in train + val] == [f"{read}/_posts/2006-01-01-a.md"]
+    assert report["config_problems"] == []
+
+
+def test_a_post_with_holes_stands_in_the_report_and_the_site_has_a_name(tmp_path, capsys):
+    files = {
+        "_config.yml": "title: The Kettle\n",
+        "_posts/2006-01-01-a.md": post("Thanks to {{ 'a' | x }}, {{ 'b' | x }} and {{ 'c' | x }} for it."),
+        "_posts/2006-01-02-b.md": post("From {{ 'a' | x }}, {{ 'b' | x }} of {{ site.title }} it is."),
+    }
+    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files)))
+    check_contract(train + val, report)
+    assert report["holes"] == [{"blog": "blog", "path": "_posts/2006-01-01-a.md", "count": 3}]
+    assert re.search(r"posts with holes left by Liquid +1\b", capsys.readouterr().out)
+    assert any("of The Kettle it is" in line["messages"][-1]["content"] for line in train + val)
 
 
 @pytest.mark.parametrize("config", [None, "", "# nothing but a remark\n", "---\n", "title: x\n"])
@@ -337,6 +386,98 @@ def test_redaction_is_reported_by_digest_only(tmp_path):
     digest = hashlib.sha256(b"wren@example.org").hexdigest()
     assert report["redacted"] == [{"sha256": digest, "kind": "email", "visibility": "private"}]
     assert "example.org" not in (tmp_path / "data/extraction_report.json").read_text().lower()
+
+
+NAMED = {
+    "_posts/2006-01-01-anna-is-born.md": f"""---
+title: Anna is born
+tags: [anna, babies]
+comments:
+- id: 1
+  author: anna's aunt
+  content: give ANNA a kiss, elm  street, call 415-555-0123
+- id: 2
+  author: wren
+  parent: 1
+  content: Anna's asleep
+- id: 3
+  author: wren
+  content: i meant that anna
+---
+{PROSE.format("anna")} Anna's room at 12 Elm\nStreet is ready. anna@example.org
+""",
+    "_posts/2006-01-02-copy-of-annas-day.md": post("Anna slept all day and then she sang", title="Anna", tags="[Anna]"),
+    "_posts/2006-01-03-anna_again.md": post("Anna slept all day and then she sang", title="Anna"),
+    "_posts/2006-01-04-by-anna.md": post("words by somebody else entirely", author="Anna Other"),
+    "_posts/2006-01-05-anna.textile": post("h1. anna"),
+    "_posts/2006-01-06-none.md": post("nobody is named in here at all", title="Nobody"),
+}
+
+
+@pytest.fixture
+def spawned(monkeypatch):
+    """Worker processes that know nothing of what a test has set, as on a Mac."""
+    pool = functools.partial(x.ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(x, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+
+
+def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch, capsys, spawned):
+    others = {name.replace("-post-", "-anna-"): text for name, text in many_posts(70).items()}
+    blog = write_blog(tmp_path / "anna-blog", {"_config.yml": "source: anna\n"} | NAMED | others)
+    flags = ["--private", str(blog), "--author", "wren", "--author", "Anna Wren"]
+    before = [{line["path"] for line in lines} for lines in run(tmp_path, *flags)[:2]]
+    capsys.readouterr()
+
+    monkeypatch.setattr(x, "BLOCKED_WORDS", ["Anna", "12 Elm Street", "elm street", "Smiht"])
+    train, val, report = run(tmp_path, *flags)
+    check_contract(train + val, report)
+    said = capsys.readouterr()
+    for file in (tmp_path / "data").iterdir():
+        assert not re.search(r"\banna\b|elm\s+street|smiht", file.read_text("utf-8").replace("\\n", " "), re.IGNORECASE)
+    assert "anna" not in said.out.lower()
+
+    # The words are counted by their places; what comes from where can still be told.
+    assert report["blocked_words"] == [86, 1, 1, 0]
+    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 88}
+    assert {row["kind"] for row in report["redacted"]} == {"email", "phone"}
+    assert re.search(r"redacted: private word +88\b", said.out)
+    assert re.search(r"private words found nowhere +1\b", said.out)
+    assert "files whose names hold a private word, [private] in the data: 74" in said.err
+    assert {row["path"]: row["detail"] for row in report["skipped"]} == {
+        "_posts/2006-01-03-[private]_again.md": "[private]-blog/_posts/2006-01-02-copy-of-annas-day.md",
+        "_posts/2006-01-04-by-[private].md": "[private] other",
+        "_posts/2006-01-05-[private].textile": "",
+    }
+    assert report["authors"] == ["[private] wren", "wren"]
+    assert report["config_problems"][0]["problem"].startswith('names a source, "[private]"')
+
+    # Neither the split nor the near-duplicates go by the words that are gone.
+    after = [{line["path"] for line in lines} for lines in (train, val)]
+    assert [{path.replace("-anna-", "-[private]-") for path in paths} for paths in before] == after
+
+    texts = {line["kind"]: line["messages"] for line in train + val if line["path"].endswith("[private]-is-born.md")}
+    assert '"[private] is born"' in texts["post"][0]["content"]
+    assert texts["post"][1]["content"].endswith("[private]'s room at [private] is ready. [email]")
+    assert '"[private] is born"' in texts["reply"][0]["content"]
+    replies = [line["messages"] for line in train + val if line["kind"] == "reply"]
+    assert replies[0][0]["content"] == "give [private] a kiss, [private], call [phone]"
+    assert replies[0][1]["content"] == "[private]'s asleep"
+
+
+def test_without_private_words_nothing_is_looked_for(tmp_path, monkeypatch):
+    blog = write_blog(tmp_path / "blog", NAMED)
+    monkeypatch.setattr(x, "blocked_pattern", None)
+    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    assert report["blocked_words"] == []
+    assert "_posts/2006-01-01-anna-is-born.md" in {line["path"] for line in train + val}
+
+
+def test_a_private_word_that_is_none_stops_the_run_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(x, "BLOCKED_WORDS", ["Anna", ""])
+    with pytest.raises(SystemExit, match="Number 2 of BLOCKED_WORDS"):
+        x.main(["--public", str(write_blog(tmp_path / "blog", NAMED)), "--data-dir", str(tmp_path / "data")])
+    assert not (tmp_path / "data").exists()
 
 
 def test_private_files(tmp_path):

@@ -11,6 +11,9 @@ import extract_blog_data as x
 META = {"title": "My cat", "description": "A cat *story*.", "tags": ["cats"]}
 
 
+SITE = {"site.title": "The Kettle", "site.author.name": "Wren"}
+
+
 def text_of(body: str, is_html: bool = False, line_breaks: str = "keep", title: str = "My cat") -> str:
     return x.to_text(x.strip_markup(body, META), is_html, title, line_breaks)
 
@@ -36,6 +39,44 @@ array[0] and a {brace}
 @pytest.mark.parametrize("line", [line.strip() for line in SAME.strip().split("\n")])
 def test_text_that_stays_as_it_is_typed(line):
     assert text_of(line) == line
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "holes"),
+    [
+        ("Yours, the {{ site.title }} team", "Yours, the The Kettle team", 0),
+        ("by {{site.author.name}}, {{ site.title | escape }}", "by Wren, The Kettle", 0),
+        ("see [us]({{ site.title | relative_url }})", "see us", 0),
+        ("The {{ site.motto }} team and {{ page.x }}.", "The  team and .", 2),
+        ("{{ site.motto }} it is, says {{ x.y }}", "it is, says", 2),
+        ("Thanks to\n{{ 'june' | team_link }} and {{ 'dov' | team_link }}\nfor it", "Thanks to\n and \nfor it", 2),
+        ("- by {{ page.x }}\n- by me", "- by\n- by me", 1),
+        ("one\n\n{{ site.motto }}\n\n{{ page.x }} {{ page.y }}\n\ntwo", "one\n\ntwo", 0),
+        ("one\n{% include x.html %} two {% assign a = 1 %}", "one\n two", 0),
+        ('[18F]({{ site.baseurl }}/a) <a href="{{ site.url }}">x</a> {{ site.url }}/b', "18F x /b", 0),
+        ("one<br>{{ page.x }}<br>two {{ site.title | absolute_url }}", "one\n\ntwo", 1),
+        ("> said {{ page.x }}\n\n`{{ page.x }}`", "`{{ page.x }}`", 0),
+    ],
+)
+def test_liquid_leaves_no_hole_where_the_config_has_words_and_holes_are_counted(body, expected, holes):
+    losses = Counter()
+    assert x.to_text(x.strip_markup(body, META, SITE), is_html=False, losses=losses) == expected
+    assert losses["holes"] == holes
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"title": "The Kettle", "url": "https://x.org"}, {"site.title": "The Kettle"}),
+        ({"author": {"name": "Wren", "email": "wren@x.org"}}, {"site.author.name": "Wren"}),
+        ({"author": "wren@x.org", "name": "x.org", "title": "http://x.org/", "description": ""}, {}),
+        ({"title": "{{ x }}", "tagline": "<b>no</b>", "name": ["a"], "author": None, "description": "..."}, {}),
+        ({"description": "Linux/Unix, see http://x.org", "author": "wren"}, None),
+    ],
+)
+def test_what_liquid_knows_of_the_site(config, words):
+    expected = {f"site.{name}": value for name, value in config.items()} if words is None else words
+    assert x.site_words(config) == expected
 
 
 @pytest.mark.parametrize("rule", x.NOT_PROSE, ids=lambda rule: rule.kind)
@@ -324,7 +365,7 @@ def test_a_row_for_another_country_is_all_that_it_takes(monkeypatch):
     assert x.find_personal_data("ring 8 800 555 35 35 now") == []
     row = x.PersonalData("phone", "Russia", r"8 \d{3} \d{3} \d{2} \d{2}", "8 800 555 35 35")
     monkeypatch.setattr(x, "PERSONAL_DATA", [*x.PERSONAL_DATA, row])
-    monkeypatch.setattr(x, "PERSONAL", re.compile(x.any_of("phone")))
+    monkeypatch.setattr(x, "PERSONAL", re.compile(x.any_of("phone")))  # as at the module's start
     assert x.find_personal_data("ring 8 800 555 35 35 now") == [("phone", 5, 20, "88005553535")]
 
 
@@ -344,6 +385,38 @@ PERSONAL = [
     ("ghp_" + "a1B2" * 9, "[secret]", "secret", "ghp_" + "a1B2" * 9),
     ("key aB3" + "dE4fG5h" * 5 + ".", "key [secret].", "secret", "aB3" + "dE4fG5h" * 5),
     ("0123456789abcdef" * 2, "[secret]", "secret", "0123456789abcdef" * 2),
+    ("a 40-sign commit " + "0a1B2c3d4e" * 4 + ".", "a 40-sign commit [secret].", "secret", "0a1B2c3d4e" * 4),
+    ("DEADBEEF" * 3 + "DEADBEE1", "[secret]", "secret", "DEADBEEF" * 3 + "DEADBEE1"),
+    ("https://x.org/?api_key=" + "0a1B2c3d" * 4, "https://x.org/?api_key=[secret]", "secret", "0a1B2c3d" * 4),
+    ("https://x.org/#a=1&access_token=" + "0a1B" * 8, "https://x.org/#a=1&access_token=[secret]", "secret", "0a1B" * 8),
+    ("https://x.org/?id=ghp_" + "a1B2" * 9, "https://x.org/?id=[secret]", "secret", "ghp_" + "a1B2" * 9),
+    ("id=" + "0a1b2c3d" * 4, "id=[secret]", "secret", "0a1b2c3d" * 4),
+    (r'"to => wren\@example.com"', '"to => [email]"', "email", "wren@example.com"),
+    (r"Fred\ Bloggs\@example.com", r"Fred\ [email]", "email", "bloggs@example.com"),
+    # cards, each a number that its maker prints in examples
+    ("my card 4111 1111 1111 1111, 03/09", "my card [card], 03/09", "card", "4111111111111111"),
+    ("4111 1111 1111 1111 03/09 123", "[card] 03/09 123", "card", "4111111111111111"),
+    ("4111 1111 1111 1111 123", "[card] 123", "card", "4111111111111111"),
+    ("4111 4111 1111 1111 1111", "4111 [card]", "card", "4111111111111111"),
+    ("5555-5555-5555-4444.", "[card].", "card", "5555555555554444"),
+    ("(378282246310005)", "([card])", "card", "378282246310005"),
+    ("3566 0020 2036 0505", "[card]", "card", "3566002020360505"),
+    ("6011000990139424", "[card]", "card", "6011000990139424"),
+    ("6205 5000 0000 0000 004", "[card]", "card", "6205500000000000004"),
+    ("2223 0031 2200 3222", "[card]", "card", "2223003122003222"),
+    ("4917 6100 0000 0000 and 4222222222222", "[card] and [card]", "card", "4917610000000000"),
+    # accounts
+    ("iban DE89 3704 0044 0532 0130 00 KREDITBANK", "iban [iban] KREDITBANK", "iban", "DE89370400440532013000"),
+    ("to AT61 1904 3002 3457 3201 BANK", "to [iban] BANK", "iban", "AT611904300234573201"),
+    ("gb29nwbk60161331926819", "[iban]", "iban", "GB29NWBK60161331926819"),
+    ("NO93-8601-1117-947.", "[iban].", "iban", "NO9386011117947"),
+    ("MT84 MALT 0110 0001 2345 MTLC AST0 01S", "[iban]", "iban", "MT84MALT011000012345MTLCAST001S"),
+    # addresses of computers; those of IANA
+    ("ping 192.0.43.8, or 192.0.43.8.", "ping [ip], or [ip].", "ip", "192.0.43.8"),
+    ("http://192.0.43.8:8080/ is mine", "http://[ip]:8080/ is mine", "ip", "192.0.43.8"),
+    ("my IP address is 12.34.56.78", "my IP address is [ip]", "ip", "12.34.56.78"),
+    ("ssh [2620:0:2d0:0200::8]:22", "ssh [[ip]]:22", "ip", "2620:0:2d0:200::8"),
+    ("at 2620:0:2D0:200:0:0:0:8: mine", "at [ip]: mine", "ip", "2620:0:2d0:200::8"),
     ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY----- x", "[secret] x", "secret", None),
 ]
 
@@ -351,11 +424,11 @@ PERSONAL = [
 @pytest.mark.parametrize(("text", "expected", "kind", "normalised"), PERSONAL)
 def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
     found = x.find_personal_data(text)
-    assert [item[0] for item in found] == [kind]
+    assert {item[0] for item in found} == {kind}
     assert normalised is None or found[0][3] == normalised
     post = x.Post("b", "public", "p")
     assert x.clean_for_training(text, post) == expected
-    assert [(kind, len(digest)) for kind, digest in post.redacted] == [(kind, 64)]
+    assert {(kind, len(digest)) for kind, digest in post.redacted} == {(kind, 64)}
 
 
 @pytest.mark.parametrize(
@@ -368,10 +441,107 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
         "look @wren or @wren@example.social",
         "antidisestablishmentarianism-and-so-on-and-so-forth",
         "i was at home, dot",
+        # large numbers and loud letters
+        "approximately 10000000000000000000000000000000000 times",
+        "pipe dream number 1000000000000000000000000000000000000000",
+        "A" * 40 + " " + "a" * 32 + "rgh",
+        # what looks like a card: a wrong last digit, no maker's beginning, a day, a link, a part of a number
+        "4111 1111 1111 1112 and 378282246310006",
+        "1111 1111 1111 1117 and 9411111111111117",
+        "20060825221700 or 1156544220000",
+        "twitter.com/x/status/4111111111111111 and ?v=4111111111111111 and #4111111111111111",
+        "0.4111111111111111 and 4111111111111111.5 and 4111 1111 1111 1111-2 and 41111111111111111111",
+        # what looks like an account
+        "GB28 NWBK 6016 1331 9268 19, GB29 NWBK 6016 1331 9268 1, ZZ29 NWBK 6016 1331 9268 19",
+        # what looks like somebody's computer, or belongs to everybody
+        "127.0.0.1, 10.1.2.3, 172.16.5.4, 192.168.0.17:8080, 169.254.1.1, 0.0.0.0, 255.255.255.0, 224.0.0.251",
+        "192.0.2.1, 198.51.100.7, 203.0.113.9, 2001:db8::1, ::1, fe80::1, fd12:3456::1",
+        "1.1.1.1, https://1.1.1.2/dns-query, 8.8.8.8, 9.9.9.9, 93.184.216.34",
+        "Firefox 3.6.28.0, Flash 11.2.202.235, version 45.6.7.8, v93.1.2.3, section 3.1.2.4, 12.10.20.05",
+        "ruby-93.1.2.3, x/93.1.2.3/y, 93.1.2.3-beta, 93.1.2.3.4, 193.300.2.1",
+        "std::string, 2006:08:25 22:17, 10:36:16, 2020:: and 2fab:de:ad",
     ],
 )
 def test_what_is_no_personal_data(text):
     assert x.find_personal_data(text) == []
+
+
+LINKED = [
+    "https://example.org/index?s=opportunity&id={}&tab=core",
+    "www.example.org/watch?v={}",
+    "(http://example.org/x#{})",
+]
+
+
+@pytest.mark.parametrize("key", ["d63c725d5a3006919289698350e3d4b3", "aB3" + "dE4fG5h" * 5])
+@pytest.mark.parametrize("link", LINKED)
+def test_an_id_in_a_link_stays_in_a_public_post_and_goes_from_a_private_one(link, key):
+    text = link.format(key)
+    assert x.clean_for_training(text, x.Post("b", "public", "p")) == text
+    assert x.clean_for_training(text, x.Post("b", "private", "p")) == link.format("[secret]")
+
+
+BLOCKED = [
+    # word or words, text, what becomes of it
+    (
+        "Anna",
+        "Anna, ANNA and anna; Anna's and Anna\u2019s",
+        "[private], [private] and [private]; [private]'s and [private]\u2019s",
+    ),
+    ("Anna", "Annas Joanna anna2004 annasmith.com", "Annas Joanna anna2004 annasmith.com"),
+    ("Anna", "*Anna* _Anna_ @anna anna_04", "*[private]* _[private]_ @[private] [private]_04"),
+    ("Anna", "https://x.org/anna/?a=anna", "https://x.org/[private]/?a=[private]"),
+    ("Anna", "Annaは、アンナ", "[private]は、アンナ"),
+    ("12 Elm Street", "12 elm  street, 12 Elm\nStreet, 12\u00a0Elm-Street", "[private], [private], [private]"),
+    ("12 Elm Street", "https://x.org/?q=12+elm+street&a=12%20Elm%20Street", "https://x.org/?q=[private]&a=[private]"),
+    ("12 Elm Street", "112 Elm Street, 12 Elm, 12 Elm Streets", "112 Elm Street, 12 Elm, 12 Elm Streets"),
+    ("  Acme   Ltd. ", "Acme Ltd., ACME LTD. and Acme Ltd", "[private], [private] and Acme Ltd"),
+    ("Zo\u00eb", "ZO\u00cb, zoe\u0308, Zoe", "[private], [private], Zoe"),
+    ("Zoe\u0308", "Zo\u00eb", "[private]"),
+    ("Zoe", "zoe\u0308 zo\u00eb zoe", "zoe\u0308 zo\u00eb [private]"),
+    ("Wei\u00df", "Wei\u00df WEISS weiss WEI\u1e9e Weisse", "[private] [private] [private] [private] Weisse"),
+    ("Weiss", "Wei\u00df", "[private]"),
+    ("O'Brien", "O\u2019Brien o'brien", "[private] [private]"),
+    ("\u0130pek", "\u0130pek", "[private]"),
+    ("\u5c0f\u660e", "\u6211\u548c\u5c0f\u660e\u53bb", "\u6211\u548c[private]\u53bb"),
+    ("C++ (x)", "my C++ (x) and C+ (x)", "my [private] and C+ (x)"),
+    ("-Anna-", "Anna-Anna", "[private]-[private]"),
+    # beside personal data
+    ("anna", "anna@example.com, anna", "[email], [private]"),
+    ("anna@example.com", "to anna@example.com.", "to [email]."),
+    ("june 555-0123", "ring June 555-0123 now", "ring [private] now"),
+    ("ring June 555", "ring June 555-0123 now", "[private] now"),
+    ("email", "an email to anna@example.com", "an [private] to [email]"),
+]
+
+
+@pytest.mark.parametrize(("word", "text", "expected"), BLOCKED)
+def test_private_words_are_replaced(word, text, expected):
+    post = x.Post("b", "public", "p")
+    assert x.clean_for_training(text, post, (word,)) == expected
+    assert post.blocked["0"] >= expected.count("[private]")
+
+
+def test_private_words_go_even_where_nothing_else_is_redacted(monkeypatch):
+    monkeypatch.setattr(x, "REDACT", False)
+    text = x.clean_for_training("Anna, anna@example.com", x.Post("b", "public", "p"), ("Anna",))
+    assert text == "[private], [private]@example.com"
+
+
+def test_the_longer_of_two_private_words_is_found_and_each_is_counted_by_its_place():
+    post = x.Post("b", "public", "p")
+    words = ("Anna", "Anna Smith", "Smiht", "smith")
+    assert x.clean_for_training("Anna Smith, anna, Smith", post, words) == "[private], [private], [private]"
+    assert post.blocked == {"0": 1, "1": 1, "3": 1}
+
+
+@pytest.mark.parametrize(
+    "words", [[""], ["Anna", "  "], [3], [None], ["Anna", ["Smith"]], ["..."], "Anna", None, {"Anna"}]
+)
+def test_a_private_word_that_is_none_ends_with_a_sentence(monkeypatch, words):
+    monkeypatch.setattr(x, "BLOCKED_WORDS", words)
+    with pytest.raises(SystemExit, match="BLOCKED_WORDS in extract_blog_data"):
+        x.blocked_words()
 
 
 @pytest.mark.parametrize(
@@ -399,6 +569,8 @@ def test_control_tokens_are_broken(token):
         ("raytuna83", "I like boats.", False),
         ("@somebody", "I like boats.", False),
         ("", "I like boats.", False),
+        ("[private]", "I like boats.", False),
+        ("[private]'s boats", "I like boats.", True),
     ],
 )
 def test_which_titles_make_a_request(title, text, usable):
@@ -410,8 +582,10 @@ def test_which_titles_make_a_request(title, text, usable):
 
 def test_tags_make_a_request_where_the_title_does_not():
     requests = {
-        x.make_request(x.Post("b", "public", f"{n}.md", text="I like boats."), ["baking", "blog"]) for n in range(40)
+        x.make_request(x.Post("b", "public", f"{n}.md", text="I like boats."), ["baking", "blog", "[private]"])
+        for n in range(40)
     }
+    assert not any("[private]" in request for request in requests)
     assert any("baking" in request for request in requests)
     assert not any(" blog." in request and "baking" in request for request in requests)
     assert requests & set(x.GENERAL_REQUESTS)
