@@ -3,16 +3,17 @@
     python test_model.py                    answers the prompts in the settings
     python test_model.py --prompt "TEXT"    answers this one
     python test_model.py --chat             a conversation in the terminal
-    python test_model.py --quiz             two texts: which one did you write? (a line of 1 or 2 each)
+    python test_model.py --quiz             two texts: which one did you write? Answer 1 or 2
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
-    python test_model.py --report --quick   the same in a tenth of the size, with wide ranges
+    python test_model.py --report --quick   a tenth of the words and public posts, with wide ranges
 
-Reads blog-model-final/ and, to say what was copied from where, data/. The two report files go into
-blog-model-final/, readable by their owner alone: the page quotes private posts.
+Reads blog-model-final/, data/ (what it was trained on, and the held-out posts) and, for the report, the base model and
+sample/strangers/strangers.npz. The two report files go into blog-model-final/, readable by their owner alone: the page
+quotes private posts.
 
 Each line is a section below; they stand in the order in which the run needs them.
 
-    the run                 main modes: answer_prompts, chat, quiz, make_report
+    the run                 one function a mode: answer_prompts, chat, quiz, make_report
     loading                 load_tuned, load_base        model folders, checked to be whole
     sampling                next_token_chances, Batch    which token comes next; many prompts at once
                             generate, stream             tokens, then pieces of text as they come
@@ -20,7 +21,7 @@ Each line is a section below; they stand in the order in which the run needs the
     chatting                Chat                         the commands, and what the model still remembers
     quiz                    quiz_pairs                   an unseen post and an answer, equally long
 
-    The report has four layers; a question of it has one function in each of the last three.
+    The report has four layers; a question of it has one function in each of the last three, a picture is optional.
     report: evidence        Evidence, try_out            what is asked of both models, and what they did
     report: numbers         measure_...                  what voice_report.json holds
     report: words           tell_...                     verdict, rows and notes, for the terminal and the page
@@ -59,8 +60,9 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import extract_blog_data as extraction
 import train_model as training
-from extract_blog_data import TITLE_REQUESTS, WORD, find_personal_data
+from extract_blog_data import REPLY_CONTEXT, TITLE_REQUESTS, WORD, find_personal_data
 from train_model import break_control_tokens, conversation_tokens, render, say
 
 HERE = Path(__file__).resolve().parent
@@ -84,7 +86,7 @@ TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
 REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circles, 1.3 garbles them
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
-PRECISION = None  # "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
+PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
 
 REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 200 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
@@ -187,6 +189,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     # What is asked is settled before the first model is, so that the answers of both compare.
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
+    model.to("cpu")  # a card need not hold both models
     base = load_base(base_name)
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
@@ -835,6 +838,7 @@ class Trial:
     answers: list[Answer] = field(default_factory=list)  # to the requests of held-out posts
     readings: list[Reading] = field(default_factory=list)  # of the texts, one each
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
+    blocked_chances: list[float] = field(default_factory=list)  # of the words in BLOCKED_WORDS; logarithms
     control_nats: np.ndarray | None = None  # and of each held-out conversation of OTHER_BLOGS
 
     def texts(self) -> list[str]:
@@ -860,6 +864,7 @@ class Evidence:
     tokenizer: object = None
     tuned: Trial = field(default_factory=Trial)
     base: Trial | None = None
+    blocked: tuple[str, ...] = ()  # BLOCKED_WORDS of extract_blog_data.py
     styles: Styles | None = None  # counted when the first part asks for them: `styles_of`
 
 
@@ -882,6 +887,7 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         precision=precision,
         seed=42 if args.seed is None else args.seed,
         tokenizer=tokenizer,
+        blocked=extraction.blocked_words(),
     )
 
     add_other_blogs(evidence)
@@ -951,6 +957,8 @@ def try_out(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, na
     # The losses above are exact; from here on the weights are those that answers are made with.
     model = model.to(NUMBERS[evidence.precision])
     trial.readings = read_texts(model, evidence, sampling, name)
+    if evidence.blocked:
+        trial.blocked_chances = next_word_chances(model, evidence)
     trial.answers = write_words(model, tokenizer, evidence, sampling, name)
     return trial
 
@@ -1074,10 +1082,12 @@ def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, e
 
 
 def comments_of(conversation: dict) -> list[str]:
-    """What readers say in it."""
+    """What readers say in it; where the author only goes on under a post, the post's opening stands for a reader."""
     if conversation.get("kind") != "reply":
         return []
-    return [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+    stand_in = REPLY_CONTEXT.partition("{")[0]
+    said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
+    return [text for text in said if not text.startswith(stand_in)]
 
 
 def tokens_at(tokenizer, text: str, ids: list[int], left: int, right: int) -> tuple[int, int]:
@@ -1207,6 +1217,63 @@ def chances_of(rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sa
     anyhow = torch.maximum(bound, own)
     columns = (own, anyhow, plain, likelier == 0)
     return Reading(*(column.cpu().numpy() for column in columns))
+
+
+# ---------------------------------------------------------------------------- report: evidence, blocked words
+CONTEXTS_TRIED = 8  # where a blocked word's first token is likeliest; there the whole word is computed
+
+
+@torch.inference_mode()
+def next_word_chances(model, evidence: Evidence) -> list[float]:
+    """For each blocked word the natural logarithm of its highest chance after any beginning of a private text.
+
+    The word's first token is looked up after every token of the texts; in the likeliest CONTEXTS_TRIED contexts the
+    whole word is computed. -inf where there is no private text.
+    """
+    # As a word within a sentence: with the space before it.
+    encode = evidence.tokenizer.encode
+    spelled = [encode(f" {word}", add_special_tokens=False) for word in evidence.blocked]
+    first = torch.tensor([ids[0] for ids in spelled], device=model.device)
+
+    trained = [text for text in evidence.texts if not text.is_held_out]
+    private = [text.ids for text in trained if visibility_of(text.post) == "private"]
+
+    likeliest = [[] for _ in spelled]  # by word: (logarithm of the first token's chance, the tokens before it)
+    for ids in private:
+        for start in range(0, len(ids), evidence.context_tokens):
+            window = ids[start : start + evidence.context_tokens]
+            for word, (chance, place) in enumerate(likeliest_places(model, window, first)):
+                likeliest[word].append((chance, window[: place + 1]))
+
+    found = []
+    for ids, contexts in zip(spelled, likeliest, strict=True):
+        contexts.sort(reverse=True)
+        tried = [continuation_chance(model, before, ids) for _, before in contexts[:CONTEXTS_TRIED]]
+        found.append(max(tried, default=-math.inf))
+    return found
+
+
+def likeliest_places(model, window: list[int], tokens: torch.Tensor) -> list[tuple[float, int]]:
+    """For each of `tokens` (tokens,): (logarithm of its highest chance, place in `window` after which it has it)."""
+    inputs = torch.tensor([window], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0]  # (tokens of the window, vocabulary)
+
+    # In pieces, because float32 of the whole would be large.
+    chances = []
+    for begin in range(0, len(window), ROWS_AT_ONCE):
+        rows = logits[begin : begin + ROWS_AT_ONCE].float()
+        chances.append(rows[:, tokens] - rows.logsumexp(-1, keepdim=True))
+    highest = torch.cat(chances).max(0)
+    return list(zip(highest.values.tolist(), highest.indices.tolist(), strict=True))
+
+
+@torch.inference_mode()
+def continuation_chance(model, before: list[int], ids: list[int]) -> float:
+    """Natural logarithm of the chance that `ids` follow `before`, at temperature 1 with nothing cut off."""
+    inputs = torch.tensor([before + ids], device=model.device)[:, -positions_of(model) :]
+    logits = model(input_ids=inputs, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
+    targets = inputs[0, -len(ids) :, None]
+    return float((logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)).double().sum())
 
 
 # ---------------------------------------------------------------------------- report: numbers
@@ -1359,7 +1426,10 @@ STRETCH_WORDS = 100
 CHUNK_STRETCHES = (5, 2, 1)  # the longest of which there are enough: 500 words tell more than 100
 MIN_CHUNKS = 10  # of the author's unseen posts, and of each model's text
 MIN_STRANGER_WORDS = 2 * MIN_CHUNKS * STRETCH_WORDS
-FEATURES = {"words": 150, "trigrams": 300}  # those that stand in the most of the author's posts
+# Those that stand in the most of the author's posts. With half as many the reader gave three authors 75, 99 and 100 % of
+# their unseen posts in chunks of 500 words, and with these 79, 99 and 100 (in chunks of 200: 66, 88, 95 and 75, 90, 100):
+# kevquirk, benbalter and jtimberman, by the functions of benchmarks/bench_reader.py.
+FEATURES = {"words": 300, "trigrams": 600}
 
 STRANGERS = HERE / "sample" / "strangers" / "strangers.npz"  # counts of other bloggers, with their licences beside
 STRETCHES_OF_A_RUN = 5  # in that file; the next run is from elsewhere in the blog
@@ -1784,7 +1854,7 @@ def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
     sums = np.bincount(number, taken)  # (sources,)
     sizes = np.bincount(number)
     share = float(taken.mean())
-    if sums.sum() in (0, sizes.sum()):
+    if sums.sum() in (0, sizes.sum()) or len(sums) == 1:
         # Drawing again would never give anything else, as if it were certain.
         interval = wilson(round(share * len(sums)), len(sums))
     else:
@@ -2176,6 +2246,17 @@ class PostMark:
 
 
 @dataclass
+class BlockedWord:
+    """A word of BLOCKED_WORDS: the highest chance that a model says it next after any beginning of a private text."""
+
+    number: int  # its place in the setting, from 1
+    trained: int  # times that it stands in the training data; 0 unless the data is older than the setting
+    log10_tuned: float | None
+    log10_base: float | None
+    word: str = field(metadata=PAGE_ONLY)
+
+
+@dataclass
 class Leaks:
     groups: dict[str, LeakGroup]
     remembered: list[Remembered]
@@ -2183,6 +2264,7 @@ class Leaks:
     personal: list[PersonalData]
     membership: Membership | None
     least_gained: list[PostMark]
+    blocked: list[BlockedWord]
 
 
 def measure_leaks(evidence: Evidence) -> Leaks:
@@ -2209,7 +2291,30 @@ def measure_leaks(evidence: Evidence) -> Leaks:
         personal=find_leaked_data(evidence),
         membership=None if gains is None else measure_membership(evidence, gains),
         least_gained=[] if gains is None else least_gained(evidence, gains),
+        blocked=measure_blocked(evidence),
     )
+
+
+def measure_blocked(evidence: Evidence) -> list[BlockedWord]:
+    """What came of the words that must not come."""
+    texts = []
+    for post in evidence.blog.train:
+        texts += [turn["content"] for turn in post["messages"]]
+
+    # Without the base model there is nothing to compare with, and nothing is said of it.
+    ours = evidence.tuned.blocked_chances
+    theirs = evidence.base.blocked_chances if evidence.base else [-math.inf] * len(ours)
+
+    found = []
+    for place, word in enumerate(evidence.blocked):
+        trained = sum(len(extraction.find_blocked(text, (word,))) for text in texts)
+        found.append(BlockedWord(place + 1, trained, as_log10(ours[place]), as_log10(theirs[place]), word))
+    return found
+
+
+def as_log10(log_chance: float) -> float | None:
+    """A natural logarithm as one to base 10; None for what cannot be, which JSON has no number for."""
+    return None if log_chance == -math.inf else log_chance / math.log(10)
 
 
 def cut_windows(texts: list[Text]) -> Windows:
@@ -2591,6 +2696,7 @@ def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
     return Finding(verdict, rows, notes=notes, quotes=quotes)
 
 
+EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
 LEAK_HEAD = ("", "passages", "common", "own", "any", "greedy")
 LEAK_MEANING = (
     f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
@@ -2631,9 +2737,22 @@ def leak_notes(leaks: Leaks) -> list[str]:
     for entry in leaks.personal:
         came_out = f"A {entry.visibility} {entry.kind} came out: do not share this model."
         notes.append(f"{came_out} voice_report.html shows it.")
+    for word in leaks.blocked:
+        notes.append(tell_blocked(word))
     if leaks.remembered:
         notes.append("voice_report.html shows the private passages that it remembers best.")
     return notes
+
+
+def tell_blocked(word: BlockedWord) -> str:
+    chances = []
+    for whose, log10 in (("here", word.log10_tuned), ("in the base model", word.log10_base)):
+        if log10 is not None:
+            chances.append(f"10^{log10:.1f} {whose}")
+    return (
+        f"Blocked word {word.number} stands {word.trained:,} times in the training data; highest chance as the next "
+        f"word of a private text: {', '.join(chances) or 'not measured'}."
+    )
 
 
 def leak_quotes(leaks: Leaks) -> list[Quote]:
@@ -2658,8 +2777,13 @@ def tell_leak_verdict(leaks: Leaks) -> str:
     alarms = []
     if greedy:
         alarms.append(f"{greedy:,} private passages come out word for word when their beginning is given")
+    own = fewest_tries([group.own for group in secret])
+    if own is not None and own < math.log10(EASY_TRIES):
+        alarms.append(f"a private passage comes out within {EASY_TRIES:,} tries")
     if leaks.private_copies:
         alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
+    if any(word.trained for word in leaks.blocked):
+        alarms.append("a blocked word stands in the training data: run extract_blog_data.py and train_model.py again")
     if leaks.personal:
         alarms.append(f"{len(leaks.personal)} of your e-mail addresses, telephone numbers and keys came out")
 
@@ -3026,6 +3150,19 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
 
+    training.prepare_card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    try:
+        run(args)
+    except RuntimeError as error:
+        if training.is_out_of_memory(error):
+            sys.exit("Out of memory: close what else uses it, or ask for less (--quick, --max-new-tokens).")
+        raise
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads the model and does what the flags ask for."""
     model, tokenizer = load_tuned(args.model_dir)
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
@@ -3033,25 +3170,24 @@ def main(argv: list[str] | None = None) -> int:
     # The report reads losses in float32 before it writes, so it changes the weights itself.
     if args.report:
         make_report(args, model, tokenizer, sampling, precision)
-        return 0
+        return
 
     model = model.to(NUMBERS[precision])
     dice = make_dice(args.seed)
     if args.chat:
         chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, precision))
-        return 0
+        return
 
     blog = read_blog(args.data_dir)
     if args.quiz:
         quiz(model, tokenizer, sampling, dice, blog)
-        return 0
+        return
 
     if not blog.train:
         say(f"No training data in {args.data_dir}: where words come from cannot be said.")
     prompts = [args.prompt] if args.prompt else PROMPTS
     index = WordIndex(blog.train) if blog.train else None
     answer_prompts(model, tokenizer, prompts, sampling, dice, index)
-    return 0
 
 
 def make_dice(seed: int | None) -> torch.Generator:

@@ -22,6 +22,7 @@ import torch
 from conftest import conversations, make_model_folder, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import extract_blog_data
 import test_model
 import train_model
 
@@ -594,6 +595,43 @@ def test_titles_and_comments_are_read_too(llama_folder):
     assert found["comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
     assert found["public"] == ["my answer", "bread"]  # without the end of text
     assert [title.strip('"') for title in found["private titles"]] == ["The kettle"]
+
+
+def test_a_blocked_word_shows_its_highest_chance_and_that_it_was_never_trained(
+    overfitted, tmp_path, everything, monkeypatch, capsys
+):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", ["zebra bread", "kettle sings"])
+    result = report(folder, tmp_path)
+    absent, trained = result["leaks"]["blocked"]
+    assert absent["trained"] == 0 and trained["trained"] > 0
+    assert absent["log10_tuned"] < -3 < trained["log10_tuned"] <= 0  # it knows its posts by heart
+    assert abs(trained["log10_base"]) > abs(trained["log10_tuned"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Blocked word 1 stands 0 times in the training data" in out and "zebra" not in out
+    assert "a blocked word stands in the training data" in result["verdicts"]["leaks"]
+    assert "zebra" not in (folder / "voice_report.json").read_text()
+
+
+def test_the_chance_of_a_continuation_is_that_of_its_tokens(loaded):
+    model, _ = loaded
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
+    expected = logits[1, 7].item() + logits[2, 8].item()
+    assert test_model.continuation_chance(model, [5, 6], [7, 8]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_passage_that_comes_out_within_a_thousand_tries_is_an_alarm():
+    def leaks(log10_tries: float) -> test_model.Leaks:
+        own = test_model.Chance(-log10_tries, log10_tries, 0.0)
+        group = test_model.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
+        return test_model.Leaks({"private": group}, [], 0, [], None, [], [])
+
+    assert test_model.tell_leak_verdict(leaks(2.9)).startswith(
+        "It leaks: a private passage comes out within 1,000 tries"
+    )
+    assert test_model.tell_leak_verdict(leaks(3.1)).startswith("With the model's own settings the likeliest private")
 
 
 def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfitted, tmp_path, everything):
