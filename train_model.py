@@ -82,7 +82,7 @@ MAX_STEPS = 0  # updates; 0 = as many as the epochs need
 LEARNING_RATE = 2e-5  # for GPT2-medium; SmolLM2-135M gained more at every step up to 2e-4 (README, Figures)
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
 DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
-PRECISION = "bf16"  # "bf16", "fp16" (for an RTX 20xx and older) or "fp32"; weights are float32 in all three
+PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; weights are float32 in all
 SEED = 42
 
 EVALUATIONS_PER_EPOCH = 2
@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     say(f"disk     {check_disk(output.parent, plan.parameters)}")
 
     # The first process decides what may be continued; the others look when it has done so.
-    identity = identity_of_run(args)
+    identity = identity_of_run(args, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
             open_unfinished(unfinished, identity, args.fresh)
@@ -611,7 +611,10 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
 
 
 # ---------------------------------------------------------------------------- plan
+PRECISIONS = ("bf16", "fp16", "fp32")
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
+# The compute capability from which on a card has kernels of its own: RTX 30xx and A100; V100 and RTX 20xx; all.
+FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
 
 # From the fastest to the thriftiest: (Trainer's name of the optimizer, whether activations are computed twice).
 WAYS_TO_TRAIN = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
@@ -689,22 +692,38 @@ def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialS
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:
-    """`wanted` ("bf16", "fp16" or "fp32"), or "fp32" where the device has no fast kernels for it.
+    """`wanted` ("auto", "bf16", "fp16" or "fp32") as it is on `device`: "bf16", "fp16" or "fp32".
 
-    Says so, and says what would be faster on a card of before 2020.
+    Says where the device has no fast kernels for it; ends the program when it is none of the four.
     """
-    if device.type == "cuda":
-        # 8.0 is the first generation that computes in bfloat16: RTX 30xx, A100.
-        if wanted == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-            say(f'{torch.cuda.get_device_name(device)} only emulates bfloat16: PRECISION = "fp16" is faster on it.')
-        return wanted
+    if wanted not in ("auto", *PRECISIONS):
+        sys.exit(f'PRECISION is {wanted!r}: it can be "auto", "bf16", "fp16" or "fp32".')
 
-    # Of the other devices only a CPU is trusted, with bf16 alone: Trainer refuses fp16 there.
-    fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
-    if wanted == "fp32" or (wanted == "bf16" and fast):
-        return wanted
-    say(f"This {device.type.upper()} has no fast {wanted}: float32 it is.")
+    fastest = fastest_precision(device)
+    picked = fastest if wanted == "auto" else wanted
+    if device.type == "cuda":
+        if picked == "bf16" and fastest != "bf16":
+            name = torch.cuda.get_device_name(device)
+            say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
+        return picked
+
+    # Trainer refuses fp16 anywhere else.
+    if wanted == "fp32" or (picked == "bf16" and fastest == "bf16"):
+        return picked
+    missing = "bf16" if wanted == "auto" else wanted
+    say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
     return "fp32"
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The fastest of PRECISIONS that the device computes without emulation."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return next(precision for precision, first in FIRST_CARDS.items() if capability >= first)
+
+    # Of the other devices only a CPU is trusted.
+    fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
+    return "bf16" if fast else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -802,7 +821,8 @@ def build_trainer(
     # and Progress prints the sample that LogSample has left in the log.
     callbacks = [
         CastWeightsOnce(autocast(model.device, plan.precision)),
-        StopAtNaN(),
+        StopAtNaN(plan.precision),
+        SaySkipped(),
         KeepBest(),
         LogSample(tokenizer),
         Progress(data["train"]["author_tokens"]),
@@ -883,14 +903,38 @@ def evaluations(log_history: list[dict]) -> list[dict]:
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends the program when the loss is no number any more: no later update can mend the weights."""
+    """Ends the program when a loss is no number any more: no later update can mend the weights."""
+
+    def __init__(self, precision: str):
+        self.remedy = "lower LEARNING_RATE"
+        if precision == "fp16":  # which ends at 65,504; the activations of some models (Gemma 3) do not
+            self.remedy = 'set PRECISION = "bf16" or "fp32", or lower LEARNING_RATE'
 
     def on_log(self, args, state, control, logs, **_):
-        if not math.isfinite(logs.get("loss", 0.0)):
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
             sys.exit(
-                f"The loss became {logs['loss']} at update {state.global_step}: lower LEARNING_RATE and start with "
+                f"The loss became {loss} at update {state.global_step}: {self.remedy} and start with "
                 "--fresh; nothing was overwritten."
             )
+
+
+class SaySkipped(TrainerCallback):
+    """Says which updates float16's loss scaling skipped, and keeps their gradient norm, no number, out of the log.
+
+    The scale begins at 65,536 and is halved whenever a gradient overflows, so the first updates may go this way.
+    """
+
+    def on_log(self, args, state, control, logs, **_):
+        if math.isfinite(logs.get("grad_norm", 0.0)):
+            return
+
+        # JSON has no Infinity; checkpoints and the report keep this entry.
+        entry = state.log_history[-1]
+        entry["grad_norm"] = None
+        if args.fp16:
+            entry["skipped"] = True
+            say(f"Update {state.global_step} was skipped: float16 overflowed, from now on the loss is scaled less.")
 
 
 class KeepBest(TrainerCallback):
@@ -1008,12 +1052,17 @@ class Checkpoints(TrainerCallback):
 
 
 # ---------------------------------------------------------------------------- unfinished runs
-def identity_of_run(args: argparse.Namespace) -> dict:
-    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass."""
+def identity_of_run(args: argparse.Namespace, precision: str) -> dict:
+    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass.
+
+    `precision` is the one that was picked: "auto" means another on another device, with other losses.
+    """
     settings = {}
     for name in SETTINGS:
         if name not in NOT_IN_THE_IDENTITY:
             settings[name.lower()] = globals()[name]
+
+    settings["precision"] = precision
 
     # A flag, or its default, is what the run really has.
     flags = {name: value for name, value in vars(args).items() if name in settings}
@@ -1177,7 +1226,7 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
     # As whoever loads the folder will read it.
     positions = positions_of(AutoConfig.from_pretrained(folder))
     texts = {
-        "training_report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "training_report.json": json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False),
         "README.md": CARD.format(**report, sample_prompt=SAMPLE_PROMPT),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions),
     }
@@ -1185,6 +1234,20 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
     draw_curve(report["log"], folder / "loss_curve.png")
+
+
+def finite(value):
+    """`value`, made of what JSON is made of, with null in the place of infinity and of what is no number.
+
+    Python would write them as Infinity and NaN, which JSON does not have.
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def stop_tokens(tokenizer) -> list[int]:
@@ -1445,8 +1508,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
 
     args = parser.parse_args(argv)
-    if args.epochs <= 0 or args.learning_rate <= 0 or args.max_steps < 0:
-        parser.error("--epochs and --learning-rate must be above zero, --max-steps not below")
+    in_range = 0 < args.epochs < math.inf and 0 < args.learning_rate < math.inf
+    if not in_range or args.max_steps < 0:
+        parser.error("--epochs and --learning-rate must be above zero and finite, --max-steps not below zero")
     return args
 
 

@@ -1,5 +1,6 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
+import argparse
 import itertools
 import json
 import math
@@ -448,7 +449,7 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
     """Killed between moving its best model out and removing the rest: the checkpoint belongs to no model any more."""
     unfinished = tmp_path / "model-unfinished"
     args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    identity = train_model.identity_of_run(args)
+    identity = train_model.identity_of_run(args, "fp32")
     (unfinished / "checkpoint-9").mkdir(parents=True)
     (unfinished / "checkpoint-9" / "trainer_state.json").write_text('{"best_metric": 1.0}')
     (unfinished / "checkpoint-9" / "complete").touch()
@@ -461,7 +462,7 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
 def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
     """But for those that are named as making no difference; so a new setting cannot be forgotten."""
     args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    before = train_model.identity_of_run(args)
+    before = train_model.identity_of_run(args, "bf16")
     assert list(before)[:6] == [
         "base_model",
         "epochs",
@@ -471,12 +472,30 @@ def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder
         "overlap_tokens",
     ]
     assert list(before)[-2:] == ["train_sha256", "val_sha256"]
-    with_flags = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE"}
-    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - with_flags:
+    by_arguments = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "PRECISION"}
+    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - by_arguments:
         with monkeypatch.context() as patch:
             patch.setattr(train_model, name, "another")
-            changed = train_model.identity_of_run(args)
+            changed = train_model.identity_of_run(args, "bf16")
         assert [key for key in before if changed[key] != before[key]] == [name.lower()]
+
+
+def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+    """PRECISION is "auto" in both: the card, or the torch, has changed. Named by hand, the same one is the same run."""
+    monkeypatch.setattr(train_model, "PRECISION", "auto")
+    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    unfinished = tmp_path / "model-unfinished"
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False)
+    (unfinished / "checkpoint-5").mkdir()
+    (unfinished / "checkpoint-5" / "trainer_state.json").write_text('{"best_metric": null}')
+    (unfinished / "checkpoint-5" / "complete").touch()
+
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "bf16"), fresh=False)
+    assert "other values for precision: it is not continued" in capsys.readouterr().err
+    assert not (unfinished / "checkpoint-5").exists()
 
 
 # ---------------------------------------------------------------------------- replacing a folder
@@ -678,22 +697,49 @@ def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, m
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 
-def test_an_old_card_is_told_what_is_faster(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
-    assert train_model.pick_precision(torch.device("cuda"), "bf16") == "bf16"
-    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" is faster' in capsys.readouterr().err
+def card(monkeypatch, capability: tuple[int, int], name: str = "NVIDIA GeForce RTX 2080") -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    return torch.device("cuda")
 
 
-def test_a_card_trains_in_float16_when_told_to(capsys):
-    assert train_model.pick_precision(torch.device("cuda"), "fp16") == "fp16"
+@pytest.mark.parametrize(
+    ("capability", "fastest"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((12, 0), "bf16")],
+)
+def test_a_card_trains_in_what_it_is_made_for(capability, fastest, monkeypatch, capsys):
+    device = card(monkeypatch, capability)
+    assert train_model.pick_precision(device, "auto") == fastest
+    assert [train_model.pick_precision(device, wanted) for wanted in ("fp16", "fp32")] == ["fp16", "fp32"]
     assert not capsys.readouterr().err
 
 
-def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert train_model.pick_precision(torch.device("cpu"), "bf16") == "fp32"
-    assert "float32 it is" in capsys.readouterr().err
+def test_an_old_card_that_has_to_emulate_is_told_what_is_faster(monkeypatch, capsys):
+    assert train_model.pick_precision(card(monkeypatch, (7, 5)), "bf16") == "bf16"
+    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" (or "auto") is faster' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fast", "wanted", "picked", "said"),
+    [
+        (True, "auto", "bf16", ""),
+        (True, "bf16", "bf16", ""),
+        (True, "fp16", "fp32", "This CPU has no fast fp16: float32 it is.\n"),
+        (True, "fp32", "fp32", ""),
+        (False, "auto", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
+        (False, "bf16", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
+        (False, "fp32", "fp32", ""),
+    ],
+)
+def test_a_processor_trains_in_bfloat16_if_it_has_kernels_for_it(fast, wanted, picked, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    assert train_model.pick_precision(torch.device("cpu"), wanted) == picked
+    assert capsys.readouterr().err == said
+
+
+def test_another_word_for_a_precision_is_one_sentence():
+    with pytest.raises(SystemExit, match='PRECISION is \'bfloat16\': it can be "auto", "bf16", "fp16" or "fp32"'):
+        train_model.pick_precision(torch.device("cpu"), "bfloat16")
 
 
 def broken(folder: Path, *, train: str | None = None, val: str | None = None) -> Path:
@@ -744,6 +790,70 @@ def test_a_loss_that_is_not_a_number_stops_the_run(gpt2_folder, data_folder, tmp
     with pytest.raises(SystemExit, match="lower LEARNING_RATE"):
         run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "3", "--learning-rate", "1e30")
     assert (tmp_path / "model" / "old").exists()
+
+
+class Logged:
+    """What Trainer hands to a callback's on_log, of an update with the given entry in the log."""
+
+    def __init__(self, precision: str, **entry):
+        self.args = argparse.Namespace(fp16=precision == "fp16")
+        self.state = argparse.Namespace(global_step=3, log_history=[entry])
+
+    def to(self, callback) -> dict:
+        entry = self.state.log_history[-1]
+        callback.on_log(self.args, self.state, None, logs=dict(entry))
+        return entry
+
+
+@pytest.mark.parametrize("key", ["loss", "eval_loss"])
+def test_a_loss_that_is_not_a_number_in_float16_names_other_precisions(key):
+    with pytest.raises(SystemExit, match='set PRECISION = "bf16" or "fp32", or lower LEARNING_RATE'):
+        Logged("fp16", **{key: math.nan}).to(train_model.StopAtNaN("fp16"))
+    with pytest.raises(SystemExit, match="at update 3: lower LEARNING_RATE and start"):
+        Logged("bf16", **{key: math.inf}).to(train_model.StopAtNaN("bf16"))
+    Logged("fp16", **{key: 3.0}).to(train_model.StopAtNaN("fp16"))
+
+
+def test_an_update_that_float16_skipped_is_said_and_leaves_no_infinity_in_the_log(capsys):
+    for norm in (math.inf, math.nan):
+        entry = Logged("fp16", loss=3.0, grad_norm=norm).to(train_model.SaySkipped())
+        assert entry == {"loss": 3.0, "grad_norm": None, "skipped": True}
+        assert "Update 3 was skipped: float16 overflowed" in capsys.readouterr().err
+    assert Logged("fp16", loss=3.0, grad_norm=1.5).to(train_model.SaySkipped()) == {"loss": 3.0, "grad_norm": 1.5}
+    assert Logged("bf16", loss=3.0, grad_norm=math.inf).to(train_model.SaySkipped())["grad_norm"] is None
+    assert not capsys.readouterr().err
+
+
+def test_gradients_that_overflow_leave_checkpoints_and_report_readable(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    """The norm of one update is infinite: neither the state of a checkpoint nor the report may hold Infinity."""
+    norm = train_model.BlogTrainer._get_grad_norm
+    endless = lambda self, *_, **__: math.inf if self.state.global_step == 1 else norm(self, *_, **__)  # noqa: E731
+    monkeypatch.setattr(train_model.BlogTrainer, "_get_grad_norm", endless)
+    written = []
+    flush = train_model.flush_to_disk
+
+    def reading(folder):
+        written.extend(path.read_text() for path in folder.glob("*.json"))
+        flush(folder)
+
+    monkeypatch.setattr(train_model, "flush_to_disk", reading)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3")
+    assert sum('"grad_norm": null' in text for text in written) > 1
+    assert not [text for text in written if "Infinity" in text or "NaN" in text]
+
+
+def test_json_gets_no_number_that_it_cannot_hold():
+    assert train_model.finite({"a": [1.5, math.nan, {"b": -math.inf}], "c": "NaN", "d": 2}) == {
+        "a": [1.5, None, {"b": None}],
+        "c": "NaN",
+        "d": 2,
+    }
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate=nan", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"])
+def test_numbers_out_of_range_are_one_sentence(flag):
+    with pytest.raises(SystemExit, match="must be above zero and finite"):
+        train_model.main([flag])
 
 
 def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
