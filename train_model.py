@@ -18,6 +18,7 @@ Each line is a section below; they stand in the order in which the run needs the
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
     unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
+    graphics cards       check_card           what has to be said, or set, before a card is used
     speed on a CPU       (its table)          five tricks that only save time; a reader may skip them
     for Ollama           modelfile            the chat template in Ollama's language
     command line         main                 flags, and errors as one sentence
@@ -31,8 +32,10 @@ import inspect
 import json
 import math
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -106,9 +109,14 @@ def train(args: argparse.Namespace) -> None:
 
     With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
     """
-    process = PartialState(cpu=not torch.accelerator.is_available())
+    check_card(args.cpu)
+    process = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
+    prepare_card(process.device)
+
     output = args.output_dir.absolute()
     unfinished = output.with_name(output.name + "-unfinished")
+    if is_on_windows_drive(output):
+        say(f"{output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
     with process.main_process_first():
         recover(output)
 
@@ -1323,6 +1331,128 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     return f"Validation {change} bits per byte {unseen}: it learned."
 
 
+# ---------------------------------------------------------------------------- graphics cards
+# The NVIDIA driver that PyTorch needs at least, by the CUDA that it was built with ("CUDA 13.x: >= 580"):
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+DRIVER_NEEDED = {"11": 450, "12": 525, "13": 580}
+
+CARD_OF_WSL = Path("/dev/dxg")  # is also there for a card of Intel's or AMD's
+OTHER_PYTORCH = "another PyTorch for it (https://pytorch.org/get-started/locally)"
+
+
+def check_card(cpu_wanted: bool) -> None:
+    """Ends the program when an NVIDIA card is there and PyTorch cannot use it: a CPU could take days instead.
+
+    A card that the user has hidden (CUDA_VISIBLE_DEVICES is empty) counts as none.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if cpu_wanted or hidden:
+        return
+
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if not has_kernels(capability, torch.cuda.get_arch_list()):
+            name = torch.cuda.get_device_name()
+            generation = ".".join(map(str, capability))
+            sys.exit(
+                f"PyTorch {torch.__version__} has no kernels for {name} (compute capability {generation}): install "
+                f"{OTHER_PYTORCH}, or train without the card, which is slow: --cpu."
+            )
+        return
+
+    name = find_nvidia_card()
+    if name and not torch.accelerator.is_available():
+        sys.exit(f"{name} is there and {what_keeps_from_cuda()}, or train without the card, which is slow: --cpu.")
+    if CARD_OF_WSL.exists() and not name:
+        say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
+
+
+def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a PyTorch `built_for` "sm_86", "compute_120" and so on runs on a card of this compute capability.
+
+    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled when it is needed, for 12.0 and whatever is newer.
+    Names of another kind (AMD's "gfx90a") are not judged.
+    """
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")  # sm_90a: with what only this generation has
+        if kind not in ("sm", "compute") or not digits.isdecimal():
+            return True
+
+        built = (int(digits[:-1]), int(digits[-1]))
+        same_generation = kind == "compute" or built[0] == capability[0]
+        if same_generation and capability >= built:
+            return True
+    return not built_for
+
+
+def find_nvidia_card() -> str:
+    """The NVIDIA card that this machine has, and its driver, even if PyTorch cannot use it; "" if there is none."""
+    # Not every WSL has the second on its path.
+    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
+    if program:
+        question = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+            name, driver = said.splitlines()[0].split(", ")
+            return f"{name} (driver {driver})"
+        except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+            # Without a card, or with half an update of the driver; then the next place knows.
+            pass
+
+    cards = Path("/proc/driver/nvidia/gpus")
+    return "An NVIDIA card" if cards.is_dir() and any(cards.iterdir()) else ""
+
+
+def what_keeps_from_cuda() -> str:
+    """Why PyTorch does not use the NVIDIA card of this machine, and what to do: the second half of a sentence."""
+    built_with = torch.version.cuda
+    if built_with is None:
+        return f"PyTorch {torch.__version__} was built without CUDA: install {OTHER_PYTORCH}"
+
+    # It says itself what is wrong, in many lines, when it is made to begin.
+    try:
+        torch.cuda.init()
+        reason = "it does not say why"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+
+    needed = DRIVER_NEEDED.get(built_with.split(".")[0], "of the same age")
+    return (
+        f"PyTorch {torch.__version__} cannot use it ({reason}): CUDA {built_with} needs the driver {needed} or newer; "
+        f"update it (for WSL, in Windows) and restart, or install {OTHER_PYTORCH}"
+    )
+
+
+def prepare_card(device: torch.device) -> None:
+    """Set what is right for every NVIDIA card; does nothing for another device."""
+    if device.type != "cuda":
+        return
+
+    # cuDNN plans anew for every length of a row, and on an H100 it would be asked first. Seen elsewhere:
+    # half a second each (https://github.com/modelscope/FunASR/issues/3704); not measured here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    # WSL puts what the card cannot hold into the computer's memory, many times slower, instead of failing.
+    # 0.3 GB is a guess at what CUDA takes beside PyTorch's tensors.
+    free, total = torch.cuda.mem_get_info()
+    share = (free - 3e8) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.1, share)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch raises a kind of its own only for its own tensors; cuBLAS and the CPU are told by their words."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def is_on_windows_drive(folder: Path) -> bool:
+    """Whether WSL has the folder from Windows, as /mnt/c and everything below."""
+    is_wsl = "microsoft" in platform.release().lower()
+    _, *names = folder.resolve().parts
+    return is_wsl and names[:1] == ["mnt"] and len("".join(names[1:2])) == 1
+
+
 # ---------------------------------------------------------------------------- speed on a CPU
 # Nothing here changes what the model learns; a reader who has a graphics card may skip all of it.
 #
@@ -1506,6 +1636,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a graphics card")
 
     args = parser.parse_args(argv)
     in_range = 0 < args.epochs < math.inf and 0 < args.learning_rate < math.inf
@@ -1526,7 +1657,7 @@ def main(argv: list[str] | None = None) -> int:
         train(args)
     except RuntimeError as error:
         # The kinds of RuntimeError that a user can do something about are only told apart by their words.
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             sys.exit("Out of memory: lower CONTEXT_TOKENS or choose a smaller BASE_MODEL; the last checkpoint stands.")
         if "PytorchStreamWriter" in str(error):
             sys.exit(f"Cannot write a checkpoint: is the disk full? ({error}); what was there before still is.")

@@ -719,6 +719,132 @@ def test_an_old_card_that_has_to_emulate_is_told_what_is_faster(monkeypatch, cap
     assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" (or "auto") is faster' in capsys.readouterr().err
 
 
+TURING_AND_LATER = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.13 from PyPI
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 5), TURING_AND_LATER, True),
+        ((8, 9), TURING_AND_LATER, True),
+        ((12, 1), TURING_AND_LATER, True),
+        ((13, 0), TURING_AND_LATER, True),
+        ((6, 1), TURING_AND_LATER, False),
+        ((7, 0), TURING_AND_LATER, False),
+        ((6, 1), ["sm_50", "sm_60"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a"], False),
+        ((9, 0), ["gfx90a"], True),
+        ((7, 5), [], True),
+    ],
+)
+def test_machine_code_runs_on_its_generation_and_what_is_compiled_later_on_newer_ones(capability, built_for, runs):
+    assert train_model.has_kernels(capability, built_for) == runs
+
+
+def test_a_card_without_kernels_is_named(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    card(monkeypatch, (6, 1), "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: TURING_AND_LATER)
+    sentence = r"has no kernels for NVIDIA GeForce GTX 1080 \(compute capability 6\.1\): install another .*--cpu"
+    with pytest.raises(SystemExit, match=sentence):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    train_model.check_card(cpu_wanted=True)
+    card(monkeypatch, (7, 5))
+    train_model.check_card(cpu_wanted=False)
+
+
+def machine(monkeypatch, folder: Path, says: str, status: int = 0) -> None:
+    """One whose nvidia-smi says this."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def test_a_driver_that_is_too_old_ends_the_run_unless_the_cpu_is_wanted(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU")
+
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 2080, 470.82.01")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    with pytest.raises(SystemExit) as error:
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    assert str(error.value) == (
+        f"NVIDIA GeForce RTX 2080 (driver 470.82.01) is there and PyTorch {torch.__version__} cannot use it (The "
+        "NVIDIA driver on your system is too old (found version 11040)): CUDA 13.0 needs the driver 580 or newer; "
+        "update it (for WSL, in Windows) and restart, or install another PyTorch for it "
+        "(https://pytorch.org/get-started/locally), or train without the card, which is slow: --cpu."
+    )
+    assert run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1", "--cpu")["plan"]["device"] == "cpu"
+
+
+def test_a_pytorch_without_cuda_beside_a_card_is_one_sentence(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match=r"RTX 3060 \(driver 580\.10\) is there and PyTorch .* was built without CUDA"):
+        train_model.check_card(cpu_wanted=False)
+
+
+@pytest.mark.parametrize(("says", "status"), [("No devices were found", 0), ("failed to initialize NVML", 18)])
+def test_a_machine_without_a_card_trains_on_its_cpu(says, status, tmp_path, monkeypatch, capsys):
+    """Under WSL that may be a card of Intel's, so that it is said and is no error."""
+    machine(monkeypatch, tmp_path, says, status)
+    train_model.check_card(cpu_wanted=False)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(train_model, "CARD_OF_WSL", tmp_path)
+    train_model.check_card(cpu_wanted=False)
+    assert "WSL sees a graphics card and no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_card_that_its_user_hides_counts_as_none(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_model.check_card(cpu_wanted=False)
+
+
+def test_a_card_has_no_attention_of_cudnn_and_a_limit_at_what_is_free(monkeypatch):
+    """8 GB, of which a desktop holds one; and a card that is all but full."""
+    said = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda wanted: said.append(("cudnn", wanted)))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: said.append(("share", share)))
+    for free in (int(7e9), int(4e8)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, int(8e9)))
+        train_model.prepare_card(torch.device("cuda"))
+    assert said == [("cudnn", False), ("share", pytest.approx(6.7 / 8)), ("cudnn", False), ("share", 0.1)]
+    train_model.prepare_card(torch.device("cpu"))
+    assert len(said) == 4
+
+
+@pytest.mark.parametrize(
+    ("release", "folder", "warned"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c/Users/judy/model", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/wsl/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/home/judy/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt", False),
+        ("6.1.0-18-amd64", "/mnt/c/model", False),
+    ],
+)
+def test_a_windows_drive_is_known_by_its_place_under_wsl(release, folder, warned, monkeypatch):
+    monkeypatch.setattr(train_model.platform, "release", lambda: release)
+    assert train_model.is_on_windows_drive(Path(folder)) == warned
+
+
+def test_a_model_on_a_windows_drive_is_warned_about_once(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "is_on_windows_drive", lambda folder: True)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert capsys.readouterr().err.count("lies on a Windows drive") == 1
+
+
 @pytest.mark.parametrize(
     ("fast", "wanted", "picked", "said"),
     [
@@ -873,9 +999,18 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(gpt2_folder, data_
         run(gpt2_folder, data_folder, tmp_path / "file" / "model")
 
 
-def test_out_of_memory_names_the_settings(gpt2_folder, data_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["of the card", "of cuBLAS", "of the computer"],
+)
+def test_out_of_memory_names_the_settings(error, gpt2_folder, data_folder, tmp_path, monkeypatch):
     def starved(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(train_model, "scored_logits", starved)
     with pytest.raises(SystemExit, match="lower CONTEXT_TOKENS or choose a smaller BASE_MODEL"):
