@@ -673,14 +673,12 @@ class Plan:
 
 def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialState) -> tuple[Plan, Forecast]:
     """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
-    with torch.device("meta"):  # tensors that have a shape and take no memory
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-
+    shape = shape_of(config)
     device = process.device
     precision = pick_precision(device, PRECISION)
     available = free_memory(device)
     tokens = BATCH_SIZE * min(CONTEXT_TOKENS, max(map(len, rows["input_ids"])))
-    optimizer, checkpointing, memory = fit_into_memory(config, parameters, tokens, precision != "fp32", available)
+    optimizer, checkpointing, memory = fit_into_memory(shape, tokens, precision != "fp32", available)
 
     # An update has the same rows, however many processes share them.
     updates_per_epoch = math.ceil(len(rows) / (BATCH_SIZE * GRADIENT_ACCUMULATION))
@@ -693,7 +691,7 @@ def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialS
         accumulation=max(1, GRADIENT_ACCUMULATION // process.num_processes),
         # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
-        parameters=parameters,
+        parameters=shape.parameters,
     )
     filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
     return plan, Forecast(args.base_model, filled, updates, memory, available)
@@ -740,26 +738,96 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, number_type, enabled=precision != "fp32")
 
 
-def memory_needed(config, parameters: int, tokens: int, mixed: bool, checkpointing: bool, optimizer: str) -> dict:
-    """Bytes by purpose, for `tokens` tokens in a batch; `mixed` when autocast keeps a second copy of the weights.
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides how much memory training takes. Widths are in channels."""
 
-    Activations: about 60 bytes per layer, token and channel as measured, 4 when they are computed twice.
-    """
+    parameters: int
+    embeddings: int  # of the parameters; those of tokens, and of positions where they are learned
+    vocabulary: int
+    layers: int
+    width: int
+    attention_width: int  # all heads together
+    mlp_width: int
+    gated: bool  # the MLP multiplies two products (Llama, Qwen, Gemma)
+    further_norms: int  # in a layer, beside the two that all have (Gemma)
+    norms_of_heads: int  # of queries and keys (Qwen3, Gemma 3)
+
+
+def shape_of(config) -> Shape:
+    with torch.device("meta"):  # tensors that have a shape and take no memory
+        model = AutoModelForCausalLM.from_config(config)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    names = [name for name, _ in model.named_modules()]
+
     text = config.get_text_config()
-    per_layer = tokens * text.hidden_size * (4 if checkpointing else 60)
+    heads = getattr(text, "num_attention_heads", 1)
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+
+    # Of the first layer, which a number in its name tells; all others are like it.
+    norms = [name for name in names if ".0." in name and name.endswith("norm")]
+    of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
+    return Shape(
+        parameters=model.num_parameters(),
+        embeddings=sum(weight.numel() for weight in embeddings),
+        vocabulary=text.vocab_size,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        attention_width=heads * head_width,
+        mlp_width=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        gated=any(name.endswith(("gate_proj", "gate_up_proj")) for name in names),
+        further_norms=max(0, len(norms) - len(of_heads) - 2),
+        norms_of_heads=len(of_heads),
+    )
+
+
+# Bytes that a layer keeps of each token for the backward pass, per channel of (the model, its attention, its MLP).
+# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again.
+KEPT_BYTES = {
+    # (gated, mixed)
+    (False, True): (12, 8, 4),  # GPT-2: 36 in all, as its attention is as wide as the model and its MLP four times
+    (False, False): (16, 20, 8),  # GPT-2 64, GPT-NeoX 74
+    (True, True): (20, 14, 8),  # Llama: 56 to 58
+    (True, False): (18, 22, 16),
+}
+
+
+def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
+    """Bytes of one token's activations that one layer keeps until the backward pass."""
+    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
+    norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
+    return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width + norms
+
+
+def memory_needed(shape: Shape, tokens: int, mixed: bool, checkpointing: bool, optimizer: str) -> dict[str, int]:
+    """Bytes by purpose, for `tokens` tokens in a batch; `mixed` when autocast keeps a second copy of the weights."""
+    # AdamW's two averages. bitsandbytes has them in one byte each, but for embeddings.
+    in_full = shape.embeddings if "8bit" in optimizer else shape.parameters
+    averages = in_full * 8 + (shape.parameters - in_full) * 2
+
+    # Computed twice, a layer keeps its input, and the layer at work all the rest.
+    kept = bytes_kept_by_layer(shape, mixed)
+    layers = shape.layers * shape.width * 4 + kept if checkpointing else shape.layers * kept
+
+    # Two moments compete for the peak: the loss has the logits and their gradient in float32; then the output layer
+    # has its own gradient in the making, once as it is computed and once in float32.
+    low_precision = 2 if mixed else 0
+    logits = tokens * shape.vocabulary
+    loss = logits * 8
+    output_layer = logits * (4 + low_precision) + shape.vocabulary * shape.width * (4 + low_precision)
     return {
-        "weights": parameters * (6 if mixed else 4),  # float32, and the copy of 2 bytes that autocast makes
-        "gradients": parameters * 4,
-        "optimizer": parameters * (2 if "8bit" in optimizer else 8),  # AdamW's two averages
-        "activations": per_layer * text.num_hidden_layers + tokens * (text.hidden_size * 60 + text.vocab_size * 14),
+        "weights": shape.parameters * (4 + low_precision),
+        "gradients": shape.parameters * 4,
+        "optimizer": averages,
+        "activations": tokens * layers + max(loss, output_layer),
     }
 
 
-def fit_into_memory(config, parameters: int, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
+def fit_into_memory(shape: Shape, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
     """The first way to train that leaves 1 GB of `available` bytes: (optimizer, checkpointing, bytes by purpose)."""
     # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
     for optimizer, checkpointing in WAYS_TO_TRAIN:
-        memory = memory_needed(config, parameters, tokens, mixed, checkpointing, optimizer)
+        memory = memory_needed(shape, tokens, mixed, checkpointing, optimizer)
         needed = sum(memory.values())
         if needed + 1e9 <= available:
             return optimizer, checkpointing, memory

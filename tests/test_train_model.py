@@ -651,16 +651,81 @@ def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder
 
 
 # ---------------------------------------------------------------------------- plans and errors
-def medium() -> tuple:
-    config = AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16)
-    return config, 354_823_168, 512, True
+@pytest.fixture(scope="module")
+def medium() -> train_model.Shape:
+    """GPT2-medium's, in 512 tokens and in half precision."""
+    return train_model.shape_of(AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16))
 
 
-def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare():
-    optimizer, _, memory = train_model.fit_into_memory(*medium(), available=int(7.6e9))
+def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(medium):
+    optimizer, _, memory = train_model.fit_into_memory(medium, 512, True, available=int(7.6e9))
     assert sum(memory.values()) <= 6.6e9
     assert optimizer == "adamw_bnb_8bit"
-    assert train_model.fit_into_memory(*medium(), available=int(24e9))[0] == "adamw_torch_fused"
+    assert train_model.fit_into_memory(medium, 512, True, available=int(24e9))[0] == "adamw_torch_fused"
+
+
+def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
+    """Worked out by hand, in MB, for one row of 512 tokens."""
+    wte, wpe, rest = 50257 * 1024, 1024 * 1024, 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024
+    assert (medium.parameters, medium.embeddings) == (wte + wpe + rest, wte + wpe)
+    frugal = train_model.memory_needed(medium, 512, True, False, "adamw_bnb_8bit")
+    assert {name: round(size / 1e6) for name, size in frugal.items()} == {
+        "weights": 2129,  # 6 bytes each
+        "gradients": 1419,
+        "optimizer": 1025,  # 8 bytes for 52.5 million in the embeddings, 2 for the rest
+        "activations": 916,  # 24 layers x 512 tokens x 36,864; gradients of logits and of the output layer, 6 each
+    }
+    assert (
+        train_model.memory_needed(medium, 512, True, False, "adamw_torch_fused")["optimizer"] == 8 * medium.parameters
+    )
+    recomputed = train_model.memory_needed(medium, 512, True, True, "adamw_bnb_8bit")
+    assert frugal["activations"] - recomputed["activations"] == 512 * (24 * 36 - 24 * 4 - 36) * 1024
+    exact = train_model.memory_needed(medium, 512, False, False, "adamw_torch_fused")
+    assert exact["weights"] == 4 * medium.parameters
+    # In many tokens the loss is larger than the output layer's gradient: logits and their gradient, 4 bytes each.
+    many = train_model.memory_needed(medium, 8192, True, True, "adamw_torch_fused")["activations"]
+    assert many == 8192 * (24 * 4 * 1024 + 36 * 1024 + 8 * 50257)
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {"intermediate_size": 1024}),
+        ("llama", {"intermediate_size": 768, "num_key_value_heads": 4}),
+        ("qwen3", {"intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 128}),
+        ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
+    ],
+)
+def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed):
+    """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
+    tokens = 128
+    kept = {}
+    for layers in (2, 4):
+        config = AutoConfig.for_model(
+            architecture, hidden_size=256, num_attention_heads=4, vocab_size=600, num_hidden_layers=layers, **sizes
+        )
+        train_model.set_dropout(config)
+        train_model.fuse_activations(config)
+        model = AutoModelForCausalLM.from_config(config).train()
+        weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
+        saved = {}
+
+        def keep(tensor, saved=saved, weights=weights):
+            storage = tensor.untyped_storage()
+            if tensor.shape not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        positions = torch.arange(tokens)[None] % (tokens // 2)
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+        with casting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(torch.zeros_like(positions), position_ids=positions, use_cache=False).logits.sum()
+        kept[layers] = sum(saved.values())
+        del loss
+    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config), mixed) * tokens
+    assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=0.12), kept
 
 
 @pytest.mark.parametrize(
