@@ -35,9 +35,12 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -55,6 +58,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import constants as hub
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -122,6 +126,7 @@ def train(args: argparse.Namespace) -> None:
 
     # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
     conversations = {split: read_conversations(data_file(args, split)) for split in SPLITS}
+    check_hub(args.base_model)
     tokenizer = load_or_exit(load_tokenizer, args.base_model)
     config = load_or_exit(AutoConfig.from_pretrained, args.base_model)
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
@@ -193,6 +198,23 @@ def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: tor
 
 def data_file(args: argparse.Namespace, split: str) -> Path:
     return args.data_dir / f"{split}_data.jsonl"
+
+
+def check_hub(name: str) -> None:
+    """Without a way to the hub, say so and look for the model `name` among earlier downloads alone.
+
+    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. Downloads keep them.
+    """
+    # Behind a proxy only huggingface_hub knows the way.
+    if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
+        return
+
+    address = urllib.parse.urlsplit(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+    except OSError as error:
+        say(f"{hub.ENDPOINT} cannot be reached ({error.strerror or error}): only an earlier download can be used.")
+        hub.HF_HUB_OFFLINE = True
 
 
 def load_or_exit(load, name: str):

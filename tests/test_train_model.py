@@ -1,6 +1,7 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -973,6 +974,39 @@ def test_missing_things_are_one_sentence(gpt2_folder, data_folder, tmp_path):
         run(Path("gpt2-medium"), data_folder, tmp_path / "model")
     with pytest.raises(SystemExit, match="unrecognized arguments: --lr"):
         train_model.main(["--lr", "1"])
+
+
+def without_a_network(*_, **__):
+    raise OSError(-2, "Name or service not known")
+
+
+def test_without_the_hub_a_run_ends_at_once(data_folder, tmp_path, monkeypatch, capsys):
+    """huggingface_hub waits between its attempts, and would ask again for each file."""
+    waits = []
+    monkeypatch.setattr(train_model.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(train_model.hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(train_model.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(train_model.socket, "create_connection", without_a_network)
+    monkeypatch.setattr(train_model.time, "sleep", waits.append)
+    with pytest.raises(SystemExit, match="Cannot load gpt2-medium: give a model folder with --base-model, or connect"):
+        run(Path("gpt2-medium"), data_folder, tmp_path / "model")
+    assert "https://huggingface.co cannot be reached (Name or service not known)" in capsys.readouterr().err
+    assert not waits
+
+
+@pytest.mark.parametrize("case", ["a folder", "behind a proxy", "told to be offline", "a hub within reach"])
+def test_the_hub_is_only_looked_for_when_it_is_needed(case, gpt2_folder, monkeypatch, capsys):
+    name = str(gpt2_folder) if case == "a folder" else "gpt2-medium"
+    proxies = {"https": "http://proxy:3128"} if case == "behind a proxy" else {}
+    connect = without_a_network
+    if case == "a hub within reach":
+        connect = lambda place, timeout: io.StringIO() if place == ("huggingface.co", 443) else None  # noqa: E731
+    monkeypatch.setattr(train_model.hub, "HF_HUB_OFFLINE", case == "told to be offline")
+    monkeypatch.setattr(train_model.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(train_model.socket, "create_connection", connect)
+    train_model.check_hub(name)
+    assert train_model.hub.is_offline_mode() == (case == "told to be offline")
+    assert not capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(gpt2_folder, data_folder, tmp_path):
