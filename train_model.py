@@ -135,7 +135,8 @@ def train(args: argparse.Namespace) -> None:
     say_lines(data_lines(tokenized, rows_of))
 
     # What cannot fit is said here, before minutes are spent on loading weights.
-    plan, forecast = make_plan(args, config, rows_of["train"], process)
+    machine = look_at_machine(process)
+    plan, forecast = make_plan(args, config, rows_of["train"], machine)
     say_lines(plan.lines(forecast))
     say(f"disk     {check_disk(output.parent, plan.parameters)}")
 
@@ -152,6 +153,8 @@ def train(args: argparse.Namespace) -> None:
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
+        plan, forecast = make_plan(args, config, rows_of["train"], machine)
+        say_lines(plan.lines(forecast))
     use_sparse_embedding_gradient(model)
 
     # From here on a kill costs at most CHECKPOINT_EVERY updates.
@@ -693,30 +696,46 @@ class Plan:
         return lines
 
 
-def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialState) -> tuple[Plan, Forecast]:
+class Machine(NamedTuple):
+    """What a run has to work with, before its weights take any of it."""
+
+    device: torch.device
+    processes: int
+    precision: str  # "bf16", "fp16" or "fp32"
+    free_memory: int  # bytes
+
+
+def look_at_machine(process: PartialState) -> Machine:
+    return Machine(
+        device=process.device,
+        processes=process.num_processes,
+        precision=pick_precision(process.device, PRECISION),
+        free_memory=free_memory(process.device),
+    )
+
+
+def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine) -> tuple[Plan, Forecast]:
     """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
     shape = shape_of(config)
-    device = process.device
-    precision = pick_precision(device, PRECISION)
-    available = free_memory(device)
     tokens = BATCH_SIZE * min(CONTEXT_TOKENS, max(map(len, rows["input_ids"])))
-    optimizer, checkpointing, memory = fit_into_memory(shape, tokens, precision != "fp32", available)
+    mixed = machine.precision != "fp32"
+    optimizer, checkpointing, memory = fit_into_memory(shape, tokens, mixed, machine.free_memory)
 
     # An update has the same rows, however many processes share them.
     updates_per_epoch = math.ceil(len(rows) / (BATCH_SIZE * GRADIENT_ACCUMULATION))
     updates = args.max_steps or math.ceil(updates_per_epoch * args.epochs)
     plan = Plan(
-        device=device.type,
-        precision=precision,
+        device=machine.device.type,
+        precision=machine.precision,
         optimizer=optimizer,
         checkpointing=checkpointing,
-        accumulation=max(1, GRADIENT_ACCUMULATION // process.num_processes),
+        accumulation=max(1, GRADIENT_ACCUMULATION // machine.processes),
         # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
         parameters=shape.parameters,
     )
     filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
-    return plan, Forecast(args.base_model, filled, updates, memory, available)
+    return plan, Forecast(args.base_model, filled, updates, memory, machine.free_memory)
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -329,6 +330,18 @@ def test_other_architectures_train_and_keep_their_template(architecture, data_fo
     assert template.startswith(
         "{% for message in messages %}{{ '<|im_start|>'" if chatml else train_model.PLAIN_TEMPLATE[:40]
     )
+
+
+def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_path, capsys):
+    """BLOOM has a row for each window, so more updates than the plan before loading says."""
+    base = make_model_folder(tmp_path / "base", "bloom", False, n_head=2, n_layer=2)
+    report = run(base, data_folder, tmp_path / "model", "--epochs", "1")
+    plans = re.findall(r"([\d,]+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
+    assert len(plans) == 2 and int(plans[0][0]) < int(plans[1][0])
+    updates = report["log"][-1]["step"]
+    assert int(plans[1][1]) == updates > int(plans[0][1])
+    measured = [entry["step"] for entry in report["log"] if "eval_loss" in entry]
+    assert measured == [0, math.ceil(updates / 2), updates]
 
 
 def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
