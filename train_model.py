@@ -343,14 +343,19 @@ def break_control_tokens(text: str, tokenizer) -> str:
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation as the model sees it, in its chat template."""
+    """A conversation as the model sees it, in its chat template; one that this refuses ends the program."""
+    try:
+        return render_or_raise(tokenizer, messages, add_generation_prompt)
+    except TemplateError as error:
+        sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
+
+
+def render_or_raise(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """As `render`; raises jinja2's TemplateError."""
     safe = []
     for message in messages:
         safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
-    try:
-        return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
+    return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def tokenize(tokenizer, conversations: list[dict]) -> list[tuple[list[int], list[bool]]]:
@@ -1661,10 +1666,8 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------------------- for Ollama
 # A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. Its template is
 # written in Go's template language, so the pieces of the model's own template, which is Jinja, are put into this one.
-OLLAMA_TEMPLATE = (
-    '{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}{{{{ .Content }}}}{user_end}'
-    "{{{{ else }}}}{assistant}{{{{ .Content }}}}{assistant_end}{{{{ end }}}}{{{{ end }}}}{answer}"
-)
+# Ollama gives it the messages, in .System all that the system said, and puts an empty answer at the end.
+OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
 
 
@@ -1673,8 +1676,12 @@ def modelfile(tokenizer, stops: list[str], positions: int) -> str:
 
     `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
     """
+    # Ollama forgets the beginning of a text that outgrows num_ctx, so half of it is the prompt's.
+    longest_answer = max(1, positions // 2)
+    settings = {**SAMPLING, "max_new_tokens": min(SAMPLING["max_new_tokens"], longest_answer)}
+
     lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
-    for name, value in SAMPLING.items():
+    for name, value in settings.items():
         lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
     lines.append(f"PARAMETER num_ctx {positions}")
 
@@ -1689,45 +1696,87 @@ def ollama_template(tokenizer) -> str:
     if pieces is None:
         say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
         return "{{ .Prompt }}"
-    if tokenizer.bos_token and starts_with_bos(tokenizer):
-        pieces["start"] = pieces["start"].removeprefix(tokenizer.bos_token)  # llama.cpp puts it there itself
-    return OLLAMA_TEMPLATE.format(**pieces)
+
+    start = pieces.start
+    turns = OLLAMA_TURN.format(when="if", role="user", before=pieces.user[0], after=pieces.user[1])
+    turns += OLLAMA_TURN.format(when="else if", role="assistant", before=pieces.assistant[0], after=pieces.assistant[1])
+    system = system_pieces(tokenizer, pieces)
+    if system is None:
+        say("The chat template has no turn for system messages: Ollama will leave them out.")
+    else:
+        turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
+        if system.start != start:  # a message of the template's own, where the user gives none (SmolLM2)
+            start = f"{{{{ if .System }}}}{system.start}{{{{ else }}}}{start}{{{{ end }}}}"
+    return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
 
 
-def chat_pieces(tokenizer) -> dict[str, str] | None:
-    """What the chat template puts at the start, around each turn and before an answer; None if that varies.
+class ChatPieces(NamedTuple):
+    """What a chat template puts at the start, before and after each turn, and before an answer.
 
-    ChatML has nothing at the start, "<|im_start|>user\\n" and "<|im_end|>\\n" around a user's turn, and
+    ChatML has nothing at the start, ("<|im_start|>user\\n", "<|im_end|>\\n") around a user's turn, and
     "<|im_start|>assistant\\n" before an answer.
     """
-    mark = "\ue000"  # stands for what is said; a sign of the private use area is in no template
-    user = {"role": "user", "content": mark}
-    assistant = {"role": "assistant", "content": mark}
-    one = render(tokenizer, [user])
-    two = render(tokenizer, [user, assistant])
-    three = render(tokenizer, [user, assistant, user])
-    asked = render(tokenizer, [user], add_generation_prompt=True)
+
+    start: str
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    answer: str
+
+
+class SystemPieces(NamedTuple):
+    start: str  # of a conversation that begins with a system message
+    turn: tuple[str, str]
+
+
+MARK = "\ue000"  # stands for what is said; a sign of the private use area is in no template
+USER = {"role": "user", "content": MARK}
+ASSISTANT = {"role": "assistant", "content": MARK}
+SYSTEM = {"role": "system", "content": MARK}
+
+
+def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """As `render_or_raise`, without the token of beginning that llama.cpp puts there itself."""
+    text = render_or_raise(tokenizer, messages, add_generation_prompt)
+    if tokenizer.bos_token and starts_with_bos(tokenizer):
+        return text.removeprefix(tokenizer.bos_token)
+    return text
+
+
+def chat_pieces(tokenizer) -> ChatPieces | None:
+    """The pieces of the tokenizer's template; None if what it puts around a turn varies."""
+    one = render_for_ollama(tokenizer, [USER])
+    two = render_for_ollama(tokenizer, [USER, ASSISTANT])
+    three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
+    asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
 
     # What each turn adds to the rendering so far; what is left of the first one is the start.
-    before_reply, _, after_reply = two.removeprefix(one).partition(mark)
-    before_question, _, after_question = three.removeprefix(two).partition(mark)
-    start = one.partition(mark)[0].removesuffix(before_question)
-    before_answer = asked.removeprefix(one)
+    before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
+    before_question, _, after_question = three.removeprefix(two).partition(MARK)
+    start = one.partition(MARK)[0].removesuffix(before_question)
+    answer = asked.removeprefix(one)
 
     # A template that treats a turn by its place, or by what is said, is not the sum of its pieces.
-    question = before_question + mark + after_question
-    reply = before_reply + mark + after_reply
-    whole = start + question + reply + question + before_answer
-    if whole != render(tokenizer, [user, assistant, user], add_generation_prompt=True):
+    question = before_question + MARK + after_question
+    reply = before_reply + MARK + after_reply
+    whole = start + question + reply + question + answer
+    if whole != render_for_ollama(tokenizer, [USER, ASSISTANT, USER], add_generation_prompt=True):
         return None
-    return {
-        "start": start,
-        "user": before_question,
-        "user_end": after_question,
-        "assistant": before_reply,
-        "assistant_end": after_reply,
-        "answer": before_answer,
-    }
+    return ChatPieces(start, (before_question, after_question), (before_reply, after_reply), answer)
+
+
+def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
+    """What the template does with a system message at the beginning; None if it has no turn of its own (Gemma)."""
+    try:
+        whole = render_for_ollama(tokenizer, [SYSTEM, USER])
+    except TemplateError:
+        return None
+
+    before, _, rest = whole.partition(MARK)
+    after = rest.removesuffix(MARK.join(pieces.user))
+    if after == rest:
+        return None
+    start = pieces.start if before.startswith(pieces.start) else ""
+    return SystemPieces(start, (before.removeprefix(start), after))
 
 
 # ---------------------------------------------------------------------------- command line
