@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help install demo test check gguf test-gguf test-trl
+.PHONY: help install demo test check gguf test-gguf test-ollama test-trl
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -22,6 +22,7 @@ help:
 	@echo 'make test      ruff, and all tests: about eight minutes; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
+	@echo 'make test-ollama   the Modelfile, read by the template language of Ollama (needs Go: apt install golang-go)'
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -104,3 +105,7 @@ test-gguf: sample/model/config.json $(VENV)/installed-for-gguf $(VENV)/installed
 
 test-trl: $(VENV)/installed-for-trl-tests
 	$(BIN)/python -m pytest tests/trl_training.py
+
+test-ollama: $(VENV)/installed-for-tests
+	@command -v go >/dev/null || { echo "Go is needed: apt install golang-go" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/ollama_template.py

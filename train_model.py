@@ -18,6 +18,7 @@ Each line is a section below; they stand in the order in which the run needs the
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
     unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
+    graphics cards       check_card           what has to be said, or set, before a card is used
     speed on a CPU       (its table)          five tricks that only save time; a reader may skip them
     for Ollama           modelfile            the chat template in Ollama's language
     command line         main                 flags, and errors as one sentence
@@ -31,10 +32,15 @@ import inspect
 import json
 import math
 import os
+import platform
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
+import urllib.parse
+import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -52,6 +58,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import constants as hub
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
@@ -82,7 +89,7 @@ MAX_STEPS = 0  # updates; 0 = as many as the epochs need
 LEARNING_RATE = 2e-5  # for GPT2-medium; SmolLM2-135M gained more at every step up to 2e-4 (README, Figures)
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
 DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
-PRECISION = "bf16"  # "bf16", "fp16" (for an RTX 20xx and older) or "fp32"; weights are float32 in all three
+PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; weights are float32 in all
 SEED = 42
 
 EVALUATIONS_PER_EPOCH = 2
@@ -106,14 +113,20 @@ def train(args: argparse.Namespace) -> None:
 
     With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
     """
-    process = PartialState(cpu=not torch.accelerator.is_available())
+    check_card(args.cpu)
+    process = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
+    prepare_card(process.device)
+
     output = args.output_dir.absolute()
     unfinished = output.with_name(output.name + "-unfinished")
+    if is_on_windows_drive(output):
+        say(f"{output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
     with process.main_process_first():
         recover(output)
 
     # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
     conversations = {split: read_conversations(data_file(args, split)) for split in SPLITS}
+    check_hub(args.base_model)
     tokenizer = load_or_exit(load_tokenizer, args.base_model)
     config = load_or_exit(AutoConfig.from_pretrained, args.base_model)
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
@@ -122,12 +135,13 @@ def train(args: argparse.Namespace) -> None:
     say_lines(data_lines(tokenized, rows_of))
 
     # What cannot fit is said here, before minutes are spent on loading weights.
-    plan, forecast = make_plan(args, config, rows_of["train"], process)
+    machine = look_at_machine(process)
+    plan, forecast = make_plan(args, config, rows_of["train"], machine)
     say_lines(plan.lines(forecast))
     say(f"disk     {check_disk(output.parent, plan.parameters)}")
 
     # The first process decides what may be continued; the others look when it has done so.
-    identity = identity_of_run(args)
+    identity = identity_of_run(args, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
             open_unfinished(unfinished, identity, args.fresh)
@@ -139,6 +153,8 @@ def train(args: argparse.Namespace) -> None:
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
+        plan, forecast = make_plan(args, config, rows_of["train"], machine)
+        say_lines(plan.lines(forecast))
     use_sparse_embedding_gradient(model)
 
     # From here on a kill costs at most CHECKPOINT_EVERY updates.
@@ -185,6 +201,23 @@ def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: tor
 
 def data_file(args: argparse.Namespace, split: str) -> Path:
     return args.data_dir / f"{split}_data.jsonl"
+
+
+def check_hub(name: str) -> None:
+    """Without a way to the hub, say so and look for the model `name` among earlier downloads alone.
+
+    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. Downloads keep them.
+    """
+    # Behind a proxy only huggingface_hub knows the way.
+    if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
+        return
+
+    address = urllib.parse.urlsplit(hub.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+    except OSError as error:
+        say(f"{hub.ENDPOINT} cannot be reached ({error.strerror or error}): only an earlier download can be used.")
+        hub.HF_HUB_OFFLINE = True
 
 
 def load_or_exit(load, name: str):
@@ -310,14 +343,19 @@ def break_control_tokens(text: str, tokenizer) -> str:
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation as the model sees it, in its chat template."""
+    """A conversation as the model sees it, in its chat template; one that this refuses ends the program."""
+    try:
+        return render_or_raise(tokenizer, messages, add_generation_prompt)
+    except TemplateError as error:
+        sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
+
+
+def render_or_raise(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """As `render`; raises jinja2's TemplateError."""
     safe = []
     for message in messages:
         safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
-    try:
-        return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
+    return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def tokenize(tokenizer, conversations: list[dict]) -> list[tuple[list[int], list[bool]]]:
@@ -622,7 +660,10 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
 
 
 # ---------------------------------------------------------------------------- plan
+PRECISIONS = ("bf16", "fp16", "fp32")
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
+# The compute capability from which on a card has kernels of its own: RTX 30xx and A100; V100 and RTX 20xx; all.
+FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
 
 # From the fastest to the thriftiest: (Trainer's name of the optimizer, whether activations are computed twice).
 WAYS_TO_TRAIN = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
@@ -671,51 +712,81 @@ class Plan:
         return lines
 
 
-def make_plan(args: argparse.Namespace, config, rows: Dataset, process: PartialState) -> tuple[Plan, Forecast]:
-    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
-    with torch.device("meta"):  # tensors that have a shape and take no memory
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+class Machine(NamedTuple):
+    """What a run has to work with, before its weights take any of it."""
 
-    device = process.device
-    precision = pick_precision(device, PRECISION)
-    available = free_memory(device)
+    device: torch.device
+    processes: int
+    precision: str  # "bf16", "fp16" or "fp32"
+    free_memory: int  # bytes
+
+
+def look_at_machine(process: PartialState) -> Machine:
+    return Machine(
+        device=process.device,
+        processes=process.num_processes,
+        precision=pick_precision(process.device, PRECISION),
+        free_memory=free_memory(process.device),
+    )
+
+
+def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine) -> tuple[Plan, Forecast]:
+    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
+    shape = shape_of(config)
     tokens = BATCH_SIZE * min(CONTEXT_TOKENS, max(map(len, rows["input_ids"])))
-    optimizer, checkpointing, memory = fit_into_memory(config, parameters, tokens, precision != "fp32", available)
+    mixed = machine.precision != "fp32"
+    optimizer, checkpointing, memory = fit_into_memory(shape, tokens, mixed, machine.free_memory)
 
     # An update has the same rows, however many processes share them.
     updates_per_epoch = math.ceil(len(rows) / (BATCH_SIZE * GRADIENT_ACCUMULATION))
     updates = args.max_steps or math.ceil(updates_per_epoch * args.epochs)
     plan = Plan(
-        device=device.type,
-        precision=precision,
+        device=machine.device.type,
+        precision=machine.precision,
         optimizer=optimizer,
         checkpointing=checkpointing,
-        accumulation=max(1, GRADIENT_ACCUMULATION // process.num_processes),
+        accumulation=max(1, GRADIENT_ACCUMULATION // machine.processes),
         # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
-        parameters=parameters,
+        parameters=shape.parameters,
     )
     filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
-    return plan, Forecast(args.base_model, filled, updates, memory, available)
+    return plan, Forecast(args.base_model, filled, updates, memory, machine.free_memory)
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:
-    """`wanted` ("bf16", "fp16" or "fp32"), or "fp32" where the device has no fast kernels for it.
+    """`wanted` ("auto", "bf16", "fp16" or "fp32") as it is on `device`: "bf16", "fp16" or "fp32".
 
-    Says so, and says what would be faster on a card of before 2020.
+    Says where the device has no fast kernels for it; ends the program when it is none of the four.
     """
-    if device.type == "cuda":
-        # 8.0 is the first generation that computes in bfloat16: RTX 30xx, A100.
-        if wanted == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-            say(f'{torch.cuda.get_device_name(device)} only emulates bfloat16: PRECISION = "fp16" is faster on it.')
-        return wanted
+    if wanted not in ("auto", *PRECISIONS):
+        sys.exit(f'PRECISION is {wanted!r}: it can be "auto", "bf16", "fp16" or "fp32".')
 
-    # Of the other devices only a CPU is trusted, with bf16 alone: Trainer refuses fp16 there.
-    fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
-    if wanted == "fp32" or (wanted == "bf16" and fast):
-        return wanted
-    say(f"This {device.type.upper()} has no fast {wanted}: float32 it is.")
+    fastest = fastest_precision(device)
+    picked = fastest if wanted == "auto" else wanted
+    if device.type == "cuda":
+        if picked == "bf16" and fastest != "bf16":
+            name = torch.cuda.get_device_name(device)
+            say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
+        return picked
+
+    # Trainer refuses fp16 anywhere else.
+    if wanted == "fp32" or (picked == "bf16" and fastest == "bf16"):
+        return picked
+    missing = "bf16" if wanted == "auto" else wanted
+    say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
     return "fp32"
+
+
+def fastest_precision(device: torch.device) -> str:
+    """The fastest of PRECISIONS that the device computes without emulation."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return next(precision for precision, first in FIRST_CARDS.items() if capability >= first)
+
+    # Of the other devices only a CPU is trusted.
+    fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in FAST_BFLOAT16)
+    return "bf16" if fast else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -724,26 +795,96 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, number_type, enabled=precision != "fp32")
 
 
-def memory_needed(config, parameters: int, tokens: int, mixed: bool, checkpointing: bool, optimizer: str) -> dict:
-    """Bytes by purpose, for `tokens` tokens in a batch; `mixed` when autocast keeps a second copy of the weights.
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides how much memory training takes. Widths are in channels."""
 
-    Activations: about 60 bytes per layer, token and channel as measured, 4 when they are computed twice.
-    """
+    parameters: int
+    embeddings: int  # of the parameters; those of tokens, and of positions where they are learned
+    vocabulary: int
+    layers: int
+    width: int
+    attention_width: int  # all heads together
+    mlp_width: int
+    gated: bool  # the MLP multiplies two products (Llama, Qwen, Gemma)
+    further_norms: int  # in a layer, beside the two that all have (Gemma)
+    norms_of_heads: int  # of queries and keys (Qwen3, Gemma 3)
+
+
+def shape_of(config) -> Shape:
+    with torch.device("meta"):  # tensors that have a shape and take no memory
+        model = AutoModelForCausalLM.from_config(config)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    names = [name for name, _ in model.named_modules()]
+
     text = config.get_text_config()
-    per_layer = tokens * text.hidden_size * (4 if checkpointing else 60)
+    heads = getattr(text, "num_attention_heads", 1)
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+
+    # Of the first layer, which a number in its name tells; all others are like it.
+    norms = [name for name in names if ".0." in name and name.endswith("norm")]
+    of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
+    return Shape(
+        parameters=model.num_parameters(),
+        embeddings=sum(weight.numel() for weight in embeddings),
+        vocabulary=text.vocab_size,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        attention_width=heads * head_width,
+        mlp_width=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        gated=any(name.endswith(("gate_proj", "gate_up_proj")) for name in names),
+        further_norms=max(0, len(norms) - len(of_heads) - 2),
+        norms_of_heads=len(of_heads),
+    )
+
+
+# Bytes that a layer keeps of each token for the backward pass, per channel of (the model, its attention, its MLP).
+# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again.
+KEPT_BYTES = {
+    # (gated, mixed)
+    (False, True): (12, 8, 4),  # GPT-2: 36 in all, as its attention is as wide as the model and its MLP four times
+    (False, False): (16, 20, 8),  # GPT-2 64, GPT-NeoX 74
+    (True, True): (20, 14, 8),  # Llama: 56 to 58
+    (True, False): (18, 22, 16),
+}
+
+
+def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
+    """Bytes of one token's activations that one layer keeps until the backward pass."""
+    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
+    norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
+    return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width + norms
+
+
+def memory_needed(shape: Shape, tokens: int, mixed: bool, checkpointing: bool, optimizer: str) -> dict[str, int]:
+    """Bytes by purpose, for `tokens` tokens in a batch; `mixed` when autocast keeps a second copy of the weights."""
+    # AdamW's two averages. bitsandbytes has them in one byte each, but for embeddings.
+    in_full = shape.embeddings if "8bit" in optimizer else shape.parameters
+    averages = in_full * 8 + (shape.parameters - in_full) * 2
+
+    # Computed twice, a layer keeps its input, and the layer at work all the rest.
+    kept = bytes_kept_by_layer(shape, mixed)
+    layers = shape.layers * shape.width * 4 + kept if checkpointing else shape.layers * kept
+
+    # Two moments compete for the peak: the loss has the logits and their gradient in float32; then the output layer
+    # has its own gradient in the making, once as it is computed and once in float32.
+    low_precision = 2 if mixed else 0
+    logits = tokens * shape.vocabulary
+    loss = logits * 8
+    output_layer = logits * (4 + low_precision) + shape.vocabulary * shape.width * (4 + low_precision)
     return {
-        "weights": parameters * (6 if mixed else 4),  # float32, and the copy of 2 bytes that autocast makes
-        "gradients": parameters * 4,
-        "optimizer": parameters * (2 if "8bit" in optimizer else 8),  # AdamW's two averages
-        "activations": per_layer * text.num_hidden_layers + tokens * (text.hidden_size * 60 + text.vocab_size * 14),
+        "weights": shape.parameters * (4 + low_precision),
+        "gradients": shape.parameters * 4,
+        "optimizer": averages,
+        "activations": tokens * layers + max(loss, output_layer),
     }
 
 
-def fit_into_memory(config, parameters: int, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
+def fit_into_memory(shape: Shape, tokens: int, mixed: bool, available: int) -> tuple[str, bool, dict]:
     """The first way to train that leaves 1 GB of `available` bytes: (optimizer, checkpointing, bytes by purpose)."""
     # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
     for optimizer, checkpointing in WAYS_TO_TRAIN:
-        memory = memory_needed(config, parameters, tokens, mixed, checkpointing, optimizer)
+        memory = memory_needed(shape, tokens, mixed, checkpointing, optimizer)
         needed = sum(memory.values())
         if needed + 1e9 <= available:
             return optimizer, checkpointing, memory
@@ -813,7 +954,8 @@ def build_trainer(
     # and Progress prints the sample that LogSample has left in the log.
     callbacks = [
         CastWeightsOnce(autocast(model.device, plan.precision)),
-        StopAtNaN(),
+        StopAtNaN(plan.precision),
+        SaySkipped(),
         KeepBest(),
         LogSample(tokenizer),
         Progress(data["train"]["author_tokens"]),
@@ -894,14 +1036,38 @@ def evaluations(log_history: list[dict]) -> list[dict]:
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends the program when the loss is no number any more: no later update can mend the weights."""
+    """Ends the program when a loss is no number any more: no later update can mend the weights."""
+
+    def __init__(self, precision: str):
+        self.remedy = "lower LEARNING_RATE"
+        if precision == "fp16":  # which ends at 65,504; the activations of some models (Gemma 3) do not
+            self.remedy = 'set PRECISION = "bf16" or "fp32", or lower LEARNING_RATE'
 
     def on_log(self, args, state, control, logs, **_):
-        if not math.isfinite(logs.get("loss", 0.0)):
+        loss = logs.get("loss", logs.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
             sys.exit(
-                f"The loss became {logs['loss']} at update {state.global_step}: lower LEARNING_RATE and start with "
+                f"The loss became {loss} at update {state.global_step}: {self.remedy} and start with "
                 "--fresh; nothing was overwritten."
             )
+
+
+class SaySkipped(TrainerCallback):
+    """Says which updates float16's loss scaling skipped, and keeps their gradient norm, no number, out of the log.
+
+    The scale begins at 65,536 and is halved whenever a gradient overflows, so the first updates may go this way.
+    """
+
+    def on_log(self, args, state, control, logs, **_):
+        if math.isfinite(logs.get("grad_norm", 0.0)):
+            return
+
+        # JSON has no Infinity; checkpoints and the report keep this entry.
+        entry = state.log_history[-1]
+        entry["grad_norm"] = None
+        if args.fp16:
+            entry["skipped"] = True
+            say(f"Update {state.global_step} was skipped: float16 overflowed, from now on the loss is scaled less.")
 
 
 class KeepBest(TrainerCallback):
@@ -1019,12 +1185,17 @@ class Checkpoints(TrainerCallback):
 
 
 # ---------------------------------------------------------------------------- unfinished runs
-def identity_of_run(args: argparse.Namespace) -> dict:
-    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass."""
+def identity_of_run(args: argparse.Namespace, precision: str) -> dict:
+    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass.
+
+    `precision` is the one that was picked: "auto" means another on another device, with other losses.
+    """
     settings = {}
     for name in SETTINGS:
         if name not in NOT_IN_THE_IDENTITY:
             settings[name.lower()] = globals()[name]
+
+    settings["precision"] = precision
 
     # A flag, or its default, is what the run really has.
     flags = {name: value for name, value in vars(args).items() if name in settings}
@@ -1188,7 +1359,7 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
     # As whoever loads the folder will read it.
     positions = positions_of(AutoConfig.from_pretrained(folder))
     texts = {
-        "training_report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "training_report.json": json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False),
         "README.md": CARD.format(**report, sample_prompt=SAMPLE_PROMPT),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions),
     }
@@ -1196,6 +1367,20 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
     draw_curve(report["log"], folder / "loss_curve.png")
+
+
+def finite(value):
+    """`value`, made of what JSON is made of, with null in the place of infinity and of what is no number.
+
+    Python would write them as Infinity and NaN, which JSON does not have.
+    """
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def stop_tokens(tokenizer) -> list[int]:
@@ -1269,6 +1454,128 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     visible = before - after >= 0.01
     change = f"fell from {before:.2f} to {after:.2f}" if visible else f"fell by {before - after:.4f}"
     return f"Validation {change} bits per byte {unseen}: it learned."
+
+
+# ---------------------------------------------------------------------------- graphics cards
+# The NVIDIA driver that PyTorch needs at least, by the CUDA that it was built with ("CUDA 13.x: >= 580"):
+# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+DRIVER_NEEDED = {"11": 450, "12": 525, "13": 580}
+
+CARD_OF_WSL = Path("/dev/dxg")  # is also there for a card of Intel's or AMD's
+OTHER_PYTORCH = "another PyTorch for it (https://pytorch.org/get-started/locally)"
+
+
+def check_card(cpu_wanted: bool) -> None:
+    """Ends the program when an NVIDIA card is there and PyTorch cannot use it: a CPU could take days instead.
+
+    A card that the user has hidden (CUDA_VISIBLE_DEVICES is empty) counts as none.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if cpu_wanted or hidden:
+        return
+
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if not has_kernels(capability, torch.cuda.get_arch_list()):
+            name = torch.cuda.get_device_name()
+            generation = ".".join(map(str, capability))
+            sys.exit(
+                f"PyTorch {torch.__version__} has no kernels for {name} (compute capability {generation}): install "
+                f"{OTHER_PYTORCH}, or train without the card, which is slow: --cpu."
+            )
+        return
+
+    name = find_nvidia_card()
+    if name and not torch.accelerator.is_available():
+        sys.exit(f"{name} is there and {what_keeps_from_cuda()}, or train without the card, which is slow: --cpu.")
+    if CARD_OF_WSL.exists() and not name:
+        say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
+
+
+def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a PyTorch `built_for` "sm_86", "compute_120" and so on runs on a card of this compute capability.
+
+    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled when it is needed, for 12.0 and whatever is newer.
+    Names of another kind (AMD's "gfx90a") are not judged.
+    """
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = number.rstrip("af")  # sm_90a: with what only this generation has
+        if kind not in ("sm", "compute") or not digits.isdecimal():
+            return True
+
+        built = (int(digits[:-1]), int(digits[-1]))
+        same_generation = kind == "compute" or built[0] == capability[0]
+        if same_generation and capability >= built:
+            return True
+    return not built_for
+
+
+def find_nvidia_card() -> str:
+    """The NVIDIA card that this machine has, and its driver, even if PyTorch cannot use it; "" if there is none."""
+    # Not every WSL has the second on its path.
+    program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
+    if program:
+        question = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
+            name, driver = said.splitlines()[0].split(", ")
+            return f"{name} (driver {driver})"
+        except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+            # Without a card, or with half an update of the driver; then the next place knows.
+            pass
+
+    cards = Path("/proc/driver/nvidia/gpus")
+    return "An NVIDIA card" if cards.is_dir() and any(cards.iterdir()) else ""
+
+
+def what_keeps_from_cuda() -> str:
+    """Why PyTorch does not use the NVIDIA card of this machine, and what to do: the second half of a sentence."""
+    built_with = torch.version.cuda
+    if built_with is None:
+        return f"PyTorch {torch.__version__} was built without CUDA: install {OTHER_PYTORCH}"
+
+    # It says itself what is wrong, in many lines, when it is made to begin.
+    try:
+        torch.cuda.init()
+        reason = "it does not say why"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+
+    needed = DRIVER_NEEDED.get(built_with.split(".")[0], "of the same age")
+    return (
+        f"PyTorch {torch.__version__} cannot use it ({reason}): CUDA {built_with} needs the driver {needed} or newer; "
+        f"update it (for WSL, in Windows) and restart, or install {OTHER_PYTORCH}"
+    )
+
+
+def prepare_card(device: torch.device) -> None:
+    """Set what is right for every NVIDIA card; does nothing for another device."""
+    if device.type != "cuda":
+        return
+
+    # cuDNN plans anew for every length of a row, and on an H100 it would be asked first. Seen elsewhere:
+    # half a second each (https://github.com/modelscope/FunASR/issues/3704); not measured here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    # WSL puts what the card cannot hold into the computer's memory, many times slower, instead of failing.
+    # 0.3 GB is a guess at what CUDA takes beside PyTorch's tensors.
+    free, total = torch.cuda.mem_get_info()
+    share = (free - 3e8) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.1, share)))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch raises a kind of its own only for its own tensors; cuBLAS and the CPU are told by their words."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def is_on_windows_drive(folder: Path) -> bool:
+    """Whether WSL has the folder from Windows, as /mnt/c and everything below."""
+    is_wsl = "microsoft" in platform.release().lower()
+    _, *names = folder.resolve().parts
+    return is_wsl and names[:1] == ["mnt"] and len("".join(names[1:2])) == 1
 
 
 # ---------------------------------------------------------------------------- speed on a CPU
@@ -1370,10 +1677,8 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------------------- for Ollama
 # A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. Its template is
 # written in Go's template language, so the pieces of the model's own template, which is Jinja, are put into this one.
-OLLAMA_TEMPLATE = (
-    '{start}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}{{{{ .Content }}}}{user_end}'
-    "{{{{ else }}}}{assistant}{{{{ .Content }}}}{assistant_end}{{{{ end }}}}{{{{ end }}}}{answer}"
-)
+# Ollama gives it the messages, in .System all that the system said, and puts an empty answer at the end.
+OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
 
 
@@ -1382,8 +1687,12 @@ def modelfile(tokenizer, stops: list[str], positions: int) -> str:
 
     `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
     """
+    # Ollama forgets the beginning of a text that outgrows num_ctx, so half of it is the prompt's.
+    longest_answer = max(1, positions // 2)
+    settings = {**SAMPLING, "max_new_tokens": min(SAMPLING["max_new_tokens"], longest_answer)}
+
     lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
-    for name, value in SAMPLING.items():
+    for name, value in settings.items():
         lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
     lines.append(f"PARAMETER num_ctx {positions}")
 
@@ -1398,45 +1707,87 @@ def ollama_template(tokenizer) -> str:
     if pieces is None:
         say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
         return "{{ .Prompt }}"
-    if tokenizer.bos_token and starts_with_bos(tokenizer):
-        pieces["start"] = pieces["start"].removeprefix(tokenizer.bos_token)  # llama.cpp puts it there itself
-    return OLLAMA_TEMPLATE.format(**pieces)
+
+    start = pieces.start
+    turns = OLLAMA_TURN.format(when="if", role="user", before=pieces.user[0], after=pieces.user[1])
+    turns += OLLAMA_TURN.format(when="else if", role="assistant", before=pieces.assistant[0], after=pieces.assistant[1])
+    system = system_pieces(tokenizer, pieces)
+    if system is None:
+        say("The chat template has no turn for system messages: Ollama will leave them out.")
+    else:
+        turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
+        if system.start != start:  # a message of the template's own, where the user gives none (SmolLM2)
+            start = f"{{{{ if .System }}}}{system.start}{{{{ else }}}}{start}{{{{ end }}}}"
+    return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
 
 
-def chat_pieces(tokenizer) -> dict[str, str] | None:
-    """What the chat template puts at the start, around each turn and before an answer; None if that varies.
+class ChatPieces(NamedTuple):
+    """What a chat template puts at the start, before and after each turn, and before an answer.
 
-    ChatML has nothing at the start, "<|im_start|>user\\n" and "<|im_end|>\\n" around a user's turn, and
+    ChatML has nothing at the start, ("<|im_start|>user\\n", "<|im_end|>\\n") around a user's turn, and
     "<|im_start|>assistant\\n" before an answer.
     """
-    mark = "\ue000"  # stands for what is said; a sign of the private use area is in no template
-    user = {"role": "user", "content": mark}
-    assistant = {"role": "assistant", "content": mark}
-    one = render(tokenizer, [user])
-    two = render(tokenizer, [user, assistant])
-    three = render(tokenizer, [user, assistant, user])
-    asked = render(tokenizer, [user], add_generation_prompt=True)
+
+    start: str
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    answer: str
+
+
+class SystemPieces(NamedTuple):
+    start: str  # of a conversation that begins with a system message
+    turn: tuple[str, str]
+
+
+MARK = "\ue000"  # stands for what is said; a sign of the private use area is in no template
+USER = {"role": "user", "content": MARK}
+ASSISTANT = {"role": "assistant", "content": MARK}
+SYSTEM = {"role": "system", "content": MARK}
+
+
+def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """As `render_or_raise`, without the token of beginning that llama.cpp puts there itself."""
+    text = render_or_raise(tokenizer, messages, add_generation_prompt)
+    if tokenizer.bos_token and starts_with_bos(tokenizer):
+        return text.removeprefix(tokenizer.bos_token)
+    return text
+
+
+def chat_pieces(tokenizer) -> ChatPieces | None:
+    """The pieces of the tokenizer's template; None if what it puts around a turn varies."""
+    one = render_for_ollama(tokenizer, [USER])
+    two = render_for_ollama(tokenizer, [USER, ASSISTANT])
+    three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
+    asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
 
     # What each turn adds to the rendering so far; what is left of the first one is the start.
-    before_reply, _, after_reply = two.removeprefix(one).partition(mark)
-    before_question, _, after_question = three.removeprefix(two).partition(mark)
-    start = one.partition(mark)[0].removesuffix(before_question)
-    before_answer = asked.removeprefix(one)
+    before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
+    before_question, _, after_question = three.removeprefix(two).partition(MARK)
+    start = one.partition(MARK)[0].removesuffix(before_question)
+    answer = asked.removeprefix(one)
 
     # A template that treats a turn by its place, or by what is said, is not the sum of its pieces.
-    question = before_question + mark + after_question
-    reply = before_reply + mark + after_reply
-    whole = start + question + reply + question + before_answer
-    if whole != render(tokenizer, [user, assistant, user], add_generation_prompt=True):
+    question = before_question + MARK + after_question
+    reply = before_reply + MARK + after_reply
+    whole = start + question + reply + question + answer
+    if whole != render_for_ollama(tokenizer, [USER, ASSISTANT, USER], add_generation_prompt=True):
         return None
-    return {
-        "start": start,
-        "user": before_question,
-        "user_end": after_question,
-        "assistant": before_reply,
-        "assistant_end": after_reply,
-        "answer": before_answer,
-    }
+    return ChatPieces(start, (before_question, after_question), (before_reply, after_reply), answer)
+
+
+def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
+    """What the template does with a system message at the beginning; None if it has no turn of its own (Gemma)."""
+    try:
+        whole = render_for_ollama(tokenizer, [SYSTEM, USER])
+    except TemplateError:
+        return None
+
+    before, _, rest = whole.partition(MARK)
+    after = rest.removesuffix(MARK.join(pieces.user))
+    if after == rest:
+        return None
+    start = pieces.start if before.startswith(pieces.start) else ""
+    return SystemPieces(start, (before.removeprefix(start), after))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -1454,10 +1805,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a graphics card")
 
     args = parser.parse_args(argv)
-    if args.epochs <= 0 or args.learning_rate <= 0 or args.max_steps < 0:
-        parser.error("--epochs and --learning-rate must be above zero, --max-steps not below")
+    in_range = 0 < args.epochs < math.inf and 0 < args.learning_rate < math.inf
+    if not in_range or args.max_steps < 0:
+        parser.error("--epochs and --learning-rate must be above zero and finite, --max-steps not below zero")
     return args
 
 
@@ -1473,7 +1826,7 @@ def main(argv: list[str] | None = None) -> int:
         train(args)
     except RuntimeError as error:
         # The kinds of RuntimeError that a user can do something about are only told apart by their words.
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             sys.exit("Out of memory: lower CONTEXT_TOKENS or choose a smaller BASE_MODEL; the last checkpoint stands.")
         if "PytorchStreamWriter" in str(error):
             sys.exit(f"Cannot write a checkpoint: is the disk full? ({error}); what was there before still is.")

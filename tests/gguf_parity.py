@@ -59,9 +59,9 @@ def test_prompts_become_the_same_tokens(converted):
     """Through the template of the Modelfile, and with the BOS token that llama.cpp adds by itself."""
     model, tokenizer = load(converted, vocab_only=True), AutoTokenizer.from_pretrained(converted)
     template = re.search(r'TEMPLATE """(.*?)"""', (converted / "Modelfile").read_text("utf-8"), re.DOTALL)[1]
-    start, user, answer = re.fullmatch(
-        r"(.*?)\{\{ range.*?\}\}\{\{ if.*?\}\}(.*?)\{\{ else.*end \}\}(.*)", template, re.S
-    ).groups()
+    loop = r'(.*?)\{\{ range .*?"user" \}\}(.*?)\{\{ else if .*end \}\}(.*)'
+    start, user, answer = re.fullmatch(loop, template, re.DOTALL).groups()
+    start = re.sub(r"\{\{ if .System \}\}.*?\{\{ else \}\}(.*)\{\{ end \}\}", r"\1", start, flags=re.DOTALL)
     for prompt in test_model.PROMPTS[:5]:
         text = start + user.replace("{{ .Content }}", prompt) + answer
         expected = test_model.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])

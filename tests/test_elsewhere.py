@@ -17,6 +17,7 @@ import train_model
 
 QUESTION = [{"role": "user", "content": "What's on your mind?"}]
 TALK = [*QUESTION, {"role": "assistant", "content": "bread"}, {"role": "user", "content": "so?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
 TRANSFORMERS = Path(sys.executable).with_name("transformers")
 
 
@@ -90,16 +91,15 @@ def test_a_pipeline_answers_as_the_chat_does(trained):
 def test_the_modelfile_holds_template_stops_and_sampling(trained):
     lines = (trained / "Modelfile").read_text(encoding="utf-8")
     template = re.search(r'TEMPLATE """(.*?)"""', lines, re.DOTALL)[1]
-    loop = re.fullmatch(
-        r'(.*?)\{\{ range .Messages \}\}\{\{ if eq .Role "user" \}\}(.*)\{\{ else \}\}(.*)'
-        r"\{\{ end \}\}\{\{ end \}\}(.*)",
-        template,
-        re.DOTALL,
-    )
-    turns = {"user": loop[2], "assistant": loop[3]}
-    said = "".join(turns[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in TALK)
+    start, turns, answer = re.fullmatch(
+        r"(.*)\{\{ range .Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL
+    ).groups()
+    _, *pieces = re.split(r'\{\{ (?:else )?if eq .Role "(\w+)" \}\}', turns)
+    turn_of = dict(zip(pieces[::2], pieces[1::2], strict=True))
     tokenizer = AutoTokenizer.from_pretrained(trained)
-    assert loop[1] + said + loop[4] == train_model.render(tokenizer, TALK, add_generation_prompt=True)
+    for talk in (TALK, [SYSTEM, *TALK]):
+        said = "".join(turn_of[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in talk)
+        assert start + said + answer == train_model.render(tokenizer, talk, add_generation_prompt=True)
     settings = GenerationConfig.from_pretrained(trained)
     stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.*)$", lines, re.MULTILINE)]
     assert tokenizer.convert_tokens_to_ids(stops) == settings.eos_token_id
@@ -111,6 +111,12 @@ def test_a_template_that_depends_on_what_is_said_is_named(gpt2_folder, capsys):
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     assert "{{ .Prompt }}" in train_model.modelfile(tokenizer, ["</s>"], 64)
     assert "TEMPLATE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("positions", "longest"), [(1024, 200), (400, 200), (256, 128), (64, 32), (1, 1)])
+def test_an_answer_leaves_half_of_the_positions_to_its_prompt(positions, longest, gpt2_folder):
+    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], positions)
+    assert f"PARAMETER num_predict {longest}\nPARAMETER num_ctx {positions}\n" in text
 
 
 def test_a_port_in_use_is_said(server):

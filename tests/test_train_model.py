@@ -1,9 +1,12 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
+import argparse
+import io
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -368,6 +371,18 @@ def test_other_architectures_train_and_keep_their_template(architecture, data_fo
     )
 
 
+def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_path, capsys):
+    """BLOOM has a row for each window, so more updates than the plan before loading says."""
+    base = make_model_folder(tmp_path / "base", "bloom", False, n_head=2, n_layer=2)
+    report = run(base, data_folder, tmp_path / "model", "--epochs", "1")
+    plans = re.findall(r"([\d,]+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
+    assert len(plans) == 2 and int(plans[0][0]) < int(plans[1][0])
+    updates = report["log"][-1]["step"]
+    assert int(plans[1][1]) == updates > int(plans[0][1])
+    measured = [entry["step"] for entry in report["log"] if "eval_loss" in entry]
+    assert measured == [0, math.ceil(updates / 2), updates]
+
+
 def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
     """As Mamba and BLOOM are; the Modelfile then names the length of the windows it was trained with."""
     base = make_model_folder(tmp_path / "base", "mamba", False)
@@ -487,7 +502,7 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
     """Killed between moving its best model out and removing the rest: the checkpoint belongs to no model any more."""
     unfinished = tmp_path / "model-unfinished"
     args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    identity = train_model.identity_of_run(args)
+    identity = train_model.identity_of_run(args, "fp32")
     (unfinished / "checkpoint-9").mkdir(parents=True)
     (unfinished / "checkpoint-9" / "trainer_state.json").write_text('{"best_metric": 1.0}')
     (unfinished / "checkpoint-9" / "complete").touch()
@@ -500,7 +515,7 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
 def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
     """But for those that are named as making no difference; so a new setting cannot be forgotten."""
     args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    before = train_model.identity_of_run(args)
+    before = train_model.identity_of_run(args, "bf16")
     assert list(before)[:6] == [
         "base_model",
         "epochs",
@@ -510,12 +525,30 @@ def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder
         "overlap_tokens",
     ]
     assert list(before)[-2:] == ["train_sha256", "val_sha256"]
-    with_flags = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE"}
-    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - with_flags:
+    by_arguments = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "PRECISION"}
+    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - by_arguments:
         with monkeypatch.context() as patch:
             patch.setattr(train_model, name, "another")
-            changed = train_model.identity_of_run(args)
+            changed = train_model.identity_of_run(args, "bf16")
         assert [key for key in before if changed[key] != before[key]] == [name.lower()]
+
+
+def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+    """PRECISION is "auto" in both: the card, or the torch, has changed. Named by hand, the same one is the same run."""
+    monkeypatch.setattr(train_model, "PRECISION", "auto")
+    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    unfinished = tmp_path / "model-unfinished"
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False)
+    (unfinished / "checkpoint-5").mkdir()
+    (unfinished / "checkpoint-5" / "trainer_state.json").write_text('{"best_metric": null}')
+    (unfinished / "checkpoint-5" / "complete").touch()
+
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "bf16"), fresh=False)
+    assert "other values for precision: it is not continued" in capsys.readouterr().err
+    assert not (unfinished / "checkpoint-5").exists()
 
 
 # ---------------------------------------------------------------------------- replacing a folder
@@ -671,16 +704,81 @@ def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder
 
 
 # ---------------------------------------------------------------------------- plans and errors
-def medium() -> tuple:
-    config = AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16)
-    return config, 354_823_168, 512, True
+@pytest.fixture(scope="module")
+def medium() -> train_model.Shape:
+    """GPT2-medium's, in 512 tokens and in half precision."""
+    return train_model.shape_of(AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16))
 
 
-def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare():
-    optimizer, _, memory = train_model.fit_into_memory(*medium(), available=int(7.6e9))
+def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(medium):
+    optimizer, _, memory = train_model.fit_into_memory(medium, 512, True, available=int(7.6e9))
     assert sum(memory.values()) <= 6.6e9
     assert optimizer == "adamw_bnb_8bit"
-    assert train_model.fit_into_memory(*medium(), available=int(24e9))[0] == "adamw_torch_fused"
+    assert train_model.fit_into_memory(medium, 512, True, available=int(24e9))[0] == "adamw_torch_fused"
+
+
+def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
+    """Worked out by hand, in MB, for one row of 512 tokens."""
+    wte, wpe, rest = 50257 * 1024, 1024 * 1024, 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024
+    assert (medium.parameters, medium.embeddings) == (wte + wpe + rest, wte + wpe)
+    frugal = train_model.memory_needed(medium, 512, True, False, "adamw_bnb_8bit")
+    assert {name: round(size / 1e6) for name, size in frugal.items()} == {
+        "weights": 2129,  # 6 bytes each
+        "gradients": 1419,
+        "optimizer": 1025,  # 8 bytes for 52.5 million in the embeddings, 2 for the rest
+        "activations": 916,  # 24 layers x 512 tokens x 36,864; gradients of logits and of the output layer, 6 each
+    }
+    assert (
+        train_model.memory_needed(medium, 512, True, False, "adamw_torch_fused")["optimizer"] == 8 * medium.parameters
+    )
+    recomputed = train_model.memory_needed(medium, 512, True, True, "adamw_bnb_8bit")
+    assert frugal["activations"] - recomputed["activations"] == 512 * (24 * 36 - 24 * 4 - 36) * 1024
+    exact = train_model.memory_needed(medium, 512, False, False, "adamw_torch_fused")
+    assert exact["weights"] == 4 * medium.parameters
+    # In many tokens the loss is larger than the output layer's gradient: logits and their gradient, 4 bytes each.
+    many = train_model.memory_needed(medium, 8192, True, True, "adamw_torch_fused")["activations"]
+    assert many == 8192 * (24 * 4 * 1024 + 36 * 1024 + 8 * 50257)
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {"intermediate_size": 1024}),
+        ("llama", {"intermediate_size": 768, "num_key_value_heads": 4}),
+        ("qwen3", {"intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 128}),
+        ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
+    ],
+)
+def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed):
+    """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
+    tokens = 128
+    kept = {}
+    for layers in (2, 4):
+        config = AutoConfig.for_model(
+            architecture, hidden_size=256, num_attention_heads=4, vocab_size=600, num_hidden_layers=layers, **sizes
+        )
+        train_model.set_dropout(config)
+        train_model.fuse_activations(config)
+        model = AutoModelForCausalLM.from_config(config).train()
+        weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
+        saved = {}
+
+        def keep(tensor, saved=saved, weights=weights):
+            storage = tensor.untyped_storage()
+            if tensor.shape not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        positions = torch.arange(tokens)[None] % (tokens // 2)
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+        with casting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(torch.zeros_like(positions), position_ids=positions, use_cache=False).logits.sum()
+        kept[layers] = sum(saved.values())
+        del loss
+    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config), mixed) * tokens
+    assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=0.12), kept
 
 
 @pytest.mark.parametrize(
@@ -717,22 +815,175 @@ def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, m
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 
-def test_an_old_card_is_told_what_is_faster(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
-    assert train_model.pick_precision(torch.device("cuda"), "bf16") == "bf16"
-    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" is faster' in capsys.readouterr().err
+def card(monkeypatch, capability: tuple[int, int], name: str = "NVIDIA GeForce RTX 2080") -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    return torch.device("cuda")
 
 
-def test_a_card_trains_in_float16_when_told_to(capsys):
-    assert train_model.pick_precision(torch.device("cuda"), "fp16") == "fp16"
+@pytest.mark.parametrize(
+    ("capability", "fastest"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((12, 0), "bf16")],
+)
+def test_a_card_trains_in_what_it_is_made_for(capability, fastest, monkeypatch, capsys):
+    device = card(monkeypatch, capability)
+    assert train_model.pick_precision(device, "auto") == fastest
+    assert [train_model.pick_precision(device, wanted) for wanted in ("fp16", "fp32")] == ["fp16", "fp32"]
     assert not capsys.readouterr().err
 
 
-def test_a_processor_without_bfloat16_trains_in_float32(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert train_model.pick_precision(torch.device("cpu"), "bf16") == "fp32"
-    assert "float32 it is" in capsys.readouterr().err
+def test_an_old_card_that_has_to_emulate_is_told_what_is_faster(monkeypatch, capsys):
+    assert train_model.pick_precision(card(monkeypatch, (7, 5)), "bf16") == "bf16"
+    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" (or "auto") is faster' in capsys.readouterr().err
+
+
+TURING_AND_LATER = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.13 from PyPI
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 5), TURING_AND_LATER, True),
+        ((8, 9), TURING_AND_LATER, True),
+        ((12, 1), TURING_AND_LATER, True),
+        ((13, 0), TURING_AND_LATER, True),
+        ((6, 1), TURING_AND_LATER, False),
+        ((7, 0), TURING_AND_LATER, False),
+        ((6, 1), ["sm_50", "sm_60"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a"], False),
+        ((9, 0), ["gfx90a"], True),
+        ((7, 5), [], True),
+    ],
+)
+def test_machine_code_runs_on_its_generation_and_what_is_compiled_later_on_newer_ones(capability, built_for, runs):
+    assert train_model.has_kernels(capability, built_for) == runs
+
+
+def test_a_card_without_kernels_is_named(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    card(monkeypatch, (6, 1), "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: TURING_AND_LATER)
+    sentence = r"has no kernels for NVIDIA GeForce GTX 1080 \(compute capability 6\.1\): install another .*--cpu"
+    with pytest.raises(SystemExit, match=sentence):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    train_model.check_card(cpu_wanted=True)
+    card(monkeypatch, (7, 5))
+    train_model.check_card(cpu_wanted=False)
+
+
+def machine(monkeypatch, folder: Path, says: str, status: int = 0) -> None:
+    """One whose nvidia-smi says this."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def test_a_driver_that_is_too_old_ends_the_run_unless_the_cpu_is_wanted(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU")
+
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 2080, 470.82.01")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    with pytest.raises(SystemExit) as error:
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    assert str(error.value) == (
+        f"NVIDIA GeForce RTX 2080 (driver 470.82.01) is there and PyTorch {torch.__version__} cannot use it (The "
+        "NVIDIA driver on your system is too old (found version 11040)): CUDA 13.0 needs the driver 580 or newer; "
+        "update it (for WSL, in Windows) and restart, or install another PyTorch for it "
+        "(https://pytorch.org/get-started/locally), or train without the card, which is slow: --cpu."
+    )
+    assert run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1", "--cpu")["plan"]["device"] == "cpu"
+
+
+def test_a_pytorch_without_cuda_beside_a_card_is_one_sentence(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match=r"RTX 3060 \(driver 580\.10\) is there and PyTorch .* was built without CUDA"):
+        train_model.check_card(cpu_wanted=False)
+
+
+@pytest.mark.parametrize(("says", "status"), [("No devices were found", 0), ("failed to initialize NVML", 18)])
+def test_a_machine_without_a_card_trains_on_its_cpu(says, status, tmp_path, monkeypatch, capsys):
+    """Under WSL that may be a card of Intel's, so that it is said and is no error."""
+    machine(monkeypatch, tmp_path, says, status)
+    train_model.check_card(cpu_wanted=False)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(train_model, "CARD_OF_WSL", tmp_path)
+    train_model.check_card(cpu_wanted=False)
+    assert "WSL sees a graphics card and no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_card_that_its_user_hides_counts_as_none(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_model.check_card(cpu_wanted=False)
+
+
+def test_a_card_has_no_attention_of_cudnn_and_a_limit_at_what_is_free(monkeypatch):
+    """8 GB, of which a desktop holds one; and a card that is all but full."""
+    said = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda wanted: said.append(("cudnn", wanted)))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: said.append(("share", share)))
+    for free in (int(7e9), int(4e8)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, int(8e9)))
+        train_model.prepare_card(torch.device("cuda"))
+    assert said == [("cudnn", False), ("share", pytest.approx(6.7 / 8)), ("cudnn", False), ("share", 0.1)]
+    train_model.prepare_card(torch.device("cpu"))
+    assert len(said) == 4
+
+
+@pytest.mark.parametrize(
+    ("release", "folder", "warned"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c/Users/judy/model", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/wsl/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/home/judy/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt", False),
+        ("6.1.0-18-amd64", "/mnt/c/model", False),
+    ],
+)
+def test_a_windows_drive_is_known_by_its_place_under_wsl(release, folder, warned, monkeypatch):
+    monkeypatch.setattr(train_model.platform, "release", lambda: release)
+    assert train_model.is_on_windows_drive(Path(folder)) == warned
+
+
+def test_a_model_on_a_windows_drive_is_warned_about_once(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "is_on_windows_drive", lambda folder: True)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert capsys.readouterr().err.count("lies on a Windows drive") == 1
+
+
+@pytest.mark.parametrize(
+    ("fast", "wanted", "picked", "said"),
+    [
+        (True, "auto", "bf16", ""),
+        (True, "bf16", "bf16", ""),
+        (True, "fp16", "fp32", "This CPU has no fast fp16: float32 it is.\n"),
+        (True, "fp32", "fp32", ""),
+        (False, "auto", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
+        (False, "bf16", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
+        (False, "fp32", "fp32", ""),
+    ],
+)
+def test_a_processor_trains_in_bfloat16_if_it_has_kernels_for_it(fast, wanted, picked, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    assert train_model.pick_precision(torch.device("cpu"), wanted) == picked
+    assert capsys.readouterr().err == said
+
+
+def test_another_word_for_a_precision_is_one_sentence():
+    with pytest.raises(SystemExit, match='PRECISION is \'bfloat16\': it can be "auto", "bf16", "fp16" or "fp32"'):
+        train_model.pick_precision(torch.device("cpu"), "bfloat16")
 
 
 def broken(folder: Path, *, train: str | None = None, val: str | None = None) -> Path:
@@ -777,12 +1028,109 @@ def test_missing_things_are_one_sentence(gpt2_folder, data_folder, tmp_path):
         train_model.main(["--lr", "1"])
 
 
+def without_a_network(*_, **__):
+    raise OSError(-2, "Name or service not known")
+
+
+def test_without_the_hub_a_run_ends_at_once(data_folder, tmp_path, monkeypatch, capsys):
+    """huggingface_hub waits between its attempts, and would ask again for each file."""
+    waits = []
+    monkeypatch.setattr(train_model.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(train_model.hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(train_model.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(train_model.socket, "create_connection", without_a_network)
+    monkeypatch.setattr(train_model.time, "sleep", waits.append)
+    with pytest.raises(SystemExit, match="Cannot load gpt2-medium: give a model folder with --base-model, or connect"):
+        run(Path("gpt2-medium"), data_folder, tmp_path / "model")
+    assert "https://huggingface.co cannot be reached (Name or service not known)" in capsys.readouterr().err
+    assert not waits
+
+
+@pytest.mark.parametrize("case", ["a folder", "behind a proxy", "told to be offline", "a hub within reach"])
+def test_the_hub_is_only_looked_for_when_it_is_needed(case, gpt2_folder, monkeypatch, capsys):
+    name = str(gpt2_folder) if case == "a folder" else "gpt2-medium"
+    proxies = {"https": "http://proxy:3128"} if case == "behind a proxy" else {}
+    connect = without_a_network
+    if case == "a hub within reach":
+        connect = lambda place, timeout: io.StringIO() if place == ("huggingface.co", 443) else None  # noqa: E731
+    monkeypatch.setattr(train_model.hub, "HF_HUB_OFFLINE", case == "told to be offline")
+    monkeypatch.setattr(train_model.urllib.request, "getproxies", lambda: proxies)
+    monkeypatch.setattr(train_model.socket, "create_connection", connect)
+    train_model.check_hub(name)
+    assert train_model.hub.is_offline_mode() == (case == "told to be offline")
+    assert not capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(gpt2_folder, data_folder, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
     with pytest.raises(SystemExit, match="lower LEARNING_RATE"):
         run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "3", "--learning-rate", "1e30")
     assert (tmp_path / "model" / "old").exists()
+
+
+class Logged:
+    """What Trainer hands to a callback's on_log, of an update with the given entry in the log."""
+
+    def __init__(self, precision: str, **entry):
+        self.args = argparse.Namespace(fp16=precision == "fp16")
+        self.state = argparse.Namespace(global_step=3, log_history=[entry])
+
+    def to(self, callback) -> dict:
+        entry = self.state.log_history[-1]
+        callback.on_log(self.args, self.state, None, logs=dict(entry))
+        return entry
+
+
+@pytest.mark.parametrize("key", ["loss", "eval_loss"])
+def test_a_loss_that_is_not_a_number_in_float16_names_other_precisions(key):
+    with pytest.raises(SystemExit, match='set PRECISION = "bf16" or "fp32", or lower LEARNING_RATE'):
+        Logged("fp16", **{key: math.nan}).to(train_model.StopAtNaN("fp16"))
+    with pytest.raises(SystemExit, match="at update 3: lower LEARNING_RATE and start"):
+        Logged("bf16", **{key: math.inf}).to(train_model.StopAtNaN("bf16"))
+    Logged("fp16", **{key: 3.0}).to(train_model.StopAtNaN("fp16"))
+
+
+def test_an_update_that_float16_skipped_is_said_and_leaves_no_infinity_in_the_log(capsys):
+    for norm in (math.inf, math.nan):
+        entry = Logged("fp16", loss=3.0, grad_norm=norm).to(train_model.SaySkipped())
+        assert entry == {"loss": 3.0, "grad_norm": None, "skipped": True}
+        assert "Update 3 was skipped: float16 overflowed" in capsys.readouterr().err
+    assert Logged("fp16", loss=3.0, grad_norm=1.5).to(train_model.SaySkipped()) == {"loss": 3.0, "grad_norm": 1.5}
+    assert Logged("bf16", loss=3.0, grad_norm=math.inf).to(train_model.SaySkipped())["grad_norm"] is None
+    assert not capsys.readouterr().err
+
+
+def test_gradients_that_overflow_leave_checkpoints_and_report_readable(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    """The norm of one update is infinite: neither the state of a checkpoint nor the report may hold Infinity."""
+    norm = train_model.BlogTrainer._get_grad_norm
+    endless = lambda self, *_, **__: math.inf if self.state.global_step == 1 else norm(self, *_, **__)  # noqa: E731
+    monkeypatch.setattr(train_model.BlogTrainer, "_get_grad_norm", endless)
+    written = []
+    flush = train_model.flush_to_disk
+
+    def reading(folder):
+        written.extend(path.read_text() for path in folder.glob("*.json"))
+        flush(folder)
+
+    monkeypatch.setattr(train_model, "flush_to_disk", reading)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3")
+    assert sum('"grad_norm": null' in text for text in written) > 1
+    assert not [text for text in written if "Infinity" in text or "NaN" in text]
+
+
+def test_json_gets_no_number_that_it_cannot_hold():
+    assert train_model.finite({"a": [1.5, math.nan, {"b": -math.inf}], "c": "NaN", "d": 2}) == {
+        "a": [1.5, None, {"b": None}],
+        "c": "NaN",
+        "d": 2,
+    }
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate=nan", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"])
+def test_numbers_out_of_range_are_one_sentence(flag):
+    with pytest.raises(SystemExit, match="must be above zero and finite"):
+        train_model.main([flag])
 
 
 def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
@@ -802,9 +1150,18 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(gpt2_folder, data_
         run(gpt2_folder, data_folder, tmp_path / "file" / "model")
 
 
-def test_out_of_memory_names_the_settings(gpt2_folder, data_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["of the card", "of cuBLAS", "of the computer"],
+)
+def test_out_of_memory_names_the_settings(error, gpt2_folder, data_folder, tmp_path, monkeypatch):
     def starved(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(train_model, "scored_logits", starved)
     with pytest.raises(SystemExit, match="lower CONTEXT_TOKENS or choose a smaller BASE_MODEL"):
