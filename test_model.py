@@ -1245,11 +1245,14 @@ def next_word_chances(model, evidence: Evidence) -> list[float]:
             for word, (chance, place) in enumerate(likeliest_places(model, window, first)):
                 likeliest[word].append((chance, window[: place + 1]))
 
+    # Where the first token is likely the whole word may be; a few places are enough to look at.
     found = []
     for ids, contexts in zip(spelled, likeliest, strict=True):
         contexts.sort(reverse=True)
-        tried = [continuation_chance(model, before, ids) for _, before in contexts[:CONTEXTS_TRIED]]
-        found.append(max(tried, default=-math.inf))
+        highest = -math.inf
+        for _, before in contexts[:CONTEXTS_TRIED]:
+            highest = max(highest, continuation_chance(model, before, ids))
+        found.append(highest)
     return found
 
 
@@ -1260,20 +1263,28 @@ def likeliest_places(model, window: list[int], tokens: torch.Tensor) -> list[tup
 
     # In pieces, because float32 of the whole would be large.
     chances = []
-    for begin in range(0, len(window), ROWS_AT_ONCE):
-        rows = logits[begin : begin + ROWS_AT_ONCE].float()
-        chances.append(rows[:, tokens] - rows.logsumexp(-1, keepdim=True))
+    for piece in logits.split(ROWS_AT_ONCE):
+        rows = piece.float()
+        everything = rows.logsumexp(-1, keepdim=True)
+        chances.append(rows[:, tokens] - everything)
+
     highest = torch.cat(chances).max(0)
-    return list(zip(highest.values.tolist(), highest.indices.tolist(), strict=True))
+    values = highest.values.tolist()
+    places = highest.indices.tolist()
+    return list(zip(values, places, strict=True))
 
 
 @torch.inference_mode()
 def continuation_chance(model, before: list[int], ids: list[int]) -> float:
     """Natural logarithm of the chance that `ids` follow `before`, at temperature 1 with nothing cut off."""
-    inputs = torch.tensor([before + ids], device=model.device)[:, -positions_of(model) :]
-    logits = model(input_ids=inputs, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
+    whole = before + ids
+    inputs = torch.tensor([whole[-positions_of(model) :]], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0]
+    logits = logits[-len(ids) - 1 : -1].float()  # (tokens of `ids`, vocabulary)
     targets = inputs[0, -len(ids) :, None]
-    return float((logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)).double().sum())
+    chosen = logits.gather(1, targets)[:, 0]
+    chances = chosen - logits.logsumexp(-1)
+    return float(chances.double().sum())
 
 
 # ---------------------------------------------------------------------------- report: numbers
@@ -1426,9 +1437,9 @@ STRETCH_WORDS = 100
 CHUNK_STRETCHES = (5, 2, 1)  # the longest of which there are enough: 500 words tell more than 100
 MIN_CHUNKS = 10  # of the author's unseen posts, and of each model's text
 MIN_STRANGER_WORDS = 2 * MIN_CHUNKS * STRETCH_WORDS
-# Those that stand in the most of the author's posts. With half as many the reader gave three authors 75, 99 and 100 % of
-# their unseen posts in chunks of 500 words, and with these 79, 99 and 100 (in chunks of 200: 66, 88, 95 and 75, 90, 100):
-# kevquirk, benbalter and jtimberman, by the functions of benchmarks/bench_reader.py.
+# Those that stand in the most of the author's posts. In chunks of 500 words the reader gave three authors 79, 99 and 100
+# percent of their unseen posts, with half as many features 75, 99 and 100; in chunks of 200 words 75, 90 and 100 instead of
+# 66, 88 and 95. Seen on kevquirk, benbalter and jtimberman, by the functions of benchmarks/bench_reader.py.
 FEATURES = {"words": 300, "trigrams": 600}
 
 STRANGERS = HERE / "sample" / "strangers" / "strangers.npz"  # counts of other bloggers, with their licences beside
@@ -1664,7 +1675,8 @@ def pick_counts(data: dict[str, np.ndarray], features: list[Feature]) -> Strange
         if name not in NOT_STRANGERS:
             mine = np.flatnonzero(data["blog"] == number)
             runs = mine // STRETCHES_OF_A_RUN
-            stretches[name] = Stretches(counts[mine], totals[mine], data["post"][mine].astype(int), runs)
+            posts = data["post"][mine].astype(int)
+        stretches[name] = Stretches(counts[mine], totals[mine], posts, runs)
     return Strangers(shared, stretches)
 
 
@@ -1853,8 +1865,10 @@ def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
     _, number = np.unique(source, return_inverse=True)
     sums = np.bincount(number, taken)  # (sources,)
     sizes = np.bincount(number)
+
     share = float(taken.mean())
-    if sums.sum() in (0, sizes.sum()) or len(sums) == 1:
+    is_all_or_nothing = share in (0, 1)
+    if is_all_or_nothing or len(sums) == 1:
         # Drawing again would never give anything else, as if it were certain.
         interval = wilson(round(share * len(sums)), len(sums))
     else:
@@ -2057,7 +2071,8 @@ def phrases_of(text: str) -> Counter:
     words = folded_words(text)
     phrases = Counter()
     for length in PHRASE_WORDS:
-        phrases.update(" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
+        starts = range(len(words) - length + 1)
+        phrases.update(" ".join(words[start : start + length]) for start in starts)
     return phrases
 
 
@@ -2308,7 +2323,9 @@ def measure_blocked(evidence: Evidence) -> list[BlockedWord]:
     found = []
     for place, word in enumerate(evidence.blocked):
         trained = sum(len(extraction.find_blocked(text, (word,))) for text in texts)
-        found.append(BlockedWord(place + 1, trained, as_log10(ours[place]), as_log10(theirs[place]), word))
+        tuned = as_log10(ours[place])
+        base = as_log10(theirs[place])
+        found.append(BlockedWord(place + 1, trained, tuned, base, word))
     return found
 
 
@@ -2334,13 +2351,23 @@ def cut_windows(texts: list[Text]) -> Windows:
                 groups.append(span.group)
 
     # With their types said, also where there is no window.
-    return Windows(np.array(texts_of_windows, int), np.array(begins, int), np.array(ends, int), np.array(groups, str))
+    return Windows(
+        text=np.array(texts_of_windows, int),
+        begin=np.array(begins, int),
+        end=np.array(ends, int),
+        group=np.array(groups, str),
+    )
 
 
 def window_chances(windows: Windows, readings: list[Reading]) -> WindowChances:
     """Sums of the logarithms over each window, so that nothing underflows."""
     count = len(windows.text)
-    chances = WindowChances(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count))
+    chances = WindowChances(
+        own=np.zeros(count),
+        anyhow=np.zeros(count),
+        plain=np.zeros(count),
+        is_first=np.zeros(count),
+    )
     for number, reading in enumerate(readings):
         inside = windows.text == number
         begin = windows.begin[inside]
@@ -2577,7 +2604,8 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
         share = learned.voice_share
         low, high = share.interval
         rows.append(gain_row("gain on other blogs", learned.control))
-        rows.append(("your voice alone", f"{share.beyond_control:.3f} bits/byte", f"{low:.3f} to {high:.3f}"))
+        beyond = f"{share.beyond_control:.3f} bits/byte"
+        rows.append(("your voice alone", beyond, f"{low:.3f} to {high:.3f}"))
         notes.append(
             "What it gains on other blogs is blogging, not your voice; the difference, post by post, is yours. In "
             f"{share.wins * 100:.0f} of 100 pairs your unseen post gains more than another blogger's."
@@ -2602,7 +2630,9 @@ def tell_gain(gain: Gain) -> str:
 
 def gain_row(what: str, gain: Gain) -> tuple[str, str, str]:
     low, high = gain.interval
-    return what, f"{gain.gain:.3f} bits/byte", f"{low:.3f} to {high:.3f}"
+    value = f"{gain.gain:.3f} bits/byte"
+    interval = f"{low:.3f} to {high:.3f}"
+    return what, value, interval
 
 
 def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
@@ -2615,7 +2645,9 @@ def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
     rows = []
     for whose, share in shares.items():
         low, high = share.interval
-        rows.append((whose, f"{share.share:.0%}", f"{low:.0%} to {high:.0%}", f"{share.chunks:,}"))
+        taken = f"{share.share:.0%}"
+        interval = f"{low:.0%} to {high:.0%}"
+        rows.append((whose, taken, interval, f"{share.chunks:,}"))
 
     verdict = (
         f"A reader who knows your posts and {len(reader.names)} other bloggers gives you {reader.tuned.share:.0%} of "
@@ -2679,7 +2711,8 @@ def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
     rows = []
     for whose, share in (("tuned model", copies.tuned), ("base model", copies.base)):
         if share:
-            rows.append((whose, f"{share.share:.2%}", f"{share.copied:,} of {share.runs:,}"))
+            count = f"{share.copied:,} of {share.runs:,}"
+            rows.append((whose, f"{share.share:.2%}", count))
 
     # The terminal may be seen by others, and its text be pasted elsewhere: private words stand on the page alone.
     notes = [f"Of the runs of {COPY_WORDS} words that a model wrote, how many stand in your posts word for word."]

@@ -401,27 +401,40 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
     `full` is the rendering of `messages`. Where the prompt ends in something that the finished turn lacks (some
     templates open a thought for the model, and drop it later), it stays: the model will be asked so.
     """
-    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True) if messages[:-1] else ""
+    words = break_control_tokens(messages[-1]["content"], tokenizer).strip()
+    earlier = messages[:-1]
+
+    prompt = ""
+    if earlier:
+        prompt = render(tokenizer, earlier, add_generation_prompt=True)
     if not prompt:  # the author speaks first
-        prompt, _, _ = full.partition(break_control_tokens(messages[-1]["content"], tokenizer).strip())
+        prompt, _, _ = full.partition(words)
+
     shared = os.path.commonprefix([full, prompt])
     return prompt, full[len(shared) :]
 
 
 def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     """Token ids of an answer, and the place of the control token that closes it; what follows is the template's."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
     control = set(tokenizer.all_special_ids)
+    ids = tokenizer.encode(text, add_special_tokens=False)
     places = [place for place, token in enumerate(ids) if token in control]
 
     # Control tokens before the end of what is said (an opened thought, say) close nothing.
-    said = break_control_tokens(content, tokenizer).strip()
-    begin = 0 if text.lstrip().startswith(said) else max(text.rfind(said), 0)
-    up_to_its_end = text[: text.index(said, begin) + len(said)] if said in text else ""
-    inside = sum(token in control for token in tokenizer.encode(up_to_its_end, add_special_tokens=False))
-    if inside >= len(places):  # a template that never closes the turn
+    words = break_control_tokens(content, tokenizer).strip()
+    said = text[: end_of_words(text, words)]
+    opened = [token for token in tokenizer.encode(said, add_special_tokens=False) if token in control]
+    if len(opened) >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
-    return ids, places[inside]
+    return ids, places[len(opened)]
+
+
+def end_of_words(text: str, words: str) -> int:
+    """Where `words` end, which a template has put into `text`; 0 where it has changed them."""
+    if text.startswith(words):
+        return len(words)
+    place = text.rfind(words)
+    return place + len(words) if place >= 0 else 0
 
 
 # ---------------------------------------------------------------------------- rows
