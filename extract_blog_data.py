@@ -1596,24 +1596,41 @@ def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
 def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
     """A group "word3" for blocked[3]; where two begin at the same place, the longer one is found."""
     by_length = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
-    return re.compile("|".join(f"(?P<word{place}>{word_pattern(word)})" for place, word in by_length), re.IGNORECASE)
+    groups = [f"(?P<word{place}>{phrase_pattern(phrase)})" for place, phrase in by_length]
+    either = "|".join(groups)
+
+    # Asking for the first letter before anything else takes a third of the time.
+    first_letters = {spelling[0] for phrase in blocked for spelling in spellings(words_in(phrase)[0])}
+    begins = "".join(map(re.escape, sorted(first_letters))).replace("'", "'\u2019")
+    return re.compile(f"(?=[{begins}])(?:{either})", re.IGNORECASE)
 
 
-def word_pattern(phrase: str) -> str:
-    """For a phrase in any case and with any white space, either apostrophe, ss for sz, and accents spelt either way."""
-    words = [word for word in re.split(r"[\s_-]+", phrase) if word]
-    patterns = []
-    for word in words:
-        folded = unicodedata.normalize("NFC", word.casefold())
-        spellings = dict.fromkeys([word, folded, unicodedata.normalize("NFD", folded)])
-        patterns.append("|".join(map(re.escape, spellings)))
-
-    # Chinese and Japanese have no blanks at which a word could begin or end; Korean hangs endings on a name.
+def phrase_pattern(phrase: str) -> str:
+    """For a phrase in any case, with any white space, either apostrophe, and ss or sz."""
+    words = words_in(phrase)
+    patterns = ["|".join(map(re.escape, spellings(word))) for word in words]
     inner = BETWEEN_WORDS.join(f"(?:{pattern})" for pattern in patterns)
     inner = re.sub("['\u2019]", "['\u2019]", inner).replace("ss", "(?:ss|\u00df)")
+
+    # Chinese and Japanese have no blanks at which a word could begin or end; Korean hangs endings on a name.
     before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE
     behind = "" if re.search(f"[{CJK}]$", words[-1]) else NO_WORD_BEHIND
     return before + inner + behind
+
+
+def words_in(phrase: str) -> list[str]:
+    return [word for word in re.split(r"[\s_-]+", phrase) if word]
+
+
+def spellings(word: str) -> list[str]:
+    """In small letters, with accents that are part of their letters or signs of their own."""
+    folded = unicodedata.normalize("NFC", word.casefold())
+    found = [folded, unicodedata.normalize("NFD", folded)]
+
+    # Where folding changes the length (a Turkish I with its dot, a German sz) re does not take the two for the same.
+    if len(folded) != len(word):
+        found.append(word)
+    return found
 
 
 def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):

@@ -501,6 +501,7 @@ BLOCKED = [
     ("Zoe", "zoe\u0308 zo\u00eb zoe", "zoe\u0308 zo\u00eb [private]"),
     ("Wei\u00df", "Wei\u00df WEISS weiss WEI\u1e9e Weisse", "[private] [private] [private] [private] Weisse"),
     ("Weiss", "Wei\u00df", "[private]"),
+    ("'t Hooft", "\u2019t Hooft and 't hooft", "[private] and [private]"),
     ("O'Brien", "O\u2019Brien o'brien", "[private] [private]"),
     ("\u0130pek", "\u0130pek", "[private]"),
     ("\u5c0f\u660e", "\u6211\u548c\u5c0f\u660e\u53bb", "\u6211\u548c[private]\u53bb"),
