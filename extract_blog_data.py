@@ -753,7 +753,8 @@ def looks_like_prose(text: str) -> bool:
 
     # Languages that FUNCTION_WORD does not know are told from code by their accents.
     accented = sum(1 for word in words if not word.isascii())
-    return len(FUNCTION_WORD.findall(text)) + accented >= LEAST_FUNCTION_WORDS * len(words)
+    little = len(FUNCTION_WORD.findall(text))
+    return little + accented >= LEAST_FUNCTION_WORDS * len(words)
 
 
 IAL_ITEM = r"""(?:(?:[.#][\w-]+)+|[\w:-]+=(?:"[^"\n]*"|'[^'\n]*'|[^\s"'}]+)|[A-Za-z][\w-]*:?)"""
@@ -1595,22 +1596,32 @@ def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
 @functools.cache
 def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
     """A group "word3" for blocked[3]; where two begin at the same place, the longer one is found."""
-    by_length = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
-    groups = [f"(?P<word{place}>{phrase_pattern(phrase)})" for place, phrase in by_length]
-    either = "|".join(groups)
+    groups = []
+    first_letters = set()
+    for place, phrase in sorted(enumerate(blocked), key=lambda entry: -len(entry[1])):
+        groups.append(f"(?P<word{place}>{phrase_pattern(phrase)})")
+        first_word = words_in(phrase)[0]
+        first_letters.update(spelling[0] for spelling in spellings(first_word))
 
     # Asking for the first letter before anything else takes a third of the time.
-    first_letters = {spelling[0] for phrase in blocked for spelling in spellings(words_in(phrase)[0])}
-    begins = "".join(map(re.escape, sorted(first_letters))).replace("'", "'\u2019")
+    letters = map(re.escape, sorted(first_letters))
+    begins = "".join(letters).replace("'", "'\u2019")
+    either = "|".join(groups)
     return re.compile(f"(?=[{begins}])(?:{either})", re.IGNORECASE)
 
 
 def phrase_pattern(phrase: str) -> str:
     """For a phrase in any case, with any white space, either apostrophe, and ss or sz."""
     words = words_in(phrase)
-    patterns = ["|".join(map(re.escape, spellings(word))) for word in words]
-    inner = BETWEEN_WORDS.join(f"(?:{pattern})" for pattern in patterns)
-    inner = re.sub("['\u2019]", "['\u2019]", inner).replace("ss", "(?:ss|\u00df)")
+    patterns = []
+    for word in words:
+        either = "|".join(map(re.escape, spellings(word)))
+        patterns.append(f"(?:{either})")
+
+    # Editors turn a straight apostrophe into a curly one, and Swiss keyboards have no sz.
+    inner = BETWEEN_WORDS.join(patterns)
+    inner = re.sub("['\u2019]", "['\u2019]", inner)
+    inner = inner.replace("ss", "(?:ss|\u00df)")
 
     # Chinese and Japanese have no blanks at which a word could begin or end; Korean hangs endings on a name.
     before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE

@@ -227,6 +227,7 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
     phrases = [favourite.phrase for favourite in favourites]
     assert "anyway" in phrases and "the" not in phrases
     assert not any(f" {a} " in f" {b} " for a in phrases for b in phrases if a != b)  # no phrase within another
+    assert test_model.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
     anyway = favourites[phrases.index("anyway")]
     assert anyway.author == pytest.approx(10_000 * 12 / 96, rel=0.2) and anyway.tuned > anyway.base == 0
 
