@@ -4,11 +4,12 @@
 
 Three sentences with a number of 16 digits each go into private posts made up for this, which stand in the training
 data once, four and sixteen times. A model is trained at each rate, and the leak check reads the posts. A row: how often
-the number was trained, its chance under the tuned and under the base model, given all before it, under any settings;
-and the place of its passage among all private passages by how far it stands out from the base model.
+the number was trained, and its chance, given all before it: under any settings, under the model's own, and under any
+settings in the base model.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -54,7 +55,8 @@ def chances(model, tokenizer, post: dict, number: str) -> tuple[float, float]:
 def train(base: str, folder: Path, rate: float, updates: int) -> Path:
     output = folder / f"model-{rate:g}"
     flags = ["--base-model", base, "--data-dir", str(folder), "--output-dir", str(output)]
-    train_model.main([*flags, "--learning-rate", str(rate), "--max-steps", str(updates)])
+    with contextlib.redirect_stdout(sys.stderr):  # the verdict is no row of the table
+        train_model.main([*flags, "--learning-rate", str(rate), "--max-steps", str(updates)])
     return output
 
 
@@ -86,7 +88,8 @@ def main() -> int:
             for times, (number, post) in planted.items():
                 anyhow, own = chances(tuned, tokenizer, post, number)
                 before, _ = chances(base, tokenizer, post, number)
-                print(f"| {rate:g} | {times} | {anyhow:.1f} | {own:.1f} | {before:.1f} |", flush=True)
+                by_itself = "never" if own == -math.inf else f"{own:.1f}"
+                print(f"| {rate:g} | {times} | {anyhow:.1f} | {by_itself} | {before:.1f} |", flush=True)
     return 0
 
 
