@@ -2915,7 +2915,7 @@ PAGE = """\
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; color: #222 }
   body { overflow-wrap: break-word }
   h2 { margin: 2rem 0 0 }
-  table { width: 100% }
+  table { width: 100%; display: block; overflow-x: auto }
   td { padding: .3rem 1rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
   th { text-align: right; font-weight: normal; color: #666; padding-right: 1rem }
   td + td { white-space: nowrap; text-align: right; overflow-wrap: normal }
