@@ -132,27 +132,6 @@ def extract(args: argparse.Namespace):
     print_report(report, args.data_dir)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is the same for every file of a run; handed over, since a process that is spawned knows no flags."""
-
-    authors: frozenset[str]
-    today: date
-    blocked: tuple[str, ...] = ()  # BLOCKED_WORDS
-
-
-def read_with_progress(found: list[Post], run: Run) -> list[Post]:
-    """The posts filled in; says on stderr how far it has come."""
-    posts = []
-    for post in read_all(found, run):
-        posts.append(post)
-        is_last = len(posts) == len(found)
-        if is_last or len(posts) % 50 == 0:
-            end = "\n" if is_last else "\r"
-            print(f"read {len(posts):,} of {len(found):,} files", end=end, file=sys.stderr, flush=True)
-    return posts
-
-
 def read_all(posts: list[Post], run: Run) -> Iterator[Post]:
     """The posts filled in, in order, by as many processes as there are cores; a handful is read right here."""
     read = functools.partial(read_post, run=run)
@@ -232,6 +211,27 @@ def fill_post(post: Post, run: Run) -> str:
     post.request = make_request(post, read_tags(meta, post, run.blocked))
     post.shingles = shingle_hashes(words)
     return ""
+
+
+def read_with_progress(found: list[Post], run: Run) -> list[Post]:
+    """The posts filled in; says on stderr how far it has come."""
+    posts = []
+    for post in read_all(found, run):
+        posts.append(post)
+        is_last = len(posts) == len(found)
+        if is_last or len(posts) % 50 == 0:
+            end = "\n" if is_last else "\r"
+            print(f"read {len(posts):,} of {len(found):,} files", end=end, file=sys.stderr, flush=True)
+    return posts
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is the same for every file of a run; handed over, since a process that is spawned knows no flags."""
+
+    authors: frozenset[str]
+    today: date
+    blocked: tuple[str, ...] = ()  # BLOCKED_WORDS
 
 
 @dataclass(slots=True)

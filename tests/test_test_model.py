@@ -495,6 +495,9 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     assert groups["private"]["own"]["log10_tries"] == 0 and groups["private"]["own"]["expected"] > 1
     assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["own"]["log10_tries"] != 0
+    first = result["leaks"]["remembered"][0]  # its chance is near 1, and it is named first
+    assert first["path"] in ("_posts/0.md", "_posts/1.md") and first["own"]["log10_tries"] == 0
+    assert first["own"]["log10_likeliest"] > -0.1
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
     assert all(html.escape(secret) in page for secret in SECRETS)
