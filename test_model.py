@@ -1673,10 +1673,11 @@ def pick_counts(data: dict[str, np.ndarray], features: list[Feature]) -> Strange
 
     stretches = {}
     for number, name in enumerate(data["names"].tolist()):
-        if name not in NOT_STRANGERS:
-            mine = np.flatnonzero(data["blog"] == number)
-            runs = mine // STRETCHES_OF_A_RUN
-            posts = data["post"][mine].astype(int)
+        if name in NOT_STRANGERS:
+            continue
+        mine = np.flatnonzero(data["blog"] == number)
+        runs = mine // STRETCHES_OF_A_RUN
+        posts = data["post"][mine].astype(int)
         stretches[name] = Stretches(counts[mine], totals[mine], posts, runs)
     return Strangers(shared, stretches)
 

@@ -202,6 +202,18 @@ def test_more_of_the_author_is_given_to_him_more_often():
     assert shares == sorted(shares) and shares[0] < 0.35 and shares[-1] > 0.9
 
 
+def test_who_is_no_stranger_is_left_out_of_the_crowd(monkeypatch):
+    with np.load(test_model.STRANGERS, allow_pickle=False) as file:
+        data = {name: file[name] for name in file.files}
+    features = [("words", "the"), ("trigrams", " th")]
+    everybody = test_model.pick_counts(data, features).stretches
+    left_out = data["names"].tolist()[3]
+    monkeypatch.setattr(test_model, "NOT_STRANGERS", [left_out])
+    others = test_model.pick_counts(data, features).stretches
+    assert set(everybody) - set(others) == {left_out} and len(others) == len(everybody) - 1
+    assert all((counted.counts == everybody[name].counts).all() for name, counted in others.items())
+
+
 def test_a_stranger_with_many_posts_sets_no_threshold_alone():
     many, few = np.full(900, 0.9), np.full(100, 0.1)
     assert test_model.even_quantile([many, few], 0.4) == pytest.approx(0.1)
