@@ -1718,6 +1718,8 @@ def keep_freed_memory() -> None:
 # Ollama gives it the messages, in .System all that the system said, and puts an empty answer at the end.
 OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
+# Ollama reserves memory for all of num_ctx at once; Llama 3.2's 131,072 positions would take more than its weights.
+LONGEST_CHAT = 4_096  # tokens
 
 
 def modelfile(tokenizer, stops: list[str], positions: int) -> str:
@@ -1726,13 +1728,14 @@ def modelfile(tokenizer, stops: list[str], positions: int) -> str:
     `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
     """
     # Ollama forgets the beginning of a text that outgrows num_ctx, so half of it is the prompt's.
-    longest_answer = max(1, positions // 2)
+    context = min(positions, LONGEST_CHAT)
+    longest_answer = max(1, context // 2)
     settings = {**SAMPLING, "max_new_tokens": min(SAMPLING["max_new_tokens"], longest_answer)}
 
     lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
     for name, value in settings.items():
         lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
-    lines.append(f"PARAMETER num_ctx {positions}")
+    lines.append(f"PARAMETER num_ctx {context}")
 
     # JSON's quotes are Ollama's too.
     for stop in stops:

@@ -119,6 +119,11 @@ def test_an_answer_leaves_half_of_the_positions_to_its_prompt(positions, longest
     assert f"PARAMETER num_predict {longest}\nPARAMETER num_ctx {positions}\n" in text
 
 
+def test_a_model_that_could_read_a_book_does_not_take_all_memory_in_ollama(gpt2_folder):
+    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], positions=131_072)
+    assert "PARAMETER num_ctx 4096\n" in text
+
+
 def test_a_port_in_use_is_said(server):
     folder, address = server
     second = serve(folder, int(address.rpartition(":")[2]))
