@@ -34,14 +34,14 @@ def write(model_dir: Path, data_dir: Path, words: int) -> list[str]:
 
     dice = torch.Generator().manual_seed(42)
     texts = []
-    while sum(len(test_model.WORD.findall(text)) for text in texts) < words:
+    while test_model.count_words(texts) < words:
         batch = [prompts[(len(texts) + place) % len(prompts)] for place in range(24)]
-        answers = test_model.stream(model, tokenizer, batch, sampling, dice)
-        texts += [index.without_copies(answer.text) for _, answer in answers if answer]
+        answers = test_model.whole_answers(model, tokenizer, batch, sampling, dice)
+        texts += [index.without_copies(answer.text) for answer in answers]
     return texts
 
 
-def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> dict[str, float]:
+def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> dict[str, test_model.ReaderShare]:
     """How much of each tested text a reader who knows the author's training posts gives to the author."""
     blog = test_model.read_blog(data_dir)
     known = [test_model.author_text(post) for post in blog.train]
@@ -57,7 +57,7 @@ def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> 
     shares = {}
     for name, texts in tested.items():
         asked = {"author": chunks(texts), "tuned": chunks(texts), "base": chunks(texts)}
-        shares[name] = test_model.ask_reader(profile, asked, crowd).author.share
+        shares[name] = test_model.ask_reader(profile, asked, crowd).author
     return shares
 
 
@@ -67,7 +67,8 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=6_000, help="that each model writes")
     args = parser.parse_args()
 
-    folders, tested = {}, {}
+    folders = {}
+    tested = {}
     for entry in args.authors:
         name, data, *model = entry.split("=")
         folders[name] = Path(data)
@@ -80,7 +81,7 @@ def main() -> int:
     print("|---" * (1 + len(tested)) + "|")
     for name, folder in folders.items():
         shares = judge(folder, tested, list(folders))
-        print(f"| {name} | {' | '.join(f'{share:.0%}' for share in shares.values())} |", flush=True)
+        print(f"| {name} | {' | '.join(f'{taken.share:.0%}' for taken in shares.values())} |", flush=True)
     return 0
 
 
