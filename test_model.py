@@ -2566,8 +2566,13 @@ def measure_membership(evidence: Evidence, gains: np.ndarray) -> Membership | No
     def share(some: np.ndarray, others: np.ndarray) -> float:
         return wins[np.ix_(some, others)].mean()
 
+    won = float(wins.mean())
     interval = bootstrap(share, len(trained), len(held_out))
-    return Membership(float(wins.mean()), interval, len(trained), len(held_out))
+    if won in (0, 1):
+        # Drawing again would never give anything else; what is known is no more than the fewer texts say.
+        fewer = min(len(trained), len(held_out))
+        interval = wilson(round(won * fewer), fewer)
+    return Membership(won, interval, len(trained), len(held_out))
 
 
 def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:

@@ -1,6 +1,7 @@
 """The measures of the report: does the voice measure know an author, are the intervals right."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,14 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
 )
 def test_wilson_intervals_are_those_of_the_tables(hits, trials, low, high):
     assert test_model.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_membership_that_a_few_texts_tell_without_a_slip_is_not_called_certain():
+    texts = [SimpleNamespace(is_held_out=number >= 18) for number in range(24)]
+    gains = np.where([text.is_held_out for text in texts], 0.0, 1.0)
+    told = test_model.measure_membership(SimpleNamespace(texts=texts), gains)
+    assert told.share == 1
+    assert told.interval == pytest.approx(test_model.wilson(6, 6))
 
 
 def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
