@@ -26,6 +26,7 @@ Each line is a section below; they stand in the order in which the run needs the
 
 import argparse
 import ctypes
+import errno
 import gc
 import hashlib
 import inspect
@@ -1259,8 +1260,14 @@ def flush_to_disk(folder: Path) -> None:
     """Have every file of `folder` on the disk, so that a power cut cannot take it back."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            # Some file systems (a Windows drive under WSL) have no such thing for folders, as fsync(2) allows.
+            if error.errno != errno.EINVAL or not path.is_dir():
+                raise
+        finally:
+            os.close(handle)
 
 
 # A folder is replaced by names alone, because a rename happens whole or not at all:

@@ -1,6 +1,7 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
 import argparse
+import errno
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -1202,3 +1204,20 @@ def test_the_verdict_says_whether_more_epochs_would_help(losses, advice):
     said = train_model.tell_epochs(base, later)
     assert advice in said
     assert bool(said) == bool(advice)
+
+
+def test_a_drive_that_cannot_flush_folders_is_no_error_and_one_that_cannot_flush_files_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+
+    def refuse(kind):
+        def fsync(handle):
+            if stat.S_IFMT(os.fstat(handle).st_mode) == kind:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(stat.S_IFDIR))
+    train_model.flush_to_disk(tmp_path)
+    monkeypatch.setattr(os, "fsync", refuse(stat.S_IFREG))
+    with pytest.raises(OSError):
+        train_model.flush_to_disk(tmp_path)
