@@ -86,11 +86,11 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
         model=model,
         args=TrainingArguments(
             output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE,
-            max_steps=updates, bf16=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+            max_steps=updates, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
             train_sampling_strategy="sequential", remove_unused_columns=False,
         ),
-        data_collator=train_model.collate, train_dataset=rows,
-        callbacks=[train_model.CastWeightsOnce(train_model.autocast(model.device, "bf16")), clock],
+        data_collator=train_model.collate, train_dataset=rows, precision="bf16",
+        callbacks=[train_model.CastWeightsOnce(model.device), clock],
     )  # fmt: skip
     trainer.train()
     authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]

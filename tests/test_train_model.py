@@ -41,9 +41,9 @@ def small_and_exact(monkeypatch):
     """Short windows, float32, few updates: fast on a CPU and comparable to the last digit."""
     monkeypatch.setattr(train_model, "CONTEXT_TOKENS", 64)
     monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 8)
-    monkeypatch.setattr(train_model, "GRADIENT_ACCUMULATION", 4)
+    monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
     monkeypatch.setattr(train_model, "PRECISION", "fp32")
-    monkeypatch.setattr(train_model, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(train_model, "CHECKPOINT_MINUTES", 0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -353,12 +353,34 @@ def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_update_weighs_tokens_not_rows(gpt2_folder, data_folder, tmp_path, monkeypatch):
-    accumulated = run(gpt2_folder, data_folder, tmp_path / "accumulated", "--max-steps", "3", "--learning-rate", "1e-2")
-    monkeypatch.setattr(train_model, "GRADIENT_ACCUMULATION", 1)
-    monkeypatch.setattr(train_model, "BATCH_SIZE", 4)
-    at_once = run(gpt2_folder, data_folder, tmp_path / "at-once", "--max-steps", "3", "--learning-rate", "1e-2")
-    assert losses(accumulated) == pytest.approx(losses(at_once), abs=1e-4)
+@pytest.mark.parametrize("rows_at_once", [2, 4])
+def test_an_update_is_the_same_however_many_rows_go_through_at_once(
+    rows_at_once, gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    """Over more than an epoch, so that rows which only fill up the last update are among them."""
+    flags = ("--epochs", "2", "--learning-rate", "1e-2")
+    one_by_one = run(gpt2_folder, data_folder, tmp_path / "one-by-one", *flags)
+    train_this_way(monkeypatch, rows_at_once=rows_at_once)
+    together = run(gpt2_folder, data_folder, tmp_path / "together", *flags)
+    assert together["plan"]["rows_at_once"] == rows_at_once
+    assert together["plan"]["accumulation"] * rows_at_once == one_by_one["plan"]["accumulation"]
+    assert losses(one_by_one) == pytest.approx(losses(together), abs=1e-4)
+
+
+def test_a_run_goes_on_with_other_rows_at_once_as_on_another_card(
+    gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
+    with monkeypatch.context() as patch:
+        train_this_way(patch, rows_at_once=4)
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
+    capsys.readouterr()
+    train_this_way(monkeypatch, rows_at_once=2)
+    moved = run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    assert losses(moved) == pytest.approx(losses(whole), abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "qwen2", "phi", "bloom"])
@@ -395,11 +417,14 @@ def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp
     assert "PARAMETER num_ctx 64\n" in (tmp_path / "model" / "Modelfile").read_text()
 
 
-def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
-    def frugal(*_):
-        return "adamw_bnb_8bit", True, {"weights": 1}
+def train_this_way(monkeypatch, optimizer="adamw_torch_fused", checkpointing=False, rows_at_once=1) -> None:
+    """Let the plan take this way to train, as if the memory asked for it."""
+    way = train_model.WayToTrain(optimizer, checkpointing, rows_at_once)
+    monkeypatch.setattr(train_model, "fit_into_memory", lambda *_: (way, {"weights": 1}))
 
-    monkeypatch.setattr(train_model, "fit_into_memory", frugal)
+
+def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    train_this_way(monkeypatch, optimizer="adamw_bnb_8bit", checkpointing=True)
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
     assert AutoConfig.from_pretrained(tmp_path / "model").use_cache
@@ -421,7 +446,7 @@ def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkey
 # ---------------------------------------------------------------------------- killed runs
 DRIVER = """
 import sys, train_model as t
-t.CONTEXT_TOKENS, t.OVERLAP_TOKENS, t.GRADIENT_ACCUMULATION, t.PRECISION, t.CHECKPOINT_EVERY = 64, 8, 4, "fp32", 2
+t.CONTEXT_TOKENS, t.OVERLAP_TOKENS, t.ROWS_PER_UPDATE, t.PRECISION, t.CHECKPOINT_MINUTES = 64, 8, 4, "fp32", 0
 sys.exit(t.main(sys.argv[1:]))
 """
 
@@ -708,38 +733,64 @@ def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder
 # ---------------------------------------------------------------------------- plans and errors
 @pytest.fixture(scope="module")
 def medium() -> train_model.Shape:
-    """GPT2-medium's, in 512 tokens and in half precision."""
+    """GPT2-medium's."""
     return train_model.shape_of(AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16))
 
 
+def with_free(free: float, kind: str = "cuda") -> train_model.Machine:
+    return train_model.Machine(torch.device(kind), processes=1, precision="fp16", free_memory=int(free))
+
+
 def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(medium):
-    optimizer, _, memory = train_model.fit_into_memory(medium, 512, True, available=int(7.6e9))
+    way, memory = train_model.fit_into_memory(medium, 512, 8, with_free(7.6e9))
     assert sum(memory.values()) <= 6.6e9
-    assert optimizer == "adamw_bnb_8bit"
-    assert train_model.fit_into_memory(medium, 512, True, available=int(24e9))[0] == "adamw_torch_fused"
+    assert way.optimizer == "adamw_bnb_8bit" and not way.checkpointing
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "optimizer", "rows_at_once"),
+    [
+        (7.0, "adamw_bnb_8bit", 1),
+        (7.6, "adamw_bnb_8bit", 2),
+        (8.7, "adamw_torch_fused", 1),  # exact averages rather than more rows
+        (12, "adamw_torch_fused", 4),
+        (16, "adamw_torch_fused", 8),
+        (80, "adamw_torch_fused", 8),
+    ],
+)
+def test_a_card_takes_as_many_rows_at_once_as_it_has_room_for(gigabytes, optimizer, rows_at_once, medium):
+    way, _ = train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9))
+    assert way == train_model.WayToTrain(optimizer, False, rows_at_once)
+    # Half of an update's rows are another process's; a CPU has enough to do with one row.
+    assert train_model.fit_into_memory(medium, 512, 1, with_free(gigabytes * 1e9))[0].rows_at_once == 1
+    assert train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9, "cpu"))[0].rows_at_once == 1
 
 
 def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
     """Worked out by hand, in MB, for one row of 512 tokens."""
     wte, wpe, rest = 50257 * 1024, 1024 * 1024, 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024
     assert (medium.parameters, medium.embeddings) == (wte + wpe + rest, wte + wpe)
-    frugal = train_model.memory_needed(medium, 512, True, False, "adamw_bnb_8bit")
+    way = train_model.WayToTrain("adamw_bnb_8bit", False, 1)
+    frugal = train_model.memory_needed(medium, 512, "fp16", way, "cuda")
     assert {name: round(size / 1e6) for name, size in frugal.items()} == {
         "weights": 2129,  # 6 bytes each
         "gradients": 1419,
         "optimizer": 1025,  # 8 bytes for 52.5 million in the embeddings, 2 for the rest
         "activations": 916,  # 24 layers x 512 tokens x 36,864; gradients of logits and of the output layer, 6 each
     }
-    assert (
-        train_model.memory_needed(medium, 512, True, False, "adamw_torch_fused")["optimizer"] == 8 * medium.parameters
-    )
-    recomputed = train_model.memory_needed(medium, 512, True, True, "adamw_bnb_8bit")
+    exact = way._replace(optimizer="adamw_torch_fused")
+    assert train_model.memory_needed(medium, 512, "fp16", exact)["optimizer"] == 8 * medium.parameters
+    assert train_model.memory_needed(medium, 512, "fp32", exact)["weights"] == 4 * medium.parameters
+
+    recomputed = train_model.memory_needed(medium, 512, "fp16", way._replace(checkpointing=True), "cuda")
     assert frugal["activations"] - recomputed["activations"] == 512 * (24 * 36 - 24 * 4 - 36) * 1024
-    exact = train_model.memory_needed(medium, 512, False, False, "adamw_torch_fused")
-    assert exact["weights"] == 4 * medium.parameters
-    # In many tokens the loss is larger than the output layer's gradient: logits and their gradient, 4 bytes each.
-    many = train_model.memory_needed(medium, 8192, True, True, "adamw_torch_fused")["activations"]
-    assert many == 8192 * (24 * 4 * 1024 + 36 * 1024 + 8 * 50257)
+    two_rows = train_model.memory_needed(medium, 512, "fp16", way._replace(rows_at_once=2), "cuda")
+    assert two_rows["activations"] - frugal["activations"] == 512 * (24 * 36 * 1024 + 6 * 50257)
+
+    # In many tokens the loss is larger than the output layer's gradient: logits in 2 bytes, their gradient in 4, and
+    # a piece of 64 tokens in float32 twice.
+    many = train_model.memory_needed(medium, 8192, "fp16", way._replace(checkpointing=True))["activations"]
+    assert many == 8192 * (24 * 4 + 36) * 1024 + 8192 * 6 * 50257 + max(64 * 8 * 50257, 6 * 50257 * 1024)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
@@ -792,12 +843,12 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(arch
     ],
 )
 def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing, first):
-    plan = train_model.Plan("cuda", "bf16", optimizer, checkpointing, 8, 20, 354_823_168)
+    plan = train_model.Plan("cuda", "bf16", optimizer, checkpointing, 2, 4, 20, 354_823_168)
     memory = {"weights": int(2.1e9), "optimizer": int(0.7e9)}
     lines = plan.lines(train_model.Forecast("gpt2", 1320, 495, memory, int(7.6e9)))
     assert lines[0] == first
     assert lines[-2:] == [
-        "data     1,320 rows of up to 64 tokens, 495 updates",
+        "data     1,320 rows of up to 64 tokens, 495 updates, 2 rows at once",
         "memory   2.8 GB (weights 2.1, optimizer 0.7) of 7.6 GB free",
     ]
 
