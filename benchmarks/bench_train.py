@@ -6,7 +6,7 @@ Stock: Trainer with DataCollatorForLanguageModeling, one post a row cut at 512, 
 Both sides: batch 1, accumulation 8, bfloat16 autocast over float32 weights. Each measurement is a process of its own,
 the sides take turns, and of each the fastest update but the first counts. Bare: the products of one training step of
 the same model on the same rows, nothing else. Prints tokens per second and shares of the bare products' speed, which
-count 6 x parameters x tokens as everybody does.
+count 6 x parameters x tokens as everybody does; last, the memory that train_model.py plans with beside what it took.
 """
 
 import argparse
@@ -82,6 +82,7 @@ def stock_trainer(model, tokenizer, rows: list[dict], updates: int, precision: s
 
 def measure_ours(model_folder: str, conversations: list[dict], updates: int, full: bool) -> dict:
     train_model.keep_freed_memory()
+    before = peak_gigabytes()  # Python and its libraries, which no plan counts
     tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_for_training(model_folder)
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
     rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
@@ -102,7 +103,19 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     )  # fmt: skip
     trainer.train()
     authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
-    return figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+    found = figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+    return {**found, "taken": found["gigabytes"] - before, "planned": planned_gigabytes(model_folder, 512)}
+
+
+def planned_gigabytes(model_folder: str, tokens: int) -> float:
+    shape = train_model.shape_of(AutoConfig.from_pretrained(model_folder))
+    way = train_model.WayToTrain("adamw_torch_fused", checkpointing=False, rows_at_once=1)
+    return sum(train_model.memory_needed(shape, tokens, "bf16", way).values()) / 1e9
+
+
+def peak_gigabytes() -> float:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
@@ -112,7 +125,7 @@ def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
     return {
         "tokens": speed,
         "authors": speed * sum(authors) / sum(tokens),
-        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "gigabytes": peak_gigabytes(),
     }
 
 
@@ -194,6 +207,10 @@ def compare(args: argparse.Namespace) -> None:
                 flush=True,
             )
         print(f"| ours / stock | | {results['ours']['authors'] / results['stock']['authors']:.2f} | | |", flush=True)
+
+    full = results["full"]
+    share = full["planned"] / full["taken"]
+    print(f"\nmemory: {full['planned']:.2f} GB planned, {full['taken']:.2f} GB taken beside Python itself: {share:.0%}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from conftest import conversations, make_model_folder, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import train_model
 
@@ -496,6 +496,64 @@ def stop_at(monkeypatch, update: int) -> None:
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(train_model.BlogTrainer, "training_step", dying)
+
+
+def stopped_and_continued(base: Path, data: Path, output: Path, monkeypatch, *more: str) -> dict:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(base, data, output, *more)
+    return run(base, data, output, *more)
+
+
+def test_a_stopped_run_with_8_bit_averages_ends_as_if_nothing_had_happened(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    train_this_way(monkeypatch, optimizer="adamw_bnb_8bit")
+    more = ("--max-steps", "9", "--learning-rate", "1e-2")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+
+    loaded = []
+    load = train_model.BlogTrainer._load_optimizer_and_scheduler
+
+    def watched(self, checkpoint):
+        load(self, checkpoint)
+        for averages in self.optimizer.state.values():
+            loaded.extend(value.dtype for value in averages.values() if torch.is_tensor(value))
+
+    monkeypatch.setattr(train_model.BlogTrainer, "_load_optimizer_and_scheduler", watched)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    assert losses(continued) == losses(whole)
+    # The MLP's weights are large enough to have theirs in one byte each.
+    assert {torch.uint8, torch.float32} <= set(loaded)
+
+
+def test_a_stopped_run_in_float16_goes_on_with_its_scale_of_the_loss(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    """Trainer refuses float16 on a CPU, so it gets the scaler that it would make for a card from here."""
+    scalers = []
+    build_trainer = train_model.build_trainer
+
+    def with_scaler(*given):
+        trainer = build_trainer(*given)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26, growth_interval=3)
+        scalers.append(trainer.accelerator.scaler)
+        return trainer
+
+    def without_fp16(**options) -> TrainingArguments:
+        return TrainingArguments(**{**options, "fp16": False})
+
+    monkeypatch.setattr(train_model, "build_trainer", with_scaler)
+    monkeypatch.setattr(train_model, "TrainingArguments", without_fp16)
+    monkeypatch.setattr(train_model, "pick_precision", lambda *_: "fp16")
+    more = ("--max-steps", "20", "--learning-rate", "1e-2")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+
+    norms = [entry["grad_norm"] for entry in whole["log"] if "grad_norm" in entry]
+    assert None in norms and norms[-1] is not None  # skipped while the scale was too large, and then no more
+    assert losses(continued) == losses(whole)
+    first, _, last = scalers
+    assert last.get_scale() == first.get_scale()
 
 
 @pytest.mark.parametrize(
