@@ -982,13 +982,18 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
 
     answers = []
     written = 0
+    wanted = ANSWERS_AT_ONCE
     while written < evidence.words:
-        batch = list(itertools.islice(source, ANSWERS_AT_ONCE))
+        batch = list(itertools.islice(source, wanted))
         if not batch:
             break
         answers += whole_answers(model, tokenizer, batch, sampling, dice)
         written = count_words(answer.text for answer in answers)
         say(f"{name} model: wrote {written:,} words, {evidence.words:,} needed")
+
+        # No more than what is missing, if the next answers are as long as these.
+        mean = max(written, 1) / len(answers)
+        wanted = min(ANSWERS_AT_ONCE, math.ceil((evidence.words - written) / mean))
     return answers
 
 

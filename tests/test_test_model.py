@@ -485,6 +485,19 @@ def test_overlapping_windows_give_every_token_one_chance_after_at_least_the_over
     assert reading.plain[100:180].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("words", "answers"), [(600, 24), (2_400, 24), (2_401, 25), (6_000, 60)])
+def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, answers, loaded, monkeypatch):
+    """Answers take most of a report's time after the reading."""
+
+    def a_hundred_words_each(model, tokenizer, prompts, *_):
+        return [test_model.Answer("word " * 100, [1], True)] * len(prompts)
+
+    model, tokenizer = loaded
+    monkeypatch.setattr(test_model, "whole_answers", a_hundred_words_each)
+    evidence = test_model.Evidence(requests=["Tell me about soup."], words=words)
+    assert len(test_model.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
+
+
 def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
