@@ -1,6 +1,7 @@
 """train_model.py: what is scored, that nothing is lost, that a run is safe, and that it says what it did."""
 
 import argparse
+import contextlib
 import errno
 import io
 import itertools
@@ -845,10 +846,49 @@ def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
     two_rows = train_model.memory_needed(medium, 512, "fp16", way._replace(rows_at_once=2), "cuda")
     assert two_rows["activations"] - frugal["activations"] == 512 * (24 * 36 * 1024 + 6 * 50257)
 
+    # A CPU keeps, in bfloat16, how much each of 16 heads looks from every token at every other one.
+    on_a_card = train_model.memory_needed(medium, 512, "bf16", way, "cuda")["activations"]
+    on_a_cpu = train_model.memory_needed(medium, 512, "bf16", way, "cpu")["activations"]
+    assert on_a_cpu - on_a_card == 24 * 16 * 512 * 512 * 2
+
     # In many tokens the loss is larger than the output layer's gradient: logits in 2 bytes, their gradient in 4, and
     # a piece of 64 tokens in float32 twice.
     many = train_model.memory_needed(medium, 8192, "fp16", way._replace(checkpointing=True))["activations"]
     assert many == 8192 * (24 * 4 + 36) * 1024 + 8192 * 6 * 50257 + max(64 * 8 * 50257, 6 * 50257 * 1024)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_attention_in_bfloat16_gives_the_gradients_of_the_fused_kernel(architecture, tmp_path):
+    """And goes away with its context: the evaluation of the same model is exact again."""
+    model = train_model.load_for_training(
+        make_model_folder(tmp_path / architecture, architecture, chatml=False)
+    ).train()
+    ids = list(range(5, 45))
+    row = {"input_ids": ids, "labels": ids, "position_ids": [*range(25), *range(15)]}
+    batch = train_model.collate([row])
+
+    gradients = {}
+    for attention in (train_model.attention_in_bfloat16, contextlib.nullcontext):
+        model.zero_grad()
+        with train_model.autocast(model.device, "bf16"), attention():
+            logits, targets = train_model.scored_logits(model, batch)
+        train_model.SummedCrossEntropy.apply(logits, targets).backward()
+        gradients[attention] = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    assert functional.cosine_similarity(*gradients.values(), dim=0) > 0.999
+    assert not torch.equal(*gradients.values())
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_in_bfloat16_learns_also_where_activations_are_computed_twice(
+    checkpointing, gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_model, "pick_precision", lambda *_: "bf16")
+    train_this_way(monkeypatch, checkpointing=checkpointing)
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "6", "--learning-rate", "1e-2")
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
