@@ -88,7 +88,7 @@ REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circ
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
 PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
 
-REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 100 public posts read for leaks; 0.5: half of it, wider ranges
+REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
 NOT_STRANGERS = []  # names in sample/strangers/README.md that are no strangers: yourself, a blog that you copied from
 OTHER_BLOGS = []  # data folders of other bloggers that extract_blog_data.py wrote; the only way in other languages
@@ -819,7 +819,7 @@ def quiz_result(guesses: list[bool], shown: int) -> str:
 ANSWERS_AT_ONCE = 24  # rows of a batch; more bring little speed and take memory
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; a model that writes less is not asked for ever
-PUBLIC_TEXTS = 100  # that are read for the leak check, at full size; private and held-out ones are all read
+PUBLIC_TEXTS = 60  # that are read for the leak check, at full size; private and held-out ones are all read
 
 
 @dataclass
