@@ -84,7 +84,7 @@ MAX_NEW_TOKENS = None  # an answer's length at most; 200 tokens are about 150 wo
 TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
 TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
-REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circles, 1.3 garbles them
+REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
 PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
 
