@@ -817,20 +817,25 @@ def pick_precision(device: torch.device, wanted: str) -> str:
     if wanted not in ("auto", *PRECISIONS):
         sys.exit(f'PRECISION is {wanted!r}: it can be "auto", "bf16", "fp16" or "fp32".')
 
+    picked = precision_on(device, wanted)
     fastest = fastest_precision(device)
-    picked = fastest if wanted == "auto" else wanted
     if device.type == "cuda":
         if picked == "bf16" and fastest != "bf16":
             name = torch.cuda.get_device_name(device)
             say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
-        return picked
+    elif picked == "fp32" and wanted != "fp32":
+        missing = "bf16" if wanted == "auto" else wanted
+        say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
+    return picked
 
+
+def precision_on(device: torch.device, wanted: str) -> str:
+    """As `pick_precision`, which also says why."""
+    fastest = fastest_precision(device)
+    if device.type == "cuda":
+        return fastest if wanted == "auto" else wanted
     # Trainer refuses fp16 anywhere else.
-    if wanted == "fp32" or (picked == "bf16" and fastest == "bf16"):
-        return picked
-    missing = "bf16" if wanted == "auto" else wanted
-    say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
-    return "fp32"
+    return "bf16" if fastest == "bf16" and wanted in ("auto", "bf16") else "fp32"
 
 
 def fastest_precision(device: torch.device) -> str:
@@ -911,12 +916,24 @@ KEPT_BYTES = {
     (True, True): (20, 14, 8),  # Llama: 56 to 58
     (True, False): (18, 22, 16),
 }
+# Of frozen weights: a layer's input is kept for its adapter, which may be in another precision, and a norm's output is
+# not kept. What an adapter keeps between its two matrices (2 bytes a rank) is too little to count.
+KEPT_BYTES_BESIDE_ADAPTERS = {
+    (False, True): (14, 8, 4),
+    (False, False): (16, 20, 8),
+    (True, True): (18, 10, 8),
+    (True, False): (16, 16, 16),
+}
 
 
 def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     """Bytes of one token's activations that one layer keeps until the backward pass."""
-    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
-    norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
+    if shape.lora_rank:
+        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[shape.gated, mixed]
+        norms = 4 * shape.further_norms * shape.width + 4 * shape.norms_of_heads * shape.attention_width
+    else:
+        per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
+        norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
     return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width + norms
 
 
