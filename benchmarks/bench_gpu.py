@@ -782,7 +782,7 @@ def measure_way(lab: Lab, model, rows, way: WayToTrain, name: str, before: int, 
         torch.cuda.reset_peak_memory_stats()
     trainer = trainer_for(lab, model, rows, way, name, 2, [train_model.CastWeightsOnce(lab.device)])
     trainer.train()
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.zero_grad()
 
     recomputed = ", computed twice" if way.checkpointing else ""
