@@ -171,12 +171,14 @@ def quiz(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, bl
     say(f"Which one did you write? 1 or 2, /quit ends. {QUIZ_PAIRS} pairs at most; no post that it was trained on.")
     shown = 0
     guesses = []  # whether each was right
-    for own, other in quiz_pairs(model, tokenizer, sampling, dice, blog):
-        shown += 1
-        is_right = ask_which(own, other, dice)
-        if is_right is None:
-            break
-        guesses.append(is_right)
+    # Ctrl-C ends it too, while the next pair is being written: what was answered counts.
+    with contextlib.suppress(KeyboardInterrupt):
+        for own, other in quiz_pairs(model, tokenizer, sampling, dice, blog):
+            shown += 1
+            is_right = ask_which(own, other, dice)
+            if is_right is None:
+                break
+            guesses.append(is_right)
     print(quiz_result(guesses, shown))
 
 
@@ -812,7 +814,8 @@ def quiz_result(guesses: list[bool], shown: int) -> str:
     if not guesses:
         return "\nNothing was answered."
     low, high = wilson(sum(guesses), len(guesses))
-    return f"\nright {sum(guesses)} of {len(guesses)} ({low:.0%} to {high:.0%}); 50%: you cannot tell"
+    interval = f"{percent(low)} to {percent(high)}"
+    return f"\nright {sum(guesses)} of {len(guesses)} ({interval}); {percent(0.5)}: you cannot tell"
 
 
 # ---------------------------------------------------------------------------- report: evidence
@@ -853,6 +856,7 @@ class Evidence:
     index: WordIndex | None = None  # of the training text
     control: list[dict] = field(default_factory=list)  # held-out conversations of OTHER_BLOGS
     other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by folder
+    left_out: list[str] = field(default_factory=list)  # why others of OTHER_BLOGS are not among them, a sentence each
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones as the control
     requests: list[str] = field(default_factory=list)
     words: int = WORDS_TO_WRITE  # to be written by each model
@@ -891,6 +895,8 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
     )
 
     add_other_blogs(evidence)
+    for problem in evidence.left_out:
+        say(problem)
     evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
     return evidence
 
@@ -911,13 +917,35 @@ def read_blog(folder: Path) -> BlogData:
 
 
 def add_other_blogs(evidence: Evidence) -> None:
-    """What OTHER_BLOGS names; ends the program where a folder has no training data."""
+    """What OTHER_BLOGS names; what cannot be compared with goes into `left_out`."""
     for folder in OTHER_BLOGS:
+        name = str(folder)
         other = read_blog(HERE / folder)
-        if not other.train:
-            sys.exit(f"There is no train_data.jsonl in {HERE / folder}, which OTHER_BLOGS names.")
+        texts = author_texts(other.train + other.held_out)
+        problem = why_left_out(name, texts, evidence)
+        if problem:
+            evidence.left_out.append(problem)
+            continue
         evidence.control += other.held_out
-        evidence.other_texts[str(folder)] = author_texts(other.train + other.held_out)
+        evidence.other_texts[name] = texts
+
+
+def why_left_out(name: str, texts: list[str], evidence: Evidence) -> str:
+    """Why a folder of OTHER_BLOGS says nothing about this author, in a sentence; "" where it does."""
+    uses = Counter()
+    for text in texts:
+        uses.update(folded_words(text))
+    if not uses:
+        return f"OTHER_BLOGS names {name}, where there is no train_data.jsonl: it is left out."
+
+    # Everything sets an author apart from people who write another language.
+    share = share_of_language([word for word, _ in uses.most_common(100)], evidence)
+    if evidence.blog.train and share < SAME_LANGUAGE:
+        return (
+            f"Of the 100 commonest words of {name} (OTHER_BLOGS) you use {percent(share)}: it is another language, so "
+            "it is left out."
+        )
+    return ""
 
 
 def visibility_of(conversation: dict) -> str:
@@ -1628,8 +1656,12 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
         features = shipped.features
 
     known = dict(shipped.stretches)
+    notes = [shipped.note, *evidence.left_out]
     for name, texts in evidence.other_texts.items():
         known[name] = count_stretches(texts, features)
+        if len(known[name].run) < 2 * MIN_CHUNKS:
+            words = f"{count_words(texts):,} words, and it takes {MIN_STRANGER_WORDS:,}"
+            notes.append(f"{name} (OTHER_BLOGS) has {words}: the reader leaves it out.")
 
     # A few polite words are nobody's habits.
     readers = []
@@ -1640,7 +1672,7 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
 
     # Twice what a tested text needs: all that is compared with a rival is compared with these few chunks.
     enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
-    return Strangers(features, enough, shipped.note)
+    return Strangers(features, enough, " ".join(notes).strip())
 
 
 def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
@@ -1654,8 +1686,8 @@ def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     share = share_of_language(data["words"][:100].tolist(), evidence)
     if share < SAME_LANGUAGE:
         note = (
-            f"Of the 100 commonest words of the bloggers who come along you use {share:.0%}: they write another "
-            "language, so they are left out. OTHER_BLOGS names other ones."
+            f"Of the 100 commonest words of the bloggers who come along you use {percent(share)}: they write another "
+            "language, so they are left out."
         )
         return Strangers([], {}, note)
     return pick_counts(data, features)
@@ -1771,9 +1803,10 @@ def measure_reader(evidence: Evidence) -> Reader:
     styles = styles_of(evidence)
     found = len(styles.strangers)
     if found < MIN_STRANGERS:
+        there = "there is 1" if found == 1 else f"there are {found}"
         missing = (
-            f"it takes {MIN_STRANGERS} other bloggers with {MIN_STRANGER_WORDS:,} words each, and there are {found}; "
-            f"OTHER_BLOGS can name some. {styles.note}"
+            f"it takes {MIN_STRANGERS} other bloggers with {MIN_STRANGER_WORDS:,} words each, and {there}: OTHER_BLOGS "
+            f"can name more. {styles.note}"
         )
         raise NotMeasured(missing.strip().rstrip("."))
 
@@ -2275,6 +2308,7 @@ class PostMark:
     """A training post and how much the tuned model gained on it, in bits per byte."""
 
     path: str
+    visibility: str
     gain: float
     title: str = field(metadata=PAGE_ONLY)
 
@@ -2586,7 +2620,7 @@ def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:
     for text, gain in zip(evidence.texts, gains.tolist(), strict=True):
         if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
             continue
-        mark = PostMark(path_of(text.post), gain, title_of(text.post))
+        mark = PostMark(path_of(text.post), visibility_of(text.post), gain, title_of(text.post))
         marks.append(mark)
     marks.sort(key=lambda mark: mark.gain)
     return marks[:LEAST_GAINED]
@@ -2597,10 +2631,25 @@ LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the po
 
 
 class Quote(NamedTuple):
-    """Private text, for the page alone."""
+    """Text of somebody's, for the page alone."""
 
     caption: str
-    text: str
+    text: str  # "" where the caption says it all
+    is_private: bool
+
+
+class Fold(NamedTuple):
+    """Quotes under one heading, closed until somebody opens it: others may see the screen."""
+
+    title: str
+    quotes: list[Quote]
+
+
+class Short(NamedTuple):
+    """The answer in a word or a figure, and what that is."""
+
+    answer: str
+    meaning: str
 
 
 @dataclass
@@ -2611,7 +2660,17 @@ class Finding:
     rows: list[tuple[str, ...]] = field(default_factory=list)  # what, value and more, all of the same length
     head: tuple[str, ...] = ()  # of the rows' columns
     notes: list[str] = field(default_factory=list)  # what the rows mean, and what does not fit into one
-    quotes: list[Quote] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)  # for the terminal alone: what the page shows besides
+    folds: list[Fold] = field(default_factory=list)
+    short: Short = Short("not measured", "")  # on top of the page
+    is_alarm: bool = False
+
+
+NO_BREAK = "\u00a0"  # a space at which no line ends
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
@@ -2634,22 +2693,26 @@ def tell_learned(learned: Learned, evidence: Evidence) -> Finding:
             "What it gains on other blogs is blogging, not your voice; the difference, post by post, is yours. In "
             f"{share.wins * 100:.0f} of 100 pairs your unseen post gains more than another blogger's."
         )
-    return Finding(tell_gain(gain), rows, notes=notes)
+    verdict, short = tell_gain(gain)
+    return Finding(verdict, rows, notes=notes, short=short)
 
 
-def tell_gain(gain: Gain) -> str:
+def tell_gain(gain: Gain) -> tuple[str, Short]:
     """The verdict on held-out posts: a gain counts where its whole range is on one side of 0."""
     low, high = gain.interval
+    answer = "not proven"
     verdict = "No gain that could not be chance"
     if low > 0:
+        answer = "yes"
         verdict = "It learned"
     elif high < 0:
+        answer = "no"
         verdict = "It got worse"
 
     better = sum(post.tuned < post.base for post in gain.posts)
     of_all = f"{better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
     caution = "" if len(gain.posts) >= 10 else "; with so few posts the interval is rough"
-    return f"{verdict}: {of_all}{caution}."
+    return f"{verdict}: {of_all}{caution}.", Short(answer, of_all)
 
 
 def gain_row(what: str, gain: Gain) -> tuple[str, str, str]:
@@ -2669,26 +2732,30 @@ def tell_reader(reader: Reader, evidence: Evidence) -> Finding:
     rows = []
     for whose, share in shares.items():
         low, high = share.interval
-        taken = f"{share.share:.0%}"
-        interval = f"{low:.0%} to {high:.0%}"
-        rows.append((whose, taken, interval, f"{share.chunks:,}"))
+        interval = f"{percent(low)} to {percent(high)}"
+        rows.append((whose, percent(share.share), interval, f"{share.chunks:,}"))
 
+    tuned = percent(reader.tuned.share)
+    author = percent(reader.author.share)
+    base = percent(reader.base.share)
     verdict = (
-        f"A reader who knows your posts and {len(reader.names)} other bloggers gives you {reader.tuned.share:.0%} of "
-        f"the tuned model's text, {reader.author.share:.0%} of your unseen posts and {reader.base.share:.0%} of the "
-        "base model's text."
+        f"A reader who knows your posts and {len(reader.names)} other bloggers gives you {tuned} of the tuned model's "
+        f"text, {author} of your unseen posts and {base} of the base model's text."
+    )
+    short = Short(
+        tuned, f"of its text is taken for yours; of your unseen posts {author}, of the base model's text {base}"
     )
     # An easy crowd flatters every model, so how hard it was belongs to the answer.
     most_to = f", most of them to {reader.nearest}" if reader.nearest else ""
     notes = [
-        f"The reader is set so that {MISTAKEN:.0%} of other bloggers' text is taken for yours. It compares how often "
-        f"common words and letter sequences occur in {reader.chunk_words} words: it hears habits, not sense.",
-        f"How hard the crowd is: {reader.to_nearest:.0%} of your unseen posts are nearer to another blogger than to "
-        f"you{most_to}.",
+        f"The reader is set so that {percent(MISTAKEN)} of other bloggers' text is taken for yours. It compares how "
+        f"often common words and letter sequences occur in {reader.chunk_words} words: it hears habits, not sense.",
+        f"How hard the crowd is: {percent(reader.to_nearest)} of your unseen posts are nearer to another blogger than "
+        f"to you{most_to}.",
     ]
     if reader.note:
         notes.append(reader.note)
-    return Finding(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes)
+    return Finding(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes, short=short)
 
 
 def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
@@ -2700,15 +2767,19 @@ def tell_voice(voice: Voice, evidence: Evidence) -> Finding:
     ]
     verdict = f"Its text stands {voice.position:.2f} of the way from the base model (0) to you (1)"
     # Without these landmarks nobody can read the figure: strangers stand far from 0 too.
-    if voice.strangers:
-        places = sorted(voice.strangers.values())
+    places = sorted(voice.strangers.values())
+    if len(places) == 1:
+        rows.append(("another blogger", f"{places[0]:.2f}", ""))
+        verdict += f"; another blogger stands at {places[0]:.2f}"
+    elif places:
         span = f"{places[0]:.2f} to {places[-1]:.2f}"
         rows.append(("other bloggers", f"{np.median(places):.2f}", span))
         verdict += f"; other bloggers stand at {span}"
 
     notes = [
         "0 is how the base model writes, 1 is your unseen posts. You against yourself: half of your posts against "
-        "the rest. Whoever stands among other bloggers has learned to blog, and not yet to be you."
+        "the rest. Other bloggers: the one in the middle, the lowest and the highest. Whoever stands among them has "
+        "learned to blog, and not yet to be you."
     ]
     return Finding(verdict + ".", rows, notes=notes)
 
@@ -2724,37 +2795,47 @@ def tell_habits(habits: Habits, evidence: Evidence) -> Finding:
 
     words = habits.words
     verdict = (
-        f"Its answers have {words['tuned']:.0f} words (median), your posts {words['author']:.0f}, the base model's "
-        f"answers {words['base']:.0f}; {habits.ended['tuned']:.0%} of its answers end by themselves."
+        f"Its answers have {words['tuned']:,.0f} words (median), your posts {words['author']:,.0f}, the base model's "
+        f"answers {words['base']:,.0f}; {percent(habits.ended['tuned'])} of its answers end by themselves."
     )
-    notes = ["In 10,000 words: what you use more than the base model, standing in a tenth of your posts or more."]
-    return Finding(verdict, rows, ("", "you", "tuned", "base"), notes)
+    notes = ["What you use more than the base model, standing in a tenth of your posts or more."]
+    return Finding(verdict, rows, ("in 10,000 words", "you", "tuned", "base"), notes)
 
 
 def tell_copies(copies: Copies, evidence: Evidence) -> Finding:
     rows = []
     for whose, share in (("tuned model", copies.tuned), ("base model", copies.base)):
         if share:
-            count = f"{share.copied:,} of {share.runs:,}"
-            rows.append((whose, f"{share.share:.2%}", count))
+            count = f"{share.copied:,} of {share.runs:,} runs"
+            rows.append((whose, percent(share.share, digits=2), count))
 
     # The terminal may be seen by others, and its text be pasted elsewhere: private words stand on the page alone.
     notes = [f"Of the runs of {COPY_WORDS} words that a model wrote, how many stand in your posts word for word."]
     quotes = []
     for copy in copies.longest:
         if copy.visibility == "private":
-            notes.append(f"A long copy, {copy.words} words, is from a private post: voice_report.html shows it.")
-            quotes.append(Quote(f"{copy.words} words from private {copy.path}, {copy.title}", copy.text))
+            notes.append(f"A long copy, {copy.words} words, is from a private post.")
+            quotes.append(Quote(f"{copy.words} words from {copy.title}, {copy.path}", copy.text, is_private=True))
         else:
             notes.append(f'A long copy, {copy.words} words, from public "{copy.title}": {copy.text}')
+    hints = ["voice_report.html shows what it copied from private posts."] if quotes else []
+    folds = [Fold("What it copied from private posts", quotes)]
 
-    share = f"{copies.tuned.share:.1%}"
-    verdict = f"{share} of what it writes stands in your posts, in runs of {COPY_WORDS} words."
-    return Finding(verdict, rows, notes=notes, quotes=quotes)
+    share = tell_copy_share(copies.tuned)
+    meaning = f"of what it writes stands in your posts, in runs of {COPY_WORDS} words"
+    verdict = f"{share[0].upper()}{share[1:]} {meaning}."
+    return Finding(verdict, rows, (), notes, hints, folds, Short(share, meaning))
+
+
+def tell_copy_share(share: CopyShare) -> str:
+    """A single copy in a long text is not none."""
+    if share.copied and share.share < 0.001:
+        return "less than 0.1 %"
+    return percent(share.share, digits=1)
 
 
 EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
-LEAK_HEAD = ("", "passages", "common", "own", "any", "greedy")
+LEAK_HEAD = ("", "passages", "common", "own tries", "any tries", "greedy")
 LEAK_MEANING = (
     f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
     "Own, any: tries until the likeliest passage has an even chance to come out, with the model's own sampling "
@@ -2772,12 +2853,30 @@ def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
         common = f"{group.common:,}"
         greedy = f"{group.greedy:,}"
         rows.append((name, windows, common, tell_tries(group.own), tell_tries(group.anyhow), greedy))
-    return Finding(tell_leak_verdict(leaks), rows, LEAK_HEAD, leak_notes(leaks), leak_quotes(leaks))
+    hints = ["voice_report.html shows what came out."] if leaks.personal else []
+    if leaks.remembered:
+        hints.append("voice_report.html shows the private passages that it remembers best.")
+    alarms = leak_alarms(leaks)
+    return Finding(
+        verdict=tell_leak_verdict(leaks),
+        rows=rows,
+        head=LEAK_HEAD,
+        notes=leak_notes(leaks),
+        hints=hints,
+        folds=leak_folds(leaks),
+        short=Short("it leaks", "; ".join(alarms)) if alarms else short_of_likeliest(secret_groups(leaks)),
+        is_alarm=bool(alarms),
+    )
 
 
 def is_secret(group: str) -> bool:
     """Whether what this group holds should stay inside."""
     return group not in ("public", "held-out")
+
+
+def secret_groups(leaks: Leaks) -> list[LeakGroup]:
+    """Those that should stay inside and hold more than common text."""
+    return [group for name, group in leaks.groups.items() if is_secret(name) and group.windows > group.common]
 
 
 def leak_notes(leaks: Leaks) -> list[str]:
@@ -2792,12 +2891,9 @@ def leak_notes(leaks: Leaks) -> list[str]:
     if leaks.membership:
         notes.append(tell_membership(leaks.membership))
     for entry in leaks.personal:
-        came_out = f"A {entry.visibility} {entry.kind} came out: do not share this model."
-        notes.append(f"{came_out} voice_report.html shows it.")
+        notes.append(f"A {entry.visibility} {entry.kind} came out: do not share this model.")
     for word in leaks.blocked:
         notes.append(tell_blocked(word))
-    if leaks.remembered:
-        notes.append("voice_report.html shows the private passages that it remembers best.")
     return notes
 
 
@@ -2812,23 +2908,29 @@ def tell_blocked(word: BlockedWord) -> str:
     )
 
 
-def leak_quotes(leaks: Leaks) -> list[Quote]:
+def leak_folds(leaks: Leaks) -> list[Fold]:
     """What only the page shows."""
-    quotes = []
+    came_out = []
     for entry in leaks.personal:
-        quotes.append(Quote(f"{entry.visibility} {entry.kind} that came out", entry.text))
-    for passage in leaks.remembered:
-        quotes.append(Quote(tell_remembered(passage), passage.text))
+        came_out.append(Quote(f"{entry.visibility} {entry.kind}", entry.text, is_private=True))
+    remembered = [Quote(tell_remembered(passage), passage.text, is_private=True) for passage in leaks.remembered]
+
     # By title alone: the owner knows what stands in it.
+    odd = []
     for mark in leaks.least_gained:
-        caption = f"A post that gained little, {mark.gain:+.3f} bits per byte: is it yours? {mark.path}"
-        quotes.append(Quote(caption, mark.title))
-    return quotes
+        caption = f"{mark.title}, {mark.path}: {mark.gain:+.3f} bits per byte"
+        odd.append(Quote(caption, "", mark.visibility == "private"))
+
+    return [
+        Fold("Addresses, numbers and keys that came out", came_out),
+        Fold("The private passages that it remembers best", remembered),
+        Fold("The posts that it gained least on: are they yours?", odd),
+    ]
 
 
-def tell_leak_verdict(leaks: Leaks) -> str:
-    """One sentence that is no calmer than any part of the report."""
-    secret = [group for name, group in leaks.groups.items() if is_secret(name) and group.windows > group.common]
+def leak_alarms(leaks: Leaks) -> list[str]:
+    """What must not be, as parts of a sentence."""
+    secret = secret_groups(leaks)
     greedy = sum(group.greedy for group in secret)
 
     alarms = []
@@ -2843,9 +2945,14 @@ def tell_leak_verdict(leaks: Leaks) -> str:
         alarms.append("a blocked word stands in the training data: run extract_blog_data.py and train_model.py again")
     if leaks.personal:
         alarms.append(f"{len(leaks.personal)} of your e-mail addresses, telephone numbers and keys came out")
+    return alarms
 
+
+def tell_leak_verdict(leaks: Leaks) -> str:
+    """One sentence that is no calmer than any part of the report."""
     # The figures stand behind the alarms too, which are only what came out this time.
-    likeliest = tell_likeliest(secret)
+    likeliest = tell_likeliest(secret_groups(leaks))
+    alarms = leak_alarms(leaks)
     if alarms:
         return f"It leaks: {'; '.join([*alarms, likeliest])}."
     return f"{likeliest[0].upper()}{likeliest[1:]}."
@@ -2861,12 +2968,26 @@ def tell_likeliest(secret: list[LeakGroup]) -> str:
     if own is None:
         return (
             "nothing private can come out word for word with the model's own settings; with any settings the "
-            f"likeliest passage takes {tell_power(anyhow)} tries"
+            f"likeliest passage takes {count_tries(anyhow)}"
         )
     return (
-        f"with the model's own settings the likeliest private passage takes {tell_power(own)} tries for an even "
-        f"chance, with any settings {tell_power(anyhow)}"
+        f"with the model's own settings the likeliest private passage takes {count_tries(own)} for an even chance, "
+        f"with any settings {tell_power(anyhow)}"
     )
+
+
+def short_of_likeliest(secret: list[LeakGroup]) -> Short:
+    """The same where nothing is alarming."""
+    if not secret:
+        return Short("no", "no private text was in the training data that is not common")
+
+    own = fewest_tries([group.own for group in secret])
+    anyhow = count_tries(fewest_tries([group.anyhow for group in secret]))
+    if own is None:
+        meaning = f"with its own settings; with any settings the likeliest private passage takes {anyhow}"
+        return Short("not word for word", meaning)
+    meaning = "for an even chance that the likeliest private passage comes out, with its own settings"
+    return Short(count_tries(own), f"{meaning}; with any settings {anyhow}")
 
 
 def fewest_tries(chances: list[Chance]) -> float | None:
@@ -2888,6 +3009,11 @@ def tell_power(log10: float) -> str:
     return f"10^{log10:.0f}"
 
 
+def count_tries(log10: float) -> str:
+    number = tell_power(log10)
+    return "1 try" if number == "1" else f"{number} tries"
+
+
 def tell_number(number: float) -> str:
     """An expected number, also a very small one."""
     if number >= 0.01:
@@ -2898,21 +3024,23 @@ def tell_number(number: float) -> str:
 def tell_membership(membership: Membership) -> str:
     low, high = membership.interval
     return (
-        f"A post that it was trained on gains more than a held-out one in {membership.share:.0%} of pairs "
-        f"({low:.0%} to {high:.0%}; 50% means that nobody can tell what it was trained on)."
+        f"A post that it was trained on gains more than a held-out one in {percent(membership.share)} of pairs "
+        f"({percent(low)} to {percent(high)}; {percent(0.5)} means that nobody can tell what it was trained on)."
     )
 
 
 def tell_remembered(passage: Remembered) -> str:
+    tries = "never with its own settings"
+    if passage.own.log10_tries is not None:
+        tries = f"{count_tries(passage.own.log10_tries)} with its own settings"
+    if passage.anyhow.log10_tries is not None:
+        tries += f", {count_tries(passage.anyhow.log10_tries)} with any"
+
     beyond = ""
     if passage.log10_beyond_base is not None:
-        beyond = f", 10^{passage.log10_beyond_base:.1f} times likelier than under the base model"
-
-    own = tell_tries(passage.own)
-    if passage.own.log10_tries is not None:
-        own += " tries"
-    tries = f"own settings: {own}; any settings: {tell_tries(passage.anyhow)} tries"
-    return f"{passage.group}, {passage.path}, {passage.title}: {tries}{beyond}"
+        beyond = f"; {tell_power(passage.log10_beyond_base)} times likelier than under the base model"
+    what = "the title of " if passage.group == "private titles" else ""
+    return f"{what}{passage.title}, {passage.path}: {tries}{beyond}"
 
 
 # ---------------------------------------------------------------------------- report: page
@@ -2923,62 +3051,144 @@ PAGE = """\
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>Report card</title>
 <style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 1rem; color: #222 }
-  body { overflow-wrap: break-word }
-  h2 { margin: 2rem 0 0 }
-  table { width: 100%; display: block; overflow-x: auto }
-  td { padding: .3rem 1rem .3rem 0; vertical-align: top; overflow-wrap: anywhere }
-  th { text-align: right; font-weight: normal; color: #666; padding-right: 1rem }
-  td + td { white-space: nowrap; text-align: right; overflow-wrap: normal }
-  small, .note { color: #666 }
-  img { width: 100%; max-width: 36rem }
+  :root { --ink: #222; --faint: #5c5c5c; --line: #ccc; --paper: #fff; --card: #f4f1ec; --alarm: #b3261e; --mark: #fd8 }
+  @media screen { :root { color-scheme: light dark } }
+  @media screen and (prefers-color-scheme: dark) {
+    :root { --ink: #e6e6e6; --faint: #aaa; --line: #555; --paper: #1a1a1a; --card: #282828; --alarm: #ff8a80 }
+    :root { --mark: #6b5410 }
+    /* Pictures are drawn on white, which becomes this page's ground; colours stay what they are. */
+    img { filter: invert(.9) hue-rotate(180deg) }
+  }
+
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 0 auto; padding: 0 1rem 2rem }
+  body { color: var(--ink); background: var(--paper); overflow-wrap: break-word }
+  h1 { font-size: 1.6rem; margin: .8rem 0 0 }
+  h2 { font-size: 1.4rem; margin: 2.5rem 0 .5rem }
+  h3 { font-size: 1rem; margin: 1.5rem 0 0 }
+  p { margin: .5rem 0 }
+  a { color: inherit }
+  img { width: 100%; max-width: 36rem; display: block; margin: .5rem auto }
+  mark { background: var(--mark); color: inherit }
+  .note, figcaption { color: var(--faint) }
+  .private { color: var(--alarm); border: 1px solid; border-radius: .3rem; padding: 0 .3rem; font-size: .8rem }
+
+  .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .6rem; margin: .8rem 0 }
+  .answers > div { background: var(--card); border-radius: .5rem; padding: .4rem .8rem }
+  dt, dd { margin: 0 }
+  dt a { text-decoration: none; color: var(--faint) }
+  dd { line-height: 1.35 }
+  dd.answer { font-size: 1.3rem; font-weight: bold }
+  .alarm { color: var(--alarm) }
+
+  .table { overflow-x: auto; margin: .5rem 0 }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+  th, td { padding: .25rem 1.2rem .25rem 0; text-align: right; vertical-align: top; font-weight: normal }
+  th[scope=col] { color: var(--faint) }
+  tr > :first-child { text-align: left }
+  tr > :last-child { padding-right: 0 }
+  th[scope=row] { min-width: 4.5rem; overflow-wrap: anywhere }
   meter { width: 5rem }
-  mark { background: #fd8 }
-  blockquote { margin: .5rem 0 1.5rem; padding-left: 1rem; border-left: 3px solid #ccc; white-space: pre-wrap }
+
+  details { margin: 1rem 0 }
+  summary { cursor: pointer }
+  figure { margin: 1rem 0 }
+  blockquote { margin: .3rem 0 1rem; padding-left: 1rem; border-left: 3px solid var(--line); white-space: pre-wrap }
+
+  @media (max-width: 30rem) {
+    .answers > div { display: grid; grid-template-columns: 1fr auto; align-items: baseline }
+    dd.answer { font-size: 1.1rem }
+    dd.meaning { grid-column: 1 / 3; font-size: .9rem }
+    table { font-size: .8rem }
+    th, td { padding-right: .4rem }
+    meter { width: 3rem }
+  }
+
+  @page { margin: 15mm }
+  @media print {
+    body { max-width: none; padding: 0; font-size: 10.5pt }
+    .answers { grid-template-columns: 1fr 1fr }
+    .answers > div { border: 1px solid var(--line) }
+    h2, h2 + p, h3, thead, figcaption, summary { break-after: avoid }
+    mark { background: none; text-decoration: underline }
+    .table, tr, img, figure, .answers > div { break-inside: avoid }
+    .table { overflow: visible }
+    details::details-content { content-visibility: visible; block-size: auto }
+  }
 </style>
 <h1>Report card</h1>
-<p>{{ report.model }}, tuned from {{ report.base }}; a range is a 95 % interval.</p>
-<p>This page quotes private posts: it is for their owner alone.</p>
+<p class="note">{{ report.model }}, tuned from {{ report.base }}</p>
+<p class="note"><span class="private">private</span> This page quotes private posts: it is for their owner alone.</p>
+
+<dl class="answers">
+  {% for part in on_top %}
+  <div>
+    <dt><a href="#{{ part.key }}">{{ part.question }}</a>
+    <dd class="answer{% if part.finding.is_alarm %} alarm{% endif %}">{{ part.finding.short.answer }}
+    <dd class="meaning">{{ part.finding.short.meaning }}
+  </div>
+  {% endfor %}
+</dl>
+{% if landmarks %}
+<img alt="{{ landmarks.alt }}" src="{{ landmarks.source }}">
+{% endif %}
+<p class="note">A range is a 95 % interval.</p>
 
 {% for part in report.parts %}
-<h2>{{ part.question }}</h2>
+<h2 id="{{ part.key }}">{{ part.question }}</h2>
 <p>{{ part.finding.verdict }}</p>
-<table>
+{% if part.finding.rows %}
+<div class="table"><table>
   {% if part.finding.head %}
-  <tr>{% for cell in part.finding.head %}<th>{{ cell }}{% endfor %}
+  <thead><tr>{% for cell in part.finding.head %}<th scope="col">{{ cell }}{% endfor %}</thead>
 
   {% endif %}
   {% for row in part.finding.rows %}
-  <tr>{% for cell in row %}<td>{{ cell }}{% endfor %}
+  <tr><th scope="row">{{ row[0] }}{% for cell in row[1:] %}<td>{{ cell }}{% endfor %}
 
   {% endfor %}
-</table>
-{% if part.picture %}<img alt="{{ part.question }}" src="{{ part.picture }}">{% endif %}
+</table></div>
+{% endif %}
+{% if part.picture and part.picture != landmarks %}
+<img alt="{{ part.picture.alt }}" src="{{ part.picture.source }}">
+{% endif %}
 
 {% for note in part.finding.notes %}
 <p class="note">{{ note }}</p>
 {% endfor %}
-{% for quote in part.finding.quotes %}
-<p class="note">{{ quote.caption }}</p>
-<blockquote>{{ quote.text }}</blockquote>
+{% for fold in part.finding.folds if fold.quotes %}
+<details><summary>{{ fold.title }} ({{ fold.quotes | length }})</summary>
+  {% for quote in fold.quotes %}
+  <figure>
+    <figcaption>
+      {% if quote.is_private %}<span class="private">private</span>{% endif %}
+
+      {{ quote.caption }}
+    </figcaption>
+    {% if quote.text %}
+    <blockquote dir="auto">{{ quote.text }}</blockquote>
+    {% endif %}
+  </figure>
+  {% endfor %}
+</details>
 {% endfor %}
 {% endfor %}
 
 {% if gains %}
-<h2>Gain of each held-out post, bits per byte</h2>
-<table>
+<h2>What each held-out post gained</h2>
+<div class="table"><table>
+  <thead><tr><th scope="col"><th scope="col">bits per byte<td></thead>
   {% for gain, title in gains %}
-  <tr><td>{{ title }}<td>{{ "%+.3f" | format(gain) }}
-  <td><meter max="{{ gains[0][0] }}" value="{{ [gain, 0] | max }}"></meter>
+  <tr><th scope="row">{{ title }}<td>{{ "%+.3f" | format(gain) }}
+  <td><meter max="{{ [gains[0][0], 0.001] | max }}" value="{{ [gain, 0] | max }}"></meter>
   {% endfor %}
-</table>
+</table></div>
 {% endif %}
 
 <h2>What it writes</h2>
 <p>What stands in your posts word for word is <mark>marked</mark>.</p>
 {% for request, pieces in report.samples %}
-<b>{{ request }}</b>
-<blockquote>
+<h3 dir="auto">{{ request }}</h3>
+<blockquote dir="auto">
   {%- for piece, is_copy in pieces -%}
   {% if is_copy %}<mark>{{ piece }}</mark>{% else %}{{ piece }}{% endif %}
   {%- endfor -%}
@@ -2988,11 +3198,23 @@ PAGE = """\
 """
 
 
+class Picture(NamedTuple):
+    """As a page holds it."""
+
+    png: bytes
+    alt: str  # what those read who cannot see it
+
+    @property
+    def source(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
 def make_page(report: Report, curve: Path) -> str:
     """The report as one self-contained page; the template escapes every text that is put into it."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=keep_signs)
     if curve.is_file():
-        report.part("learned").picture = data_uri(curve.read_bytes())
+        part = report.part("learned")
+        part.picture = Picture(curve.read_bytes(), f"Loss over the updates of training. {part.finding.verdict}")
 
     # Post by post for the page only: in the terminal it would bury the rest.
     gains = []
@@ -3000,35 +3222,50 @@ def make_page(report: Report, curve: Path) -> str:
     if isinstance(learned, Learned) and learned.held_out:
         gains = [(post.gain, post.title) for post in learned.held_out.posts]
         gains.sort(reverse=True)
-    return template.render(report=report, gains=gains)
+    on_top = [report.part(key) for key in ON_TOP]
+    template = environment.from_string(PAGE)
+    return template.render(report=report, on_top=on_top, landmarks=report.part("voice").picture, gains=gains)
 
 
-def data_uri(png: bytes) -> str:
-    """A picture as text that a page can hold."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def keep_signs(text: object) -> object:
+    """No line ends between a figure and its percent sign; for whatever the template puts into the page."""
+    return text.replace(" %", f"{NO_BREAK}%") if isinstance(text, str) else text
 
 
-def picture_of(figure: Figure) -> str:
+def png_of(figure: Figure) -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
-    return data_uri(data.getvalue())
+    figure.savefig(data, format="png", dpi=180)
+    return data.getvalue()
 
 
 def draw_voice(voice: Voice) -> Figure:
-    """The line from the base model (0) to the author (1): other bloggers as dots, ranges as bars."""
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
-    axes = figure.subplots()
-    axes.axvline(0, color="0.6")
-    axes.axvspan(*voice.ceiling, color="tab:blue", alpha=0.2, label="you against yourself")
+    """A row for everybody on the line from the base model (0) to the author (1): dots, and ranges as bars."""
+    # From below, with the places of the dots.
+    rows = {"the base model": [0.0]}
     if voice.strangers:
-        places = list(voice.strangers.values())
-        axes.plot(places, [0.0] * len(places), "o", color="0.6", label="other bloggers")
+        rows["other bloggers"] = list(voice.strangers.values())
+    rows["the tuned model"] = [voice.position]
+    rows["you"] = [1.0]
+    ranges = {"the tuned model": voice.interval, "you": voice.ceiling}
+    colours = {"the tuned model": "tab:orange", "you": "tab:blue"}
 
-    # Above the others, or its range would hide them.
-    axes.hlines(1, *voice.interval, color="tab:orange", linewidth=3)
-    axes.plot(voice.position, 1, "D", color="tab:orange", markersize=9, label="the tuned model")
-    axes.set(yticks=[], ylim=(-1, 2), xticks=[0, 1], xticklabels=["the base\nmodel", "you"])
-    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    # Small, so that its letters are large enough where a phone shows the whole of it.
+    figure = Figure(figsize=(5, 2.3), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(*voice.ceiling, color=colours["you"], alpha=0.15)
+    for end in (0, 1):
+        axes.axvline(end, color="0.7", linewidth=1)
+
+    for row, (whose, places) in enumerate(rows.items()):
+        colour = colours.get(whose, "0.35")
+        if whose in ranges:
+            axes.hlines(row, *ranges[whose], color=colour, linewidth=3)
+        axes.plot(places, [row] * len(places), "o", color=colour, alpha=0.7, markersize=8, label=whose)
+
+    axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
+    axes.set(xticks=[0, 1], xlabel="writes like the base model (0) ... like you (1)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
     return figure
 
 
@@ -3053,6 +3290,8 @@ QUESTIONS = [
 ]
 COLUMNS = 80  # of a terminal
 SHOWN_ANSWERS = 6  # on the page
+ON_TOP = ("learned", "reader", "copies", "leaks")  # of the page, as the short answers
+CUT_OFF = " ..."  # behind an answer that did not end by itself
 
 
 @dataclass
@@ -3062,7 +3301,7 @@ class Part:
     key: str
     question: str
     finding: Finding
-    picture: str = ""  # a data URI
+    picture: Picture | None = None
 
 
 @dataclass
@@ -3079,12 +3318,12 @@ class Report:
 
     def add(self, question: Question, evidence: Evidence) -> None:
         """Answers one question; where something is missing for it, that is the answer."""
-        picture = ""
+        picture = None
         try:
             numbers = question.measure(evidence)
             finding = question.tell(numbers, evidence)
             if question.draw:
-                picture = picture_of(question.draw(numbers))
+                picture = Picture(png_of(question.draw(numbers)), finding.verdict)
         except NotMeasured as missing:
             numbers = {"not_measured": str(missing)}
             finding = Finding(f"Not measured: {missing}.")
@@ -3105,14 +3344,21 @@ class Report:
 
     def as_text(self) -> str:
         """For the terminal: each verdict, under it its table, and what the table means; 80 columns at most."""
-        lines = textwrap.wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval", COLUMNS)
+        lines = wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval")
         for part in self.parts:
             lines.append("")
-            lines += textwrap.wrap(f"{part.question} {part.finding.verdict}", COLUMNS)
+            lines += wrap(f"{part.question} {part.finding.verdict}")
             lines += table_lines(part.finding)
-            for note in part.finding.notes:
-                lines += textwrap.wrap(note, COLUMNS, initial_indent="    ", subsequent_indent="    ")
+            for note in part.finding.notes + part.finding.hints:
+                lines += wrap(note, indent="    ")
         return "\n".join(lines)
+
+
+def wrap(text: str, indent: str = "") -> list[str]:
+    """Lines for the terminal; none ends between a figure and its percent sign."""
+    kept = text.replace(" %", f"{NO_BREAK}%")
+    lines = textwrap.wrap(kept, COLUMNS, initial_indent=indent, subsequent_indent=indent)
+    return [line.replace(f"{NO_BREAK}%", " %") for line in lines]
 
 
 def numbers_only(value: object) -> object:
@@ -3155,11 +3401,13 @@ def table_lines(finding: Finding) -> list[str]:
 def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]]]:
     """The first requests with what the tuned model wrote, in pieces that are copies or not."""
     index = evidence.index
-    pairs = zip(evidence.requests, evidence.tuned.texts(), strict=False)
+    pairs = zip(evidence.requests, evidence.tuned.answers, strict=False)
     samples = []
-    for request, text in itertools.islice(pairs, SHOWN_ANSWERS):
+    for request, answer in itertools.islice(pairs, SHOWN_ANSWERS):
         # Without training data nothing can be known to be a copy.
-        pieces = index.split_at_copies(text) if index else [(text, False)]
+        pieces = index.split_at_copies(answer.text) if index else [(answer.text, False)]
+        if not answer.ended:
+            pieces.append((CUT_OFF, False))
         samples.append((request, pieces))
     return samples
 
@@ -3215,6 +3463,8 @@ def main(argv: list[str] | None = None) -> int:
         if training.is_out_of_memory(error):
             sys.exit("Out of memory: close what else uses it, or ask for less (--quick, --max-new-tokens).")
         raise
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
     return 0
 
 

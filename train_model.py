@@ -1518,17 +1518,18 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
     base_loss = measured[0]["eval_loss"]
 
     # Not by pyplot, which keeps every figure and may look for a screen.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    # Small, so that its letters are large enough where a phone shows the whole of it.
+    figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*curve(updates, "loss"), color="0.75", label="train, each update")
+    axes.plot(*curve(updates, "loss"), color="0.5", label="train, each update")
     label = "validation: posts it never saw"
     axes.plot(*curve(measured, "eval_loss"), marker="o", color="tab:blue", label=label)
     axes.axhline(base_loss, linestyle="--", color="tab:orange", label="base model on the same posts")
 
     axes.set(xlabel="updates", ylabel="loss (nats per token)", title="Blue below the dashed line: it learned")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)  # below, where it hides no line
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=180)
 
 
 def curve(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
