@@ -139,7 +139,7 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, fi
     room = max(positions - sampling.max_new_tokens, positions // 2)
 
     say(COMMANDS)
-    while (line := read_line()) != "/quit":
+    while (line := read_or_clear_line()) != "/quit":
         if not talk.take(line):
             continue
 
@@ -171,7 +171,7 @@ def quiz(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, bl
     say(f"Which one did you write? 1 or 2, /quit ends. {QUIZ_PAIRS} pairs at most; no post that it was trained on.")
     shown = 0
     guesses = []  # whether each was right
-    # Ctrl-C ends it too, while the next pair is being written: what was answered counts.
+    # Ctrl-C ends it too, also while the next pair is being written: what was answered counts.
     with contextlib.suppress(KeyboardInterrupt):
         for own, other in quiz_pairs(model, tokenizer, sampling, dice, blog):
             shown += 1
@@ -662,11 +662,17 @@ COMMANDS = (
 
 
 def read_line() -> str:
-    """The next line that is typed; Ctrl-C makes it an empty one, the end of the input is "/quit"."""
+    """The next line that is typed; the end of the input is "/quit"."""
     try:
         return input("\n> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return "/quit"
+
+
+def read_or_clear_line() -> str:
+    """The same, where Ctrl-C makes it an empty line."""
+    try:
+        return read_line()
     except KeyboardInterrupt:
         return ""
 
@@ -797,8 +803,10 @@ def ask_which(own: str, other: str, dice: torch.Generator) -> bool | None:
     own_place = int(torch.randint(2, (1,), generator=dice))
     texts = [own, other] if own_place == 0 else [other, own]
     for number, text in enumerate(texts, start=1):
-        # Line breaks would tell the two apart at a glance.
-        print(f"\n{number}: {' '.join(text.split())}", flush=True)
+        # The text's own line breaks would tell the two apart at a glance.
+        flat = " ".join(text.split())
+        lines = textwrap.wrap(flat, COLUMNS, initial_indent=f"{number}: ", subsequent_indent="   ")
+        print("\n" + "\n".join(lines), flush=True)
 
     while (line := read_line()) not in ("1", "2", "/quit"):
         say("1 or 2, /quit ends.")

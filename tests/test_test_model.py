@@ -351,7 +351,9 @@ def test_the_quiz_counts_what_is_right_and_shows_openings_of_one_length(model_fo
     shown = []
 
     def read_line() -> str:
-        pairs = re.findall(r"^([12]): (.*)$", capsys.readouterr().out, re.M)
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80
+        pairs = re.findall(r"^([12]): ((?:.+\n?)+)", out, re.M)
         shown.append(dict(pairs))
         return next(number for number, text in pairs if "unseen" in text)
 
@@ -370,17 +372,40 @@ def test_the_quiz_never_shows_a_trained_post_and_can_be_stopped(model_folder, qu
     assert re.search(r"^right \d of 2 ", out, re.M) and "nobody may see" not in out and "1 or 2" in err
 
 
-def test_ctrl_c_ends_the_quiz_also_while_the_next_pair_is_written(model_folder, quiz_data, monkeypatch, capsys):
+@pytest.mark.parametrize("moment", ["writing", "reading"])
+def test_ctrl_c_ends_the_quiz_and_what_was_answered_counts(moment, model_folder, quiz_data, monkeypatch, capsys):
     text = "words of the model " * 40
+    typed = iter(["1"])
 
     def stream(*_):
         yield text, test_model.Answer(text, [1], True)
-        raise KeyboardInterrupt
+        if moment == "writing":
+            raise KeyboardInterrupt
+        yield text, test_model.Answer(text, [1], True)
+
+    def type_line(_):
+        line = next(typed, None)
+        if line is None:
+            raise KeyboardInterrupt
+        return line
 
     monkeypatch.setattr(test_model, "stream", stream)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    monkeypatch.setattr("builtins.input", type_line)
     assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
     assert re.search(r"^right \d of 1 ", capsys.readouterr().out, re.M)
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat_only_clears_the_line(model_folder, prompts, monkeypatch, capsys):
+    lines = iter(["hi", KeyboardInterrupt, "so", "/quit"])
+
+    def type_line(_):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    assert chat(model_folder, monkeypatch, capsys, "").out == "one\ntwo\n"
 
 
 def test_ctrl_c_is_one_sentence_elsewhere(model_folder, data_folder, monkeypatch):
