@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import write_jsonl
 
 import test_model
 
@@ -213,6 +214,31 @@ def test_who_is_no_stranger_is_left_out_of_the_crowd(monkeypatch):
     others = test_model.pick_counts(data, features).stretches
     assert set(everybody) - set(others) == {left_out} and len(others) == len(everybody) - 1
     assert all((counted.counts == everybody[name].counts).all() for name, counted in others.items())
+
+
+def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measured(tmp_path, monkeypatch):
+    """An empty folder, another language, too little text, and the one stranger who is left."""
+    french = ["le chat est sur la table et il regarde par la fenêtre " * 300]
+    blogs = {"french": french, "brief": write("clerk", 7, 500), "clerk": write("clerk", 8, 6_000), "nothing": []}
+    for name, posts in blogs.items():
+        write_jsonl(tmp_path / name / "train_data.jsonl", conversations(posts))
+    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / name) for name in [*blogs, "gone"]])
+
+    train = conversations(write("baker", 1, 20_000))
+    blog = test_model.BlogData(train, held_out=conversations(write("baker", 2, 6_000)))
+    evidence = test_model.Evidence(blog, test_model.WordIndex(train), tuned=answers(write("baker", 3, 6_000)))
+    evidence.base = answers(write("clerk", 4, 6_000))
+    test_model.add_other_blogs(evidence)
+
+    with pytest.raises(test_model.NotMeasured) as missing:
+        test_model.measure_reader(evidence)
+    told = str(missing.value)
+    assert told.startswith("it takes 4 other bloggers with 2,000 words each, and there is 1: ")
+    assert f"words of {tmp_path / 'french'} (OTHER_BLOGS) you use 0 %: it is another language" in told
+    assert f"{tmp_path / 'brief'} (OTHER_BLOGS) has 482 words, and it takes 2,000: the reader leaves it out" in told
+    assert all(f"OTHER_BLOGS names {tmp_path / name}, where there is no" in told for name in ("nothing", "gone"))
+    assert "bloggers who come along" in told  # the baker's words are no language
+    assert set(test_model.measure_voice(evidence).strangers) == {str(tmp_path / "clerk")}
 
 
 def test_a_stranger_with_many_posts_sets_no_threshold_alone():
