@@ -98,10 +98,8 @@ EPOCHS = 3
 MAX_STEPS = 0  # updates; 0 = as many as the epochs need
 LEARNING_RATE = 2e-5  # for GPT2-medium; SmolLM2-135M gained more at every step up to 2e-4 (README, Figures)
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
-# 0: all weights are trained. 16: a frozen base model in half precision with adapters of this rank beside its layers, so
-# that 1 to 1.7 billion parameters fit 8 GB; a higher one can learn more and takes more memory, hardly any for a blog.
-# Adapters want about ten times the rate of full training, here 2e-4, whatever their rank (LORA_ALPHA has the source).
-LORA_RANK = 0
+LORA_RANK = 0  # 0 trains all weights; 16 adapters on a frozen base model, so that 1 to 1.7 billion parameters fit 8 GB
+# (64: 1 GB more, and room for more text). Adapters want about ten times the LEARNING_RATE of full training, as 2e-4.
 DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
 PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; weights are float32 in all
 SEED = 42
@@ -968,11 +966,16 @@ def memory_needed(shape: Shape, tokens: int, precision: str, way: WayToTrain, de
     output_layer = gradient + logits * low_precision
     if not is_frozen:
         output_layer += shape.vocabulary * shape.width * (4 + low_precision)
+    activations = batch * layers + max(loss, output_layer)
+
+    # An evaluation needs next to none of them, and puts the frozen weights aside: see `merged`.
+    if device == "cpu":
+        activations = max(activations, frozen)
     return {
         "weights": frozen + trained * (4 + low_precision),
         "gradients": trained * 4,
         "optimizer": averages,
-        "activations": batch * layers + max(loss, output_layer),
+        "activations": activations,
     }
 
 
@@ -1051,10 +1054,11 @@ def check_disk(folder: Path, plan: Plan) -> str:
 # They are merged, W + scale * B A, whenever the model is measured, answers or is saved: the merge rounds, so that only
 # the merged model's loss is true of what is saved.
 
-# The scale is LORA_ALPHA / r, so that the best learning rate is the same for every rank. All linear layers, this alpha
-# and ten times the rate of full training are what https://thinkingmachines.ai/blog/lora found best; not tuned here.
+# The scale is LORA_ALPHA / r, which makes one learning rate right for every rank. All linear layers, this alpha and ten
+# times the rate of full training are what "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora) found best, and
+# that little text takes no high rank. Nothing of it was tuned here.
 LORA_ALPHA = 32
-USUAL_RANK = 16  # which a plan proposes where full training does not fit; bigger ones learned no more from little text
+USUAL_RANK = 16  # which a plan proposes where full training does not fit
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

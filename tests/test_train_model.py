@@ -1083,6 +1083,10 @@ def test_the_memory_of_adapters_is_what_their_parts_take(medium):
     per_token = train_model.bytes_kept_by_layer(shape, mixed=True)
     assert half["activations"] == 512 * 24 * per_token + 512 * 50257 * (2 + 4 + 8)
 
+    # While it is measured, a model on the CPU lies in the same memory as the weights that are put aside.
+    one_token = [train_model.memory_needed(shape, 1, "fp16", way, device)["activations"] for device in ("cpu", "cuda")]
+    assert one_token[0] == 2 * medium.parameters > one_token[1]
+
     exact = train_model.memory_needed(shape, 512, "fp32", way, "cuda")
     assert exact["weights"] == 4 * medium.parameters + 4 * 6_291_456
     thrifty = train_model.memory_needed(shape, 512, "fp16", way._replace(optimizer="adamw_bnb_8bit"))
