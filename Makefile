@@ -17,7 +17,7 @@ export DO_NOT_TRACK := 1
 
 help:
 	@echo 'make install   Python packages into .venv/ (2 GB), nothing else'
-	@echo 'make demo      the whole job on an invented blog, with a real small model: ten minutes or more'
+	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make check     ruff, and the tests that take seconds'
 	@echo 'make test      ruff, and all tests: about eight minutes; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
@@ -48,10 +48,10 @@ DEMO_BLOGS := --public sample/public-blog --private sample/private-blog --author
 demo: demo-begins sample/model/config.json
 	@echo; echo '--- 1 of 3: posts to conversations (seconds)'
 	$(BIN)/python extract_blog_data.py $(DEMO_BLOGS) --data-dir $(DEMO)/data
-	@echo; echo '--- 2 of 3: training (four minutes on two cores with fast bfloat16, ten without)'
+	@echo; echo '--- 2 of 3: training (two minutes on two cores with fast bfloat16, ten without)'
 	$(BIN)/python train_model.py --base-model sample/model --data-dir $(DEMO)/data --output-dir $(DEMO)/model \
 		--epochs 1 --learning-rate 2e-4
-	@echo; echo '--- 3 of 3: what it writes, and the report (three to five minutes)'
+	@echo; echo '--- 3 of 3: what it writes, and the report (two to five minutes)'
 	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model
 	$(BIN)/python test_model.py --data-dir $(DEMO)/data --model-dir $(DEMO)/model --report --quick
 	@echo
@@ -64,7 +64,7 @@ demo: demo-begins sample/model/config.json
 demo-begins:
 	@echo 'The demo takes an invented baker, 88 posts, and makes a model that writes like her:'
 	@echo 'install what is needed, extract, train a small real model (135M), let it write, measure it.'
-	@echo 'Ten minutes on two cores, a quarter of an hour on slow ones, most of it training; nothing is written outside of this folder.'
+	@echo 'Six minutes on two cores, a quarter of an hour on slow ones, most of it training; nothing is written outside of this folder.'
 
 # Tables of cases and arithmetic; whole training runs are left to `make test`.
 check: $(VENV)/installed-for-tests

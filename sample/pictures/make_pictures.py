@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "demo" / "model" / "voice_report.html"
-NAMES = ("loss_curve.png", "voice.png")  # in the order in which they stand on the page
+NAMES = ("voice.png", "loss_curve.png")  # in the order in which they stand on the page
 
 
 def main() -> int:
