@@ -84,11 +84,11 @@ MAX_NEW_TOKENS = None  # an answer's length at most; 200 tokens are about 150 wo
 TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
 TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
-REPETITION_PENALTY = None  # 1 = none; 1.1 keeps small models from going in circles, 1.3 garbles them
+REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
 PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
 
-REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 100 public posts read for leaks; 0.5: half of it, wider ranges
+REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
 NOT_STRANGERS = []  # names in sample/strangers/README.md that are no strangers: yourself, a blog that you copied from
 OTHER_BLOGS = []  # data folders of other bloggers that extract_blog_data.py wrote; the only way in other languages
@@ -192,7 +192,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
-    base = load_base(base_name)
+    base = load_base(base_name, was_adapted(args.model_dir))
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
 
@@ -215,8 +215,11 @@ NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
-def load_for_writing(folder: str | Path):
-    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole."""
+def load_for_writing(folder: str | Path, adapted: bool = False):
+    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole.
+
+    With `adapted`, in half precision as in training: a base model that takes adapters may be too large for float32.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -227,7 +230,11 @@ def load_for_writing(folder: str | Path):
     # transformers fills what is missing with random numbers and only warns.
     if info["missing_keys"]:
         raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if adapted:
+        training.hold_in_half(model, training.precision_on(device, PRECISION or training.PRECISION))
+    return model.to(device).eval()
 
 
 def load_tuned(folder: Path):
@@ -238,7 +245,7 @@ def load_tuned(folder: Path):
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
 
     try:
-        model = load_for_writing(folder)
+        model = load_for_writing(folder, was_adapted(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # Where its files are gone, transformers makes an empty one.
         if not tokenizer.encode("x"):
@@ -258,12 +265,17 @@ def read_history(model_dir: Path) -> dict:
     return {}
 
 
+def was_adapted(model_dir: Path) -> bool:
+    """Whether it was trained by adapters, with both models in half precision."""
+    return bool(read_history(model_dir).get("plan", {}).get("lora_rank"))
+
+
 def base_name_of(model_dir: Path) -> str:
     """The name or folder of the base model, "" where nobody knows it."""
     return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
 
 
-def load_base(name: str):
+def load_base(name: str, adapted: bool = False):
     """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
     if not name:
         say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
@@ -277,7 +289,7 @@ def load_base(name: str):
             break
 
     try:
-        return load_for_writing(folder)
+        return load_for_writing(folder, adapted)
     except OSError as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
@@ -830,7 +842,7 @@ def quiz_result(guesses: list[bool], shown: int) -> str:
 ANSWERS_AT_ONCE = 24  # rows of a batch; more bring little speed and take memory
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; a model that writes less is not asked for ever
-PUBLIC_TEXTS = 100  # that are read for the leak check, at full size; private and held-out ones are all read
+PUBLIC_TEXTS = 60  # that are read for the leak check, at full size; private and held-out ones are all read
 
 
 @dataclass
@@ -1018,13 +1030,18 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
 
     answers = []
     written = 0
+    wanted = ANSWERS_AT_ONCE
     while written < evidence.words:
-        batch = list(itertools.islice(source, ANSWERS_AT_ONCE))
+        batch = list(itertools.islice(source, wanted))
         if not batch:
             break
         answers += whole_answers(model, tokenizer, batch, sampling, dice)
         written = count_words(answer.text for answer in answers)
         say(f"{name} model: wrote {written:,} words, {evidence.words:,} needed")
+
+        # No more than what is missing, if the next answers are as long as these.
+        mean = max(written, 1) / len(answers)
+        wanted = min(ANSWERS_AT_ONCE, math.ceil((evidence.words - written) / mean))
     return answers
 
 
@@ -3514,7 +3531,7 @@ def make_dice(seed: int | None) -> torch.Generator:
 
 def load_base_as(model_dir: Path, precision: str):
     """The base model of that folder in the precision of writing, or None where it is not at hand."""
-    base = load_base(base_name_of(model_dir))
+    base = load_base(base_name_of(model_dir), was_adapted(model_dir))
     return base and base.to(NUMBERS[precision])
 
 

@@ -6,7 +6,7 @@ Stock: Trainer with DataCollatorForLanguageModeling, one post a row cut at 512, 
 Both sides: batch 1, accumulation 8, bfloat16 autocast over float32 weights. Each measurement is a process of its own,
 the sides take turns, and of each the fastest update but the first counts. Bare: the products of one training step of
 the same model on the same rows, nothing else. Prints tokens per second and shares of the bare products' speed, which
-count 6 x parameters x tokens as everybody does.
+count 6 x parameters x tokens as everybody does; last, the memory that train_model.py plans with beside what it took.
 """
 
 import argparse
@@ -47,7 +47,9 @@ class Clock(TrainerCallback):
     def on_step_begin(self, *_, **__):
         self.began = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
+    def on_step_end(self, args, *_, **__):
+        if args.device.type != "cpu":  # which is still at work when Python has told it everything
+            torch.accelerator.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
 
@@ -61,19 +63,26 @@ def measure_stock(model_folder: str, conversations: list[dict], updates: int) ->
     tokenizer = train_model.load_tokenizer(model_folder)
     random.Random(0).shuffle(conversations)
     rows, authors = stock_rows(tokenizer, conversations[: updates * UPDATE])
-    model, clock = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), Clock()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    clock = Clock()
+    stock_trainer(model, tokenizer, rows, updates, "bf16", clock).train()
+    return figures(clock, [len(row["input_ids"]) for row in rows], authors)
+
+
+def stock_trainer(model, tokenizer, rows: list[dict], updates: int, precision: str, clock: Clock) -> Trainer:
+    """The stock recipe on the device that the model is on; `precision` is "bf16", "fp16" or "fp32"."""
     arguments = TrainingArguments(
         output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE, max_steps=updates,
-        bf16=True, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        train_sampling_strategy="sequential",
+        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=model.device.type == "cpu", save_strategy="no",
+        report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock]).train()
-    return figures(clock, [len(row["input_ids"]) for row in rows], authors)
+    return Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
 
 
 def measure_ours(model_folder: str, conversations: list[dict], updates: int, full: bool) -> dict:
     train_model.keep_freed_memory()
+    before = peak_gigabytes()  # Python and its libraries, which no plan counts
     tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_for_training(model_folder)
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
     rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
@@ -94,7 +103,19 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     )  # fmt: skip
     trainer.train()
     authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
-    return figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+    found = figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+    return {**found, "taken": found["gigabytes"] - before, "planned": planned_gigabytes(model_folder, 512)}
+
+
+def planned_gigabytes(model_folder: str, tokens: int) -> float:
+    shape = train_model.shape_of(AutoConfig.from_pretrained(model_folder))
+    way = train_model.WayToTrain("adamw_torch_fused", checkpointing=False, rows_at_once=1)
+    return sum(train_model.memory_needed(shape, tokens, "bf16", way).values()) / 1e9
+
+
+def peak_gigabytes() -> float:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
@@ -104,18 +125,24 @@ def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
     return {
         "tokens": speed,
         "authors": speed * sum(authors) / sum(tokens),
-        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "gigabytes": peak_gigabytes(),
     }
 
 
 def measure_bare(model_folder: str) -> dict:
     """Tokens per second of nothing but the matrix products of one row of 512 tokens, forward and backward."""
     train_model.keep_freed_memory()
+    seconds, share = time_products(AutoConfig.from_pretrained(model_folder), 512, torch.bfloat16, torch.device("cpu"))
+    return {"tokens": 512 * share / seconds}
+
+
+def time_products(config, tokens: int, numbers: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """(seconds, share of the parameters): the products of one training step of `tokens` tokens, the fastest of six."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+        model = AutoModelForCausalLM.from_config(config)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
-    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    inputs = [torch.randn(512, min(shape), dtype=torch.bfloat16) for shape in shapes]
+    weights = [torch.randn(shape, dtype=numbers, device=device) for shape in shapes]
+    inputs = [torch.randn(tokens, min(shape), dtype=numbers, device=device) for shape in shapes]
     seconds = []
     for _ in range(6):
         began = time.perf_counter()
@@ -124,9 +151,11 @@ def measure_bare(model_folder: str) -> dict:
             out = given @ weight
             out @ weight.T
             given.T @ out
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
     share = sum(weight.numel() for weight in weights) / model.num_parameters()
-    return {"tokens": 512 * share / min(seconds)}
+    return min(seconds), share
 
 
 def hardware() -> str:
@@ -178,6 +207,10 @@ def compare(args: argparse.Namespace) -> None:
                 flush=True,
             )
         print(f"| ours / stock | | {results['ours']['authors'] / results['stock']['authors']:.2f} | | |", flush=True)
+
+    full = results["full"]
+    share = full["planned"] / full["taken"]
+    print(f"\nmemory: {full['planned']:.2f} GB planned, {full['taken']:.2f} GB taken beside Python itself: {share:.0%}")
 
 
 if __name__ == "__main__":
