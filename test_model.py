@@ -192,7 +192,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
-    base = load_base(base_name, was_adapted(args.model_dir))
+    base = load_base(base_name)
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
 
@@ -215,11 +215,8 @@ NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
-def load_for_writing(folder: str | Path, adapted: bool = False):
-    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole.
-
-    With `adapted`, in half precision as in training: a base model that takes adapters may be too large for float32.
-    """
+def load_for_writing(folder: str | Path):
+    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -230,11 +227,7 @@ def load_for_writing(folder: str | Path, adapted: bool = False):
     # transformers fills what is missing with random numbers and only warns.
     if info["missing_keys"]:
         raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if adapted:
-        training.hold_in_half(model, training.precision_on(device, PRECISION or training.PRECISION))
-    return model.to(device).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_tuned(folder: Path):
@@ -245,7 +238,7 @@ def load_tuned(folder: Path):
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
 
     try:
-        model = load_for_writing(folder, was_adapted(folder))
+        model = load_for_writing(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # Where its files are gone, transformers makes an empty one.
         if not tokenizer.encode("x"):
@@ -265,17 +258,12 @@ def read_history(model_dir: Path) -> dict:
     return {}
 
 
-def was_adapted(model_dir: Path) -> bool:
-    """Whether it was trained by adapters, with both models in half precision."""
-    return bool(read_history(model_dir).get("plan", {}).get("lora_rank"))
-
-
 def base_name_of(model_dir: Path) -> str:
     """The name or folder of the base model, "" where nobody knows it."""
     return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
 
 
-def load_base(name: str, adapted: bool = False):
+def load_base(name: str):
     """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
     if not name:
         say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
@@ -289,7 +277,7 @@ def load_base(name: str, adapted: bool = False):
             break
 
     try:
-        return load_for_writing(folder, adapted)
+        return load_for_writing(folder)
     except OSError as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
@@ -3531,7 +3519,7 @@ def make_dice(seed: int | None) -> torch.Generator:
 
 def load_base_as(model_dir: Path, precision: str):
     """The base model of that folder in the precision of writing, or None where it is not at hand."""
-    base = load_base(base_name_of(model_dir), was_adapted(model_dir))
+    base = load_base(base_name_of(model_dir))
     return base and base.to(NUMBERS[precision])
 
 

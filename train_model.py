@@ -15,7 +15,6 @@ Each line is a section below; they stand in the order in which the run needs the
     rows                 make_rows            windows of 512 tokens; short ones share a row
     model and loss       conversation_losses  float32 weights; the loss of the author's tokens, and of nothing else
     plan                 make_plan            precision, optimizer, memory and disk, before any weights are loaded
-    adapters             add_adapters         LORA_RANK: a frozen base, thin matrices beside it, merged when it is saved
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
     unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
@@ -33,7 +32,6 @@ import gc
 import hashlib
 import inspect
 import json
-import logging
 import math
 import os
 import platform
@@ -45,20 +43,15 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if "WORLD_SIZE" not in os.environ:  # one process, one GPU; torchrun starts one process for each
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-if sys.platform == "linux":
-    # Trainer loads peft, and peft bitsandbytes, which misses a package for weights of 4 bits. There are none here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import numpy as np
 import psutil
@@ -70,8 +63,6 @@ from datasets import Dataset
 from huggingface_hub import constants as hub
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -86,7 +77,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- settings
 BASE_MODEL = "gpt2-medium"  # a name on the Hugging Face hub, or a model folder; 355M parameters fit 8 GB
@@ -98,14 +88,10 @@ OVERLAP_TOKENS = 32  # of a window are seen again from the window before, as con
 ROWS_PER_UPDATE = 8  # 4,096 tokens; how many of them go through the model at once is chosen by the memory
 EPOCHS = 3
 MAX_STEPS = 0  # updates; 0 = as many as the epochs need
-# On two real blogs SmolLM2-135M gained nine tenths of what its best rate, 2e-4, brought, and 2e-5, the first recipe's,
-# half of it; 4e-4 overfits (benchmarks/README.md). Larger models want a little less; GPT2-medium is not measured.
+# On two real blogs SmolLM2-135M gained nine tenths of what its best rate, 2e-4, brought, and with 2e-5, the first
+# recipe's, half of it; 4e-4 overfits (benchmarks/README.md). GPT2-medium is not measured; larger models want less.
 LEARNING_RATE = 1e-4
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
-# 0: all weights are trained. 16: a frozen base model in half precision with adapters of this rank beside its layers, so
-# that 1 to 1.7 billion parameters fit 8 GB; a higher one can learn more and takes more memory, hardly any for a blog.
-# Adapters want a higher rate than full training, 2e-4 and more, whatever their rank (LORA_ALPHA has the source).
-LORA_RANK = 0
 DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
 PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; weights are float32 in all
 SEED = 42
@@ -133,7 +119,6 @@ def train(args: argparse.Namespace) -> None:
 
     With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
     """
-    check_rank()
     check_card(args.cpu)
     process = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     prepare_card(process.device)
@@ -159,7 +144,7 @@ def train(args: argparse.Namespace) -> None:
     machine = look_at_machine(process)
     plan, forecast = make_plan(args, config, rows_of["train"], machine)
     say_lines(plan.lines(forecast))
-    say(f"disk     {check_disk(output.parent, plan)}")
+    say(f"disk     {check_disk(output.parent, plan.parameters)}")
 
     # The first process decides what may be continued; the others look when it has done so.
     identity = identity_of_run(args, plan.precision)
@@ -169,18 +154,13 @@ def train(args: argparse.Namespace) -> None:
         checkpoint = last_checkpoint(unfinished)
 
     # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_or_exit(load_for_training, args.base_model)
+    model = load_or_exit(load_for_training, args.base_model).to(process.device)
     if not keeps_documents_apart(model):
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
         plan, forecast = make_plan(args, config, rows_of["train"], machine)
         say_lines(plan.lines(forecast))
-
-    # Halved before it meets the card, which need not have room for it in float32.
-    if LORA_RANK:
-        model = add_adapters(model, plan.precision)
-    model.to(process.device)
     use_sparse_embedding_gradient(model)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
@@ -217,7 +197,7 @@ def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: tor
 
     folder = unfinished / "best"
     save_companions(folder, tokenizer, report)
-    check_saved(folder, rows, device, report["plan"], best["eval_loss"])
+    check_saved(folder, rows, device, report["plan"]["precision"], best["eval_loss"])
 
     # The names must not reach the disk before what they name.
     flush_to_disk(folder)
@@ -707,8 +687,6 @@ FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
 
 # From the most exact to the thriftiest: (Trainer's name of the optimizer, whether activations are computed twice).
 OPTIMIZERS = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
-# The averages of adapters are small: there is more to be had from the activations, at no loss of exactness.
-OPTIMIZERS_OF_ADAPTERS = (("adamw_torch_fused", False), ("adamw_torch_fused", True), ("adamw_bnb_8bit", True))
 
 
 class WayToTrain(NamedTuple):
@@ -741,21 +719,17 @@ class Plan:
     rows_at_once: int  # of one process; the more, the faster a card works, and the update is the same
     accumulation: int  # batches of one process in an update
     evaluate_every: int  # updates
-    parameters: int  # of the model; adapters are not counted, because they are merged into them
-    lora_rank: int = 0  # 0: all weights are trained
-    trained: int = 0  # parameters of the adapters; 0 without any
+    parameters: int
 
     def lines(self, forecast: Forecast) -> list[str]:
         """The plan for people, a line each."""
         lines = []
         # The user should know why it is slower than on another machine.
-        if (self.optimizer, self.checkpointing) != OPTIMIZERS[0]:
+        if self.optimizer != OPTIMIZERS[0][0]:
             recomputed = " and recomputed activations." if self.checkpointing else ""
             lines.append(f"Memory is short: training with {self.optimizer}{recomputed}")
 
         size = f"{self.parameters / 1e6:.0f}M parameters"
-        if self.lora_rank:
-            size += f" frozen, {self.trained / 1e6:.1f}M trained in adapters of rank {self.lora_rank}"
         lines.append(f"model    {forecast.base_model}, {size}, {self.precision} on {self.device}")
         at_once = f", {self.rows_at_once} rows at once" if self.rows_at_once > 1 else ""
         lines.append(
@@ -790,7 +764,7 @@ def look_at_machine(process: PartialState) -> Machine:
 
 def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine) -> tuple[Plan, Forecast]:
     """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
-    shape = shape_of(config, LORA_RANK)
+    shape = shape_of(config)
     longest = max(map(len, rows["input_ids"]))
     # An update has the same rows, however many processes share them, and however many go through at once.
     rows_of_process = max(1, ROWS_PER_UPDATE // machine.processes)
@@ -808,8 +782,6 @@ def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine)
         # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
         parameters=shape.parameters,
-        lora_rank=shape.lora_rank,
-        trained=shape.adapters,
     )
     filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
     return plan, Forecast(args.base_model, filled, updates, memory, machine.free_memory)
@@ -823,25 +795,20 @@ def pick_precision(device: torch.device, wanted: str) -> str:
     if wanted not in ("auto", *PRECISIONS):
         sys.exit(f'PRECISION is {wanted!r}: it can be "auto", "bf16", "fp16" or "fp32".')
 
-    picked = precision_on(device, wanted)
     fastest = fastest_precision(device)
+    picked = fastest if wanted == "auto" else wanted
     if device.type == "cuda":
         if picked == "bf16" and fastest != "bf16":
             name = torch.cuda.get_device_name(device)
             say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
-    elif picked == "fp32" and wanted != "fp32":
-        missing = "bf16" if wanted == "auto" else wanted
-        say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
-    return picked
+        return picked
 
-
-def precision_on(device: torch.device, wanted: str) -> str:
-    """As `pick_precision`, which also says why."""
-    fastest = fastest_precision(device)
-    if device.type == "cuda":
-        return fastest if wanted == "auto" else wanted
     # Trainer refuses fp16 anywhere else.
-    return "bf16" if fastest == "bf16" and wanted in ("auto", "bf16") else "fp32"
+    if wanted == "fp32" or (picked == "bf16" and fastest == "bf16"):
+        return picked
+    missing = "bf16" if wanted == "auto" else wanted
+    say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
+    return "fp32"
 
 
 def fastest_precision(device: torch.device) -> str:
@@ -876,16 +843,9 @@ class Shape:
     gated: bool  # the MLP multiplies two products (Llama, Qwen, Gemma)
     further_norms: int  # in a layer, beside the two that all have (Gemma)
     norms_of_heads: int  # of queries and keys (Qwen3, Gemma 3)
-    adapted_widths: int  # what goes into and what comes out of each layer that has an adapter, in sum
-    lora_rank: int  # 0: all weights are trained
-
-    @property
-    def adapters(self) -> int:
-        """Parameters that are trained beside the frozen ones; 0 without adapters."""
-        return self.lora_rank * self.adapted_widths
 
 
-def shape_of(config, lora_rank: int = 0) -> Shape:
+def shape_of(config) -> Shape:
     with torch.device("meta"):  # tensors that have a shape and take no memory
         model = AutoModelForCausalLM.from_config(config)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -910,8 +870,6 @@ def shape_of(config, lora_rank: int = 0) -> Shape:
         gated=any(name.endswith(("gate_proj", "gate_up_proj")) for name in names),
         further_norms=max(0, len(norms) - len(of_heads) - 2),
         norms_of_heads=len(of_heads),
-        adapted_widths=sum(sum(layer.weight.shape) for layer in layers_to_adapt(model)),
-        lora_rank=lora_rank,
     )
 
 
@@ -924,63 +882,41 @@ KEPT_BYTES = {
     (True, True): (20, 14, 8),  # Llama: 56 to 58
     (True, False): (18, 22, 16),
 }
-# Of frozen weights: a layer's input is kept for its adapter, which may be in another precision, and a norm's output is
-# not kept. What an adapter keeps between its two matrices (2 bytes a rank) is too little to count.
-KEPT_BYTES_BESIDE_ADAPTERS = {
-    (False, True): (14, 8, 4),
-    (False, False): (16, 20, 8),
-    (True, True): (18, 10, 8),
-    (True, False): (16, 16, 16),
-}
 
 
 def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     """Bytes of one token's activations that one layer keeps until the backward pass."""
-    if shape.lora_rank:
-        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[shape.gated, mixed]
-        norms = 4 * shape.further_norms * shape.width + 4 * shape.norms_of_heads * shape.attention_width
-    else:
-        per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
-        norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
+    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
+    norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
     return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width + norms
 
 
 def memory_needed(shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu") -> dict[str, int]:
     """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights but for "fp32"."""
-    # Frozen weights are held in the precision that they are computed in, so that autocast needs no copy of them.
-    mixed = precision != "fp32"
-    low_precision = 2 if mixed else 0
-    is_frozen = shape.lora_rank > 0
-    frozen = shape.parameters * (2 if mixed else 4) if is_frozen else 0
-    trained = shape.adapters if is_frozen else shape.parameters
-
     # AdamW's two averages. bitsandbytes has them in one byte each, but for embeddings.
-    in_full = trained
-    if "8bit" in way.optimizer:
-        in_full = 0 if is_frozen else shape.embeddings
-    averages = in_full * 8 + (trained - in_full) * 2
+    in_full = shape.embeddings if "8bit" in way.optimizer else shape.parameters
+    averages = in_full * 8 + (shape.parameters - in_full) * 2
 
     # Computed twice, a layer keeps its input, and the layer at work all the rest.
+    mixed = precision != "fp32"
     kept = bytes_kept_by_layer(shape, mixed)
     layers = shape.layers * shape.width * 4 + kept if way.checkpointing else shape.layers * kept
     if rounds_attention(device, precision, way.checkpointing):
         layers += shape.layers * shape.heads * tokens * 2  # the weight of every token before this one
 
     # Two moments compete for the peak. The loss has the logits, their gradient, and a piece of them in float32 twice;
-    # then the output layer, unless it is frozen, has its own gradient in the making, once as it is computed and once in
-    # float32.
+    # then the output layer has its own gradient in the making, once as it is computed and once in float32.
+    low_precision = 2 if mixed else 0
     number = 2 if mixed else 4  # bytes of a logit
     batch = tokens * way.rows_at_once
     logits = batch * shape.vocabulary
     gradient = logits * (2 if precision == "bf16" else 4)
     piece = min(batch, LOSS_PIECE[device]) * shape.vocabulary * 8
     loss = logits * number + gradient + piece
-    output_layer = gradient + logits * low_precision
-    if not is_frozen:
-        output_layer += shape.vocabulary * shape.width * (4 + low_precision)
+    output_layer = gradient + logits * low_precision + shape.vocabulary * shape.width * (4 + low_precision)
     return {
-        "weights": frozen + trained * (4 + low_precision),
-        "gradients": trained * 4,
+        "weights": shape.parameters * (4 + low_precision),
+        "gradients": shape.parameters * 4,
         "optimizer": averages,
         "activations": batch * layers + max(loss, output_layer),
     }
@@ -991,183 +927,37 @@ def fit_into_memory(shape: Shape, tokens: int, rows: int, machine: Machine) -> t
 
     Returns it with its bytes by purpose; ends the program when there is none.
     """
-    fitting = first_that_fits(shape, tokens, rows, machine)
-    if fitting:
-        return fitting
-
-    way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
-    if not shape.lora_rank:
-        adapted = first_that_fits(replace(shape, lora_rank=USUAL_RANK), tokens, rows, machine)
-        if adapted:
-            size = sum(adapted[1].values()) / 1e9
-            way_out = f"set LORA_RANK = {USUAL_RANK}, which takes {size:.1f} GB, {way_out}"
-
-    # The last way is the thriftiest.
-    way = WayToTrain(*ways_to_train(shape)[-1], rows_at_once=1)
-    needed = sum(memory_needed(shape, tokens, machine.precision, way, machine.device.type).values())
-    sys.exit(
-        f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
-        f"{machine.free_memory / 1e9:.1f} GB are free: {way_out}"
-    )
-
-
-def ways_to_train(shape: Shape) -> tuple[tuple[str, bool], ...]:
-    return OPTIMIZERS_OF_ADAPTERS if shape.lora_rank else OPTIMIZERS
-
-
-def first_that_fits(shape: Shape, tokens: int, rows: int, machine: Machine) -> tuple[WayToTrain, dict[str, int]] | None:
-    """As `fit_into_memory`; None when there is no way."""
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
     if machine.device.type == "cuda":
         sizes = [size for size in (8, 4, 2, 1) if rows % size == 0]
 
     # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
-    for optimizer, checkpointing in ways_to_train(shape):
+    for optimizer, checkpointing in OPTIMIZERS:
         for size in sizes:
             way = WayToTrain(optimizer, checkpointing, size)
             memory = memory_needed(shape, tokens, machine.precision, way, machine.device.type)
-            if sum(memory.values()) + 1e9 <= machine.free_memory:
+            needed = sum(memory.values())
+            if needed + 1e9 <= machine.free_memory:
                 return way, memory
-    return None
+
+    sys.exit(
+        f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
+        f"{machine.free_memory / 1e9:.1f} GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
+    )
 
 
 def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def check_disk(folder: Path, plan: Plan) -> str:
-    """Ends a run that lacks room for its checkpoint, the best model, and another of that which is larger.
-
-    A checkpoint takes 12 bytes a trained parameter, a model 4 each, or 2 where its weights are held in half precision.
-    """
-    is_half = plan.lora_rank and plan.precision != "fp32"
-    checkpoint = 12 * (plan.trained if plan.lora_rank else plan.parameters)
-    best = plan.parameters * (2 if is_half else 4)
-    # What is replaced stays until the new one is whole.
-    needed = checkpoint + best + max(checkpoint, best)
+def check_disk(folder: Path, parameters: int) -> str:
+    """Ends a run that lacks room for two checkpoints (12 bytes a parameter each) and the best weights (4)."""
+    needed = parameters * (2 * 12 + 4)
     free = shutil.disk_usage(folder).free
     if needed > free:
         sys.exit(f"Training needs {needed / 1e9:.1f} GB on disk for its checkpoints, and {free / 1e9:.1f} GB are free.")
     return f"{needed / 1e9:.1f} GB of {free / 1e9:.0f} GB free"
-
-
-# ---------------------------------------------------------------------------- adapters
-# With LORA_RANK = r the base model is frozen. Beside each of its linear layers, but for the output layer, stand two
-# thin matrices, which alone are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
-#
-#     y = W x + scale * B (A x)        W: out x in, frozen;  A: r x in, random;  B: out x r, zero at first
-#
-# They are merged, W + scale * B A, whenever the model is measured, answers or is saved: a weight in half precision is
-# rounded then, which can take more from the loss than `check_saved` lets pass, so that only the merged model's is true.
-
-# The scale is LORA_ALPHA / r, so that the best learning rate is the same for every rank. All linear layers, this alpha
-# and ten times the rate of full training are what https://thinkingmachines.ai/blog/lora found best; not tuned here.
-LORA_ALPHA = 32
-USUAL_RANK = 16  # which a plan proposes where full training does not fit; bigger ones learned no more from little text
-HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_rank() -> None:
-    if not isinstance(LORA_RANK, int) or LORA_RANK < 0:
-        sys.exit(
-            f"LORA_RANK is {LORA_RANK!r}: it can be 0, which trains all weights, or a whole number above it, as 16."
-        )
-
-
-def layers_to_adapt(model) -> list[torch.nn.Module]:
-    """Those that peft's "all-linear" means: all linear layers but the output layer."""
-    output = model.get_output_embeddings()
-    linear = (torch.nn.Linear, Conv1D)  # the second is GPT-2's, whose weights are in x out
-    return [layer for layer in model.modules() if isinstance(layer, linear) and layer is not output]
-
-
-def add_adapters(model, precision: str) -> PeftModel:
-    """`model`, frozen and held in `precision`, with float32 adapters of LORA_RANK; ends the program where none can be.
-
-    The same numbers in A for the same SEED.
-    """
-    hold_in_half(model, precision)
-    has_conv1d = any(isinstance(layer, Conv1D) for layer in layers_to_adapt(model))
-    config = LoraConfig(
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-        lora_dropout=DROPOUT,
-        target_modules="all-linear",
-        fan_in_fan_out=has_conv1d,
-    )
-
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(SEED)
-        # peft asks by a name that transformers has given up.
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            sys.exit(
-                f"{model.config.model_type} takes no adapters: set LORA_RANK = 0, or another BASE_MODEL ({reason})."
-            )
-
-    # peft would ask the hub for the base model's config at every checkpoint.
-    adapted.peft_config["default"].base_model_name_or_path = None
-    return adapted
-
-
-def hold_in_half(model, precision: str) -> None:
-    """Hold what is frozen in the half precision that autocast would cast it to; nothing changes for "fp32".
-
-    Only matrices: norms and biases, a thousandth of all, stay float32. So does, under autocast, what one layer hands to
-    the next, as with float32 weights: float16 ends at 65,504, and sums over all layers in it lose what is small.
-    """
-    if precision not in HALF_PRECISION:
-        return
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data = weight.data.to(HALF_PRECISION[precision])
-    model.get_input_embeddings().register_forward_hook(widen)
-
-
-def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """A forward hook: float32 under autocast; a model that is wholly in half precision stays so."""
-    return output.float() if torch.is_autocast_enabled(output.device.type) else output
-
-
-@contextmanager
-def merged(model):
-    """While it lasts, the adapters of `model` are in its weights; does nothing to a model without adapters.
-
-    To subtract them would not bring back what rounding took, so the frozen weights are put aside, in the computer's
-    memory.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-
-    adapted = [layer.get_base_layer().weight for layer in model.modules() if isinstance(layer, LoraLayer)]
-    with torch.no_grad():
-        frozen = [weight.to("cpu", copy=True) for weight in adapted]
-        model.merge_adapter()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            model.unmerge_adapter()
-            for weight, before in zip(adapted, frozen, strict=True):
-                weight.copy_(before)
-
-
-def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """(model, its weights by name) as if there were no adapters; to be called while they are `merged`."""
-    if not isinstance(model, PeftModel):
-        return model, model.state_dict()
-
-    base = model.get_base_model()
-    weights = {}
-    for name, weight in base.state_dict().items():
-        if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = weight
-    return base, weights
 
 
 # ---------------------------------------------------------------------------- training
@@ -1210,19 +1000,17 @@ class BlogTrainer(Trainer):
         # Each process measures every n-th row; nats add up, whoever measured them.
         rank = self.args.process_index
         mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
-        # What is measured is what is saved, and what gives the sample.
-        with merged(self.model):
-            with self.compute_loss_context_manager():
-                losses = conversation_losses(self.model, mine)
-            # As Python numbers, because not every device has float64.
-            nats = sum(gather_object([losses.sum()]))
+        with self.compute_loss_context_manager():
+            losses = conversation_losses(self.model, mine)
+        # As Python numbers, because not every device has float64.
+        nats = sum(gather_object([losses.sum()]))
 
-            metrics = {
-                "eval_loss": nats / scored_tokens(self.eval_dataset),
-                "eval_bits_per_byte": nats / math.log(2) / self.validation_bytes,
-            }
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics = {
+            "eval_loss": nats / scored_tokens(self.eval_dataset),
+            "eval_bits_per_byte": nats / math.log(2) / self.validation_bytes,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
@@ -1360,9 +1148,8 @@ class KeepBest(TrainerCallback):
 
     def save(self, model, folder: Path) -> None:
         new = folder / "best-incomplete"
-        model, weights = without_adapters(model)
         model.config.use_cache = True  # which Trainer switches off
-        model.save_pretrained(new, state_dict=weights)
+        model.save_pretrained(new)
         flush_to_disk(new)
         put_in_place(new, folder / "best")
 
@@ -1712,13 +1499,11 @@ def generation_config(tokenizer, stops: list[int]) -> GenerationConfig:
     )
 
 
-def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
+def check_saved(folder: Path, rows: Dataset, device: torch.device, precision: str, reported: float) -> None:
     """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if plan["lora_rank"]:
-        hold_in_half(model, plan["precision"])
     model.to(device)
-    with autocast(device, plan["precision"]):
+    with autocast(device, precision):
         nats = conversation_losses(model, rows).sum()
     loss = nats / scored_tokens(rows)
 
@@ -1952,8 +1737,7 @@ def use_sparse_embedding_gradient(model) -> None:
     embedding = model.get_input_embeddings()
     output = model.get_output_embeddings()
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and model.device.type == "cpu"
-    is_tied = output is not None and output.weight is embedding.weight
-    embedding.sparse = alone and is_tied and embedding.weight.requires_grad
+    embedding.sparse = alone and output is not None and output.weight is embedding.weight
 
 
 # Tokens whose logits are float32 at a time. What stays in a processor's cache is faster; a card wants fewer calls.

@@ -339,7 +339,7 @@ def report_of(output: Path) -> dict:
 # ---------------------------------------------------------------------------- stage 1
 def end_to_end(lab: Lab) -> None:
     """Whole runs of tiny models: another device and another precision must learn the same."""
-    # Differences of losses, in nats. On two CPUs bfloat16 was 8e-5 apart from float32; the rest is room.
+    # Differences of losses, in nats. On a CPU bfloat16 was 8e-5 apart from float32; the rest is room.
     bounds = {"fp32": 1e-4, "bf16": 1e-3, "fp16": 1e-3} if lab.has_card else {"bf16": 1e-3}
     for architecture in ("gpt2", "llama"):
         base, data = tiny_folder(lab, architecture), data_folder(lab, 40, 60)
@@ -592,7 +592,8 @@ def low_precision(lab: Lab) -> None:
 
 
 def compare_gradients(lab: Lab, rows, precisions: tuple[str, ...]) -> None:
-    """Whether one update's gradient points where float32's does. The bounds are guesses."""
+    """Whether one update's gradient points where float32's does."""
+    # Of GPT2-medium's width on a CPU, two rows of 128 tokens: 5e-5 in bfloat16. The bounds are guesses above that.
     bounds = {"bf16": 1e-3, "fp16": 1e-4}
     model = model_on(lab.device, config_of(lab.size))
     batches = batches_of(lab, rows, 1)
@@ -782,7 +783,7 @@ def measure_way(lab: Lab, model, rows, way: WayToTrain, name: str, before: int, 
         torch.cuda.reset_peak_memory_stats()
     trainer = trainer_for(lab, model, rows, way, name, 2, [train_model.CastWeightsOnce(lab.device)])
     trainer.train()
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.zero_grad()
 
     recomputed = ", computed twice" if way.checkpointing else ""
@@ -849,7 +850,7 @@ def speed(lab: Lab) -> None:
 
     few = rows.select(range(4 * UPDATE))
     exact = [losses_and_times(lab, few, rows_at_once, "fp32", 4)[0] for rows_at_once in (1, 8)]
-    lab.at_most("fp32: losses of 8 rows at once beside 1", largest_difference(*exact), 1e-4, "nats")
+    lab.at_most("fp32: losses of 8 rows at once beside 1", largest_difference(*exact), 5e-5, "nats")
 
     host_time(lab)
     for rows_at_once in (1, 8):

@@ -11,9 +11,9 @@ repository. Only posts with a usable title are taken, so that all kinds of reque
     words     the three words of the same tokens that tell the post from the others of its blog (tf-idf)
 
 Read are all held-out posts and `--train-posts` others. A row is a kind: bits per byte of the first 256 tokens of the
-post given its request, the difference from the templates (paired bootstrap over the posts), and how often the post is
-likelier given its own request than given those of nine other posts of its blog (Wilson). Requests that are the same
-share that. The first table is the base model's.
+posts given their requests; how often the first 128 tokens of a post are likelier given its own request than given those
+of nine other posts of its blog (Wilson; requests that are the same share that); then both less those of the templates
+(paired bootstrap over the posts). The first table is the base model's.
 
 Then the base model is trained once with each kind, on the same posts of the first BLOG, and reads the held-out posts of
 that blog: given requests of the kind it was trained with, and given titles, which is what a reader would type.
@@ -44,9 +44,11 @@ import extract_blog_data as x
 import test_model
 import train_model
 
-KINDS = ("title", "untitled", "model", "words")
+TEMPLATES = ("title", "untitled")
+KINDS = (*TEMPLATES, "model", "words")
 READ_TOKENS = 300  # of a post, by the writer
-SCORED_TOKENS = 256  # of a post, given a request
+SCORED_TOKENS = 256  # of a post, given its own request
+COMPARED_TOKENS = 128  # of a post, given each of ten
 CANDIDATES = 10  # requests that a post is tried with, its own among them
 ECHO_WORDS = 5  # in a row of the post's own: a request would hold a part of the answer
 MOST_WORDS = 25  # of a topic
@@ -192,13 +194,13 @@ class Score(NamedTuple):
     likeliest: np.ndarray  # 1 where the post is likeliest given its own request, 1/n where n are the same as it
 
 
-def answer_nats(model, tokenizer, pairs: list[tuple[str, str]]) -> np.ndarray:
-    """Nats of the first SCORED_TOKENS tokens of each text given its request; `pairs` are (request, text)."""
+def answer_nats(model, tokenizer, pairs: list[tuple[str, str]], tokens: int) -> np.ndarray:
+    """Nats of the first `tokens` tokens of each text given its request; `pairs` are (request, text)."""
     tokenized = []
     for request, text in pairs:
         turns = [{"role": "user", "content": request}, {"role": "assistant", "content": text}]
         ids, scored = train_model.conversation_tokens(tokenizer, turns)
-        end = scored.index(True) + SCORED_TOKENS
+        end = scored.index(True) + tokens
         tokenized.append((ids[:end], scored[:end]))
 
     rows = train_model.make_rows(tokenized, train_model.CONTEXT_TOKENS, train_model.OVERLAP_TOKENS)
@@ -215,31 +217,25 @@ def answer_bytes(tokenizer, posts: list[Post]) -> np.ndarray:
 
 
 def score(model, tokenizer, posts: list[Post], kind: str) -> Score:
-    nats = []
+    nats = answer_nats(model, tokenizer, [(post.requests[kind], post.text) for post in posts], SCORED_TOKENS)
     likeliest = []
     for number, post in enumerate(posts, 1):
         own = post.requests[kind]
         asked = [own, *(other.requests[kind] for other in post.others)]
         different = list(dict.fromkeys(asked))  # the own one comes first
-        losses = answer_nats(model, tokenizer, [(request, post.text) for request in different])
-        nats.append(losses[0])
+        losses = answer_nats(model, tokenizer, [(request, post.text) for request in different], COMPARED_TOKENS)
         likeliest.append((losses.argmin() == 0) / asked.count(own))
         print(f"{kind}: post {number} of {len(posts)}", end="\r", file=sys.stderr, flush=True)
-    return Score(np.array(nats), np.array(likeliest))
+    return Score(nats, np.array(likeliest))
 
 
-def compare(name: str, scores: dict[str, Score], against: tuple[str, ...], sizes: np.ndarray) -> list[str]:
-    """Rows of the table, one for each kind in `scores`."""
-    rows = []
-    for kind, one in scores.items():
-        low, high = test_model.wilson(one.likeliest.sum(), len(sizes))
-        cells = [name, kind, f"{bits(one.nats, sizes):.4f}"]
-        share = f"{one.likeliest.mean():.0%} ({low:.0%} to {high:.0%})"
-        cells += [share]
-        for other in against:
-            cells += tell_difference(one, scores[other], sizes) if kind != other else ["", ""]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+def print_row(name: str, kind: str, one: Score, templates: dict[str, Score], sizes: np.ndarray) -> None:
+    """A row of the table; those templates that it is compared with are `templates`."""
+    low, high = test_model.wilson(one.likeliest.sum(), len(sizes))
+    cells = [name, kind, f"{bits(one.nats, sizes):.4f}", f"{one.likeliest.mean():.0%} ({low:.0%} to {high:.0%})"]
+    for other in TEMPLATES:
+        cells += tell_difference(one, templates[other], sizes) if other in templates else ["", ""]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def bits(nats: np.ndarray, sizes: np.ndarray) -> float:
@@ -312,7 +308,9 @@ def pick_wording(args: argparse.Namespace, posts: list[Post], writer, tokenizer)
     for name, wording in WORDINGS.items():
         told = add_written(posts, writer, tokenizer, wording)
         with reading(base):
-            nats = answer_nats(base, base_tokenizer, [(post.requests["model"], post.text) for post in posts])
+            nats = answer_nats(
+                base, base_tokenizer, [(post.requests["model"], post.text) for post in posts], SCORED_TOKENS
+            )
         print(f"\n{name}: {bits(nats, sizes):.4f} bits per byte; {told}", flush=True)
         for post in posts[: args.examples]:
             print(f"    {post.requests['title']}  ->  {post.requests['model']}")
@@ -370,9 +368,12 @@ def main() -> int:
     print(f"\n{hardware()}; base model, {len(held_out)} held-out posts and {len(drawn)} others")
     print_head()
     base = test_model.load_for_writing(args.base)
-    with reading(base):
-        scores = {kind: score(base, tokenizer, read, kind) for kind in KINDS}
-    print("\n".join(compare("base", scores, ("title", "untitled"), answer_bytes(tokenizer, read))), flush=True)
+    sizes = answer_bytes(tokenizer, read)
+    scores = {}
+    for kind in KINDS:
+        with reading(base):
+            scores[kind] = score(base, tokenizer, read, kind)
+        print_row("base", kind, scores[kind], others_of(kind, scores), sizes)
     del base
 
     if args.updates:
@@ -380,9 +381,15 @@ def main() -> int:
     return 0
 
 
+def others_of(kind: str, scores: dict[str, Score]) -> dict[str, Score]:
+    return {other: one for other, one in scores.items() if other != kind}
+
+
 def compare_trained(args: argparse.Namespace, tokenizer, posts: list[Post], held_out: list[Post]) -> None:
     """Trains a model with each kind of request, and prints what it makes of its own kind and of titles."""
     print(f"\n{args.updates} updates on {len(posts)} posts, seed {args.seed}; {len(held_out)} held-out posts read")
+    print_head()
+    sizes = answer_bytes(tokenizer, held_out)
     own = {}
     asked_by_title = {}
     for kind in KINDS:
@@ -392,10 +399,8 @@ def compare_trained(args: argparse.Namespace, tokenizer, posts: list[Post], held
             own[kind] = score(model, tokenizer, held_out, kind)
             asked_by_title[kind] = own[kind] if kind == "title" else score(model, tokenizer, held_out, "title")
 
-    sizes = answer_bytes(tokenizer, held_out)
-    for name, scores in (("trained with this kind", own), ("the same, asked by title", asked_by_title)):
-        print_head()
-        print("\n".join(compare(name, scores, ("title", "untitled"), sizes)), flush=True)
+        print_row("trained so", kind, own[kind], others_of(kind, own), sizes)
+        print_row("trained so, asked by title", kind, asked_by_title[kind], others_of(kind, asked_by_title), sizes)
 
 
 if __name__ == "__main__":

@@ -818,32 +818,6 @@ def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monke
     assert report(folder, data_folder, "--quick")["size"] == 0.05
 
 
-def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
-    llama_folder, data_folder, tmp_path, monkeypatch
-):
-    """Both models in half the memory, and with the very losses of the training run."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    for name, value in {"PRECISION": "bf16", "LORA_RANK": 4, "CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8}.items():
-        monkeypatch.setattr(train_model, name, value)
-    folder = tmp_path / "model"
-    flags = ["--base-model", str(llama_folder), "--data-dir", str(data_folder), "--output-dir", str(folder)]
-    assert train_model.main([*flags, "--max-steps", "3", "--learning-rate", "1e-2"]) == 0
-
-    held = []
-    reading = test_model.read_losses
-
-    def watched(model, *arguments):
-        held.append({weight.dtype for weight in model.parameters() if weight.dim() > 1})
-        return reading(model, *arguments)
-
-    monkeypatch.setattr(test_model, "read_losses", watched)
-    measured = report(folder, data_folder, "--quick")["learned"]["held_out"]
-    assert held == [{torch.bfloat16}, {torch.bfloat16}]
-    trained = json.loads((folder / "training_report.json").read_text())
-    for model, evaluation in (("tuned", trained["best"]), ("base", trained["base"])):
-        assert measured[model] == pytest.approx(evaluation["eval_bits_per_byte"], abs=1e-3)
-
-
 def test_the_report_is_its_owners_alone_and_replaces_the_old_one(model_folder, data_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     for name in ("voice_report.json", "voice_report.html"):

@@ -14,7 +14,6 @@ import signal
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -445,233 +444,6 @@ def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkey
     assert "Stopped early" in output.err and "it did not learn" in output.out
 
 
-# ---------------------------------------------------------------------------- adapters
-@pytest.fixture(scope="session")
-def qwen2_folder(tmp_path_factory) -> Path:
-    """Qwen2's shape: biases in the attention alone, an output layer of its own."""
-    return make_model_folder(
-        tmp_path_factory.mktemp("qwen2"), "qwen2", chatml=True, intermediate_size=64, num_key_value_heads=2
-    )
-
-
-SHAPES = ["gpt2_folder", "llama_folder", "qwen2_folder"]
-
-
-@pytest.fixture
-def rank_4(monkeypatch):
-    monkeypatch.setattr(train_model, "LORA_RANK", 4)
-
-
-def adapted(folder: Path, precision: str = "fp32"):
-    """A model whose adapters have learned something: B is no longer zero."""
-    model = train_model.add_adapters(train_model.load_for_training(folder), precision)
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return model.eval()
-
-
-def one_row(length: int = 40) -> dict[str, torch.Tensor]:
-    return train_model.collate([{"input_ids": list(range(5, 5 + length)), "labels": list(range(5, 5 + length))}])
-
-
-def in_bfloat16(monkeypatch) -> None:
-    """Train in it, whether this processor has kernels for it or not."""
-    monkeypatch.setattr(train_model, "PRECISION", "bf16")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_merged_adapters_give_the_logits_of_the_base_with_adapters_and_the_base_comes_back(shape, rank_4, request):
-    folder = request.getfixturevalue(shape)
-    model, batch = adapted(folder), one_row()
-    with torch.no_grad():
-        base, _ = train_model.scored_logits(train_model.load_for_training(folder).eval(), batch)
-        beside, _ = train_model.scored_logits(model, batch)
-        with train_model.merged(model):
-            inside, _ = train_model.scored_logits(model, batch)
-            plain, weights = train_model.without_adapters(model)
-            alone = AutoModelForCausalLM.from_config(plain.config).eval()
-            assert not alone.load_state_dict(weights).missing_keys
-            saved, _ = train_model.scored_logits(alone, batch)
-        again, _ = train_model.scored_logits(model, batch)
-    assert (beside - base).abs().max() > 1e-3
-    assert torch.allclose(inside, beside, atol=1e-5)
-    assert torch.allclose(saved, inside, atol=1e-5)
-    assert torch.equal(again, beside)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_frozen_weights_survive_merging_bit_by_bit(precision, gpt2_folder, rank_4):
-    """In half precision, where W + BA - BA is another W."""
-    model = adapted(gpt2_folder, precision)
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    for _ in range(3):
-        with train_model.merged(model):
-            assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    frozen = {weight.dtype for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad}
-    assert frozen == {{"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)}
-    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_plan_counts_the_adapters_that_peft_makes(shape, rank_4, request):
-    folder = request.getfixturevalue(shape)
-    model = adapted(folder)
-    counted = train_model.shape_of(AutoConfig.from_pretrained(folder), 4)
-    assert counted.adapters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert train_model.shape_of(AutoConfig.from_pretrained(folder)).adapters == 0
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_adapters_learn_and_leave_a_folder_as_full_training_does(
-    shape, rank_4, data_folder, tmp_path, request, monkeypatch, capsys
-):
-    base_folder = request.getfixturevalue(shape)
-    report = run(base_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
-    assert report["best"]["eval_loss"] < report["base"]["eval_loss"] - 0.05
-    updates = [entry["loss"] for entry in report["log"] if "loss" in entry]
-    assert np.mean(updates[-5:]) < np.mean(updates[:5]) - 0.05
-    assert report["settings"]["lora_rank"] == report["plan"]["lora_rank"] == 4
-    said = capsys.readouterr().err
-    assert f"frozen, {report['plan']['trained'] / 1e6:.1f}M trained in adapters of rank 4, fp32 on cpu" in said
-    assert "arning" not in said
-
-    monkeypatch.setattr(train_model, "LORA_RANK", 0)
-    run(base_folder, data_folder, tmp_path / "full", "--max-steps", "1")
-    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("model", "full")]
-    assert names[0] == names[1] and "model.safetensors" in names[0]
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "full")]
-    assert configs[0] == configs[1] and configs[0]["use_cache"]
-
-    # Every linear layer has learned, and what no adapter stands beside is the base's to the last bit.
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    learned = [layer.weight for layer in train_model.layers_to_adapt(model)]
-    base = dict(AutoModelForCausalLM.from_pretrained(base_folder).named_parameters())
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, base[name]) != any(weight is other for other in learned), name
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert tied == AutoConfig.from_pretrained(base_folder).tie_word_embeddings
-
-
-@pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
-def test_what_is_measured_in_half_precision_is_what_anybody_loads(
-    shape, rank_4, data_folder, tmp_path, request, monkeypatch
-):
-    """A merge rounds: the loss of the base with adapters beside it is another one."""
-    in_bfloat16(monkeypatch)
-    base_folder = request.getfixturevalue(shape)
-    report = run(base_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
-    assert report["best"]["eval_loss"] < report["base"]["eval_loss"] - 0.02
-
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    full_size = (base_folder / "model.safetensors").stat().st_size
-    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 0.6 * full_size
-
-    # To the last digit but for the sum: 1e-3, which the run itself demands, would also let a model pass that was
-    # measured with its adapters beside it.
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    entries = train_model.read_conversations(data_folder / "val_data.jsonl")
-    tokenized = train_model.tokenize(tokenizer, entries)
-    rows = train_model.make_rows(tokenized, 64, 8)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    train_model.hold_in_half(saved, "bf16")
-    with train_model.autocast(torch.device("cpu"), "bf16"):
-        nats = train_model.conversation_losses(saved, rows).sum()
-    assert nats / train_model.scored_tokens(rows) == pytest.approx(report["best"]["eval_loss"], abs=1e-7)
-
-
-def test_layers_hand_on_float32_over_a_base_in_half_precision(llama_folder, rank_4):
-    model, seen = adapted(llama_folder, "fp16"), []
-    for layer in model.get_base_model().model.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
-    with train_model.autocast(torch.device("cpu"), "fp16"):
-        logits, _ = train_model.scored_logits(model, one_row())
-    assert set(seen) == {(torch.float32, torch.float32)} and logits.dtype == torch.float16
-
-
-def test_adapters_in_float16_get_the_gradients_of_float32(gpt2_folder, rank_4):
-    """What the card with 8 GB does: a scaler takes gradients of float32 weights only."""
-    gradients = []
-    for precision in ("fp32", "fp16"):
-        model = adapted(gpt2_folder, precision).train()
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(trained, lr=0.0)
-        with train_model.autocast(torch.device("cpu"), precision):
-            logits, targets = train_model.scored_logits(model, one_row())
-            loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
-    assert functional.cosine_similarity(*gradients, dim=0) > 0.999
-
-
-def test_adapters_learn_the_same_with_recomputed_activations(llama_folder, data_folder, tmp_path, rank_4, monkeypatch):
-    """The embedding is frozen, so that nothing which a layer is given asks for a gradient."""
-    flags = ("--max-steps", "4", "--learning-rate", "1e-2")
-    kept = run(llama_folder, data_folder, tmp_path / "kept", *flags)
-    train_this_way(monkeypatch, checkpointing=True)
-    recomputed = run(llama_folder, data_folder, tmp_path / "recomputed", *flags)
-    assert recomputed["plan"]["checkpointing"] and not kept["plan"]["checkpointing"]
-    assert losses(recomputed) == pytest.approx(losses(kept), abs=1e-5)
-    assert recomputed["best"]["eval_loss"] < recomputed["base"]["eval_loss"]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
-    precision, gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch, capsys
-):
-    if precision == "bf16":
-        in_bfloat16(monkeypatch)
-    flags = ("--max-steps", "7", "--learning-rate", "1e-2")
-    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(ZeroDivisionError):
-            run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
-
-    # A checkpoint has the adapters and no copy of the base model, and names nobody who could be asked for one.
-    checkpoint = train_model.last_checkpoint(tmp_path / "killed-unfinished")
-    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
-    assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] is None
-
-    capsys.readouterr()
-    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
-    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
-    assert losses(continued) == losses(whole)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
-    assert weights[0] == weights[1]
-
-
-def test_a_run_of_another_rank_is_not_continued(gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        with pytest.raises(ZeroDivisionError):
-            run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3")
-    monkeypatch.setattr(train_model, "LORA_RANK", 0)
-    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
-    assert "had other values for max_steps, lora_rank: it is not continued" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("rank", [-1, 1.5, "16"])
-def test_a_rank_that_is_none_is_one_sentence(rank, gpt2_folder, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_model, "LORA_RANK", rank)
-    with pytest.raises(SystemExit, match=r"LORA_RANK is .*: it can be 0, which trains all weights, or a whole number"):
-        run(gpt2_folder, data_folder, tmp_path / "model")
-
-
-def test_a_model_that_takes_no_adapters_is_one_sentence(data_folder, tmp_path, rank_4):
-    base = make_model_folder(tmp_path / "base", "mamba", False)
-    with pytest.raises(
-        SystemExit, match=r"^mamba takes no adapters: set LORA_RANK = 0, or another BASE_MODEL \(.*\)\.$"
-    ):
-        run(base, data_folder, tmp_path / "model")
-
-
 # ---------------------------------------------------------------------------- killed runs
 DRIVER = """
 import sys, train_model as t
@@ -1017,32 +789,6 @@ def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
 
 
-ADAPTED_DRIVER = DRIVER.replace(
-    "sys.exit",
-    """
-t.LORA_RANK = 4
-t.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]  # with recomputed activations
-sys.exit""",
-)
-
-
-def test_two_processes_train_the_adapters_of_one(rank_4, llama_folder, data_folder, tmp_path):
-    """Also with recomputed activations, which find no gradient twice."""
-    learn = ["--max-steps", "3", "--learning-rate", "1e-2"]
-    alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
-    (tmp_path / "driver.py").write_text(ADAPTED_DRIVER)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "driver.py"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [*flags(llama_folder, data_folder, tmp_path / "together")[:-2], *learn]
-    process = start(*arguments, launcher=launcher, env=environment)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
-    assert together["plan"]["checkpointing"]
-    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-
-
 # ---------------------------------------------------------------------------- plans and errors
 @pytest.fixture(scope="module")
 def medium() -> train_model.Shape:
@@ -1145,56 +891,6 @@ def test_a_run_in_bfloat16_learns_also_where_activations_are_computed_twice(
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
 
 
-def test_the_memory_of_adapters_is_what_their_parts_take(medium):
-    """Worked out by hand, for GPT2-medium and one row of 512 tokens."""
-    # The attention's two layers and the MLP's two, what goes in and what comes out of each.
-    widths = 24 * ((1024 + 3072) + (1024 + 1024) + (1024 + 4096) + (4096 + 1024))
-    shape = replace(medium, lora_rank=16)
-    assert (shape.adapted_widths, shape.adapters) == (widths, 6_291_456)
-
-    way = train_model.WayToTrain("adamw_torch_fused", False, 1)
-    half = train_model.memory_needed(shape, 512, "fp16", way, "cuda")
-    assert half["weights"] == 2 * medium.parameters + 6 * 6_291_456  # with autocast's copy of the adapters
-    assert half["gradients"] == 4 * 6_291_456
-    assert half["optimizer"] == 8 * 6_291_456
-    # 24 layers; logits in 2 bytes, their gradient in 4, a piece of it in float32 twice; the output layer is frozen.
-    per_token = train_model.bytes_kept_by_layer(shape, mixed=True)
-    assert half["activations"] == 512 * 24 * per_token + 512 * 50257 * (2 + 4 + 8)
-
-    exact = train_model.memory_needed(shape, 512, "fp32", way, "cuda")
-    assert exact["weights"] == 4 * medium.parameters + 4 * 6_291_456
-    thrifty = train_model.memory_needed(shape, 512, "fp16", way._replace(optimizer="adamw_bnb_8bit"))
-    assert thrifty["optimizer"] == 2 * 6_291_456
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "rank", "way"),
-    [
-        (80, 16, ("adamw_torch_fused", False, 8)),
-        (3.2, 16, ("adamw_torch_fused", True, 1)),  # exact averages, which are small, rather than kept activations
-        (3.2, 0, None),
-    ],
-)
-def test_adapters_give_up_activations_before_exactness(gigabytes, rank, way, medium):
-    fitting = train_model.first_that_fits(replace(medium, lora_rank=rank), 512, 8, with_free(gigabytes * 1e9))
-    assert fitting is None if way is None else tuple(fitting[0]) == way
-
-
-def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medium):
-    """5 GB are too few for all weights of GPT2-medium and enough for adapters; 1.5 GB are too few for either."""
-    with pytest.raises(SystemExit) as error:
-        train_model.fit_into_memory(medium, 512, 8, with_free(5e9))
-    _, memory = train_model.first_that_fits(replace(medium, lora_rank=16), 512, 8, with_free(5e9))
-    assert str(error.value).endswith(
-        f"and 5.0 GB are free: set LORA_RANK = 16, which takes {sum(memory.values()) / 1e9:.1f} GB, "
-        "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
-    )
-    for rank, free in ((0, 1.5e9), (16, 1.5e9)):
-        with pytest.raises(SystemExit, match="GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
-            train_model.fit_into_memory(replace(medium, lora_rank=rank), 512, 8, with_free(free))
-
-
-@pytest.mark.parametrize("rank", [0, 16], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(
     ("architecture", "sizes"),
@@ -1206,9 +902,7 @@ def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medi
         ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
     ],
 )
-def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
-    architecture, sizes, mixed, rank, monkeypatch
-):
+def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed):
     """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
     tokens = 128
     kept = {}
@@ -1219,9 +913,6 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
         train_model.set_dropout(config)
         train_model.fuse_activations(config)
         model = AutoModelForCausalLM.from_config(config).train()
-        if rank:
-            monkeypatch.setattr(train_model, "LORA_RANK", rank)
-            model = train_model.add_adapters(model, "bf16" if mixed else "fp32")
         weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
         saved = {}
 
@@ -1237,7 +928,7 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
             loss = model(torch.zeros_like(positions), position_ids=positions, use_cache=False).logits.sum()
         kept[layers] = sum(saved.values())
         del loss
-    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config, rank), mixed) * tokens
+    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config), mixed) * tokens
     assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=0.12), kept
 
 
@@ -1258,28 +949,6 @@ def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing
         "data     1,320 rows of up to 64 tokens, 495 updates, 2 rows at once",
         "memory   2.8 GB (weights 2.1, optimizer 0.7) of 7.6 GB free",
     ]
-
-
-def test_a_plan_says_what_is_frozen_and_what_is_trained():
-    plan = train_model.Plan("cuda", "fp16", "adamw_torch_fused", True, 1, 8, 20, 1_711_376_384, 16, 18_087_936)
-    lines = plan.lines(train_model.Forecast("smol", 1320, 495, {"weights": int(3.5e9)}, int(7.6e9)))
-    assert lines[:2] == [
-        "Memory is short: training with adamw_torch_fused and recomputed activations.",
-        "model    smol, 1711M parameters frozen, 18.1M trained in adapters of rank 16, fp16 on cuda",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("precision", "rank", "trained", "needed"),
-    [
-        ("fp16", 0, 0, 28e9),  # two checkpoints of 12 bytes a parameter, and the best weights in 4
-        ("fp16", 16, 10_000_000, 4.12e9),  # one checkpoint of the adapters, and two models of 2 bytes a parameter
-        ("fp32", 16, 10_000_000, 8.12e9),
-    ],
-)
-def test_the_disk_holds_checkpoints_of_what_is_trained_and_whole_models(precision, rank, trained, needed, tmp_path):
-    plan = train_model.Plan("cuda", precision, "adamw_torch_fused", False, 1, 8, 20, int(1e9), rank, trained)
-    assert train_model.check_disk(tmp_path, plan).startswith(f"{needed / 1e9:.1f} GB of")
 
 
 def test_what_cannot_fit_stops_before_anything_is_loaded(gpt2_folder, data_folder, tmp_path, monkeypatch):
