@@ -2934,7 +2934,7 @@ def leak_folds(leaks: Leaks) -> list[Fold]:
     """What only the page shows."""
     came_out = []
     for entry in leaks.personal:
-        came_out.append(Quote(f"{entry.visibility} {entry.kind}", entry.text, is_private=True))
+        came_out.append(Quote(f"{entry.kind} of a {entry.visibility} post", entry.text, entry.visibility == "private"))
     remembered = [Quote(tell_remembered(passage), passage.text, is_private=True) for passage in leaks.remembered]
 
     # By title alone: the owner knows what stands in it.
