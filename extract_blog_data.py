@@ -1885,15 +1885,21 @@ def drop_duplicate(post: Post, kept: Post):
 
 def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
-    codes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], dtype=np.uint64)
+    encoded = [word.encode("utf-8", "replace") for word in words]
+    codes = np.array([zlib.crc32(word) for word in encoded], dtype=np.uint64)
+
+    # A polynomial hash of every window at once, one word of it in each round.
     size = min(size, len(codes))
-    hashes = np.zeros(len(codes) - size + 1, dtype=np.uint64)
+    windows = len(codes) - size + 1
+    hashes = np.zeros(windows, dtype=np.uint64)
     for offset in range(size):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + len(hashes)]
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += codes[offset : offset + windows]
 
     # The last steps of splitmix64: sums of 32-bit codes are no even spread over 64 bits.
-    mixed = (hashes ^ hashes >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique(mixed)
+    hashes ^= hashes >> np.uint64(29)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    return np.unique(hashes)
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:

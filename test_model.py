@@ -1332,13 +1332,18 @@ def likeliest_places(model, window: list[int], tokens: torch.Tensor) -> list[tup
 def continuation_chance(model, before: list[int], ids: list[int]) -> float:
     """Natural logarithm of the chance that `ids` follow `before`, at temperature 1 with nothing cut off."""
     whole = before + ids
-    inputs = torch.tensor([whole[-positions_of(model) :]], device=model.device)
-    logits = model(input_ids=inputs, use_cache=False).logits[0]
-    logits = logits[-len(ids) - 1 : -1].float()  # (tokens of `ids`, vocabulary)
-    targets = inputs[0, -len(ids) :, None]
+    window = whole[-positions_of(model) :]
+    inputs = torch.tensor([window], device=model.device)
+    logits = model(input_ids=inputs, use_cache=False).logits[0]  # (window, vocabulary)
+
+    # The logits of a place are about the token after it.
+    first = len(window) - len(ids)
+    logits = logits[first - 1 : -1].float()
+    targets = inputs[0, first:, None]
     chosen = logits.gather(1, targets)[:, 0]
-    chances = chosen - logits.logsumexp(-1)
-    return float(chances.double().sum())
+
+    log_chances = chosen - logits.logsumexp(-1)
+    return float(log_chances.double().sum())
 
 
 # ---------------------------------------------------------------------------- report: numbers
@@ -2875,10 +2880,16 @@ def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
         common = f"{group.common:,}"
         greedy = f"{group.greedy:,}"
         rows.append((name, windows, common, tell_tries(group.own), tell_tries(group.anyhow), greedy))
+
+    # What is quoted stands on the page alone.
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
     if leaks.remembered:
         hints.append("voice_report.html shows the private passages that it remembers best.")
+
     alarms = leak_alarms(leaks)
+    likeliest = short_of_likeliest(secret_groups(leaks))
+    leaking = Short("it leaks", "; ".join(alarms))
+
     return Finding(
         verdict=tell_leak_verdict(leaks),
         rows=rows,
@@ -2886,7 +2897,7 @@ def tell_leaks(leaks: Leaks, evidence: Evidence) -> Finding:
         notes=leak_notes(leaks),
         hints=hints,
         folds=leak_folds(leaks),
-        short=Short("it leaks", "; ".join(alarms)) if alarms else short_of_likeliest(secret_groups(leaks)),
+        short=leaking if alarms else likeliest,
         is_alarm=bool(alarms),
     )
 

@@ -936,13 +936,20 @@ KEPT_BYTES_BESIDE_ADAPTERS = {
 
 def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     """Bytes of one token's activations that one layer keeps until the backward pass."""
+    kind = shape.gated, mixed
     if shape.lora_rank:
-        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[shape.gated, mixed]
-        norms = 4 * shape.further_norms * shape.width + 4 * shape.norms_of_heads * shape.attention_width
+        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[kind]
+        per_further_norm = 4
+        per_norm_of_heads = 4
     else:
-        per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
-        norms = 10 * shape.further_norms * shape.width + 5 * shape.norms_of_heads * shape.attention_width
-    return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width + norms
+        per_channel, per_attention, per_mlp = KEPT_BYTES[kind]
+        per_further_norm = 10
+        per_norm_of_heads = 5
+
+    # Norms that not every architecture has.
+    per_channel += per_further_norm * shape.further_norms
+    per_attention += per_norm_of_heads * shape.norms_of_heads
+    return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width
 
 
 def memory_needed(shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu") -> dict[str, int]:
@@ -1005,7 +1012,8 @@ def fit_into_memory(shape: Shape, tokens: int, rows: int, machine: Machine) -> t
         adapted = first_that_fits(replace(shape, lora_rank=USUAL_RANK), tokens, rows, machine)
         if adapted:
             size = sum(adapted[1].values()) / 1e9
-            way_out = f"set LORA_RANK = {USUAL_RANK}, which takes {size:.1f} GB, {way_out}"
+            adapters = f"LORA_RANK = {USUAL_RANK} with LEARNING_RATE = {USUAL_RATE}"
+            way_out = f"set {adapters}, which takes {size:.1f} GB, {way_out}"
 
     # The last way is the thriftiest.
     way = WayToTrain(*ways_to_train(shape)[-1], rows_at_once=1)
@@ -1068,9 +1076,10 @@ def check_disk(folder: Path, plan: Plan) -> str:
 
 # The scale is LORA_ALPHA / r, which makes one learning rate right for every rank. All linear layers, this alpha and ten
 # times the rate of full training are what "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora) found best, and
-# that little text takes no high rank. Nothing of it was tuned here.
+# that little text takes no high rank. Of it rate and rank were tried here: benchmarks/README.md.
 LORA_ALPHA = 32
 USUAL_RANK = 16  # which a plan proposes where full training does not fit
+USUAL_RATE = "1e-3"  # with it; at a tenth of that adapters would learn little, and nobody would know why
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -52,8 +52,8 @@ import test_model
 import train_model
 
 SPLITS = ("train", "val")
-COLUMNS = ("gain", "minutes", "GB", "taken for the author", "copied", "any settings: tries", "own settings: tries")
-COLUMNS += ("membership",)
+REPORTED = ("copied", "any settings: tries", "own settings: tries", "membership")
+COLUMNS = ("gain", "minutes", "GB", "taken for the author", *REPORTED)
 
 
 @dataclass
@@ -71,11 +71,11 @@ class Outcome:
         bits = [f"{value:.4f}" for value in self.bits] or [""] * (1 + epochs)
         gain = f"{self.bits[0] - min(self.bits[1:]):.4f}" if self.bits else ""
         cells = [self.recipe, *bits, gain, tell(self.minutes), tell(self.gigabytes), tell_taken(self.taken)]
-        cells += self.tell_leaks() if self.seen else [""] * 4
+        cells += self.tell_report() if self.seen else [""] * len(REPORTED)
         return f"| {' | '.join(cells)} |"
 
-    def tell_leaks(self) -> list[str]:
-        """What the report has measured of what somebody might get out of the training posts."""
+    def tell_report(self) -> list[str]:
+        """The columns REPORTED: what somebody might get out of the training posts."""
         leaks = self.seen["leaks"]
         groups = [group for name, group in leaks["groups"].items() if name != "held-out"]
         membership = leaks.get("membership")

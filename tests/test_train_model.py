@@ -1209,8 +1209,9 @@ def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medi
     with pytest.raises(SystemExit) as error:
         train_model.fit_into_memory(medium, 512, 8, with_free(5e9))
     _, memory = train_model.first_that_fits(replace(medium, lora_rank=16), 512, 8, with_free(5e9))
+    size = sum(memory.values()) / 1e9
     assert str(error.value).endswith(
-        f"and 5.0 GB are free: set LORA_RANK = 16, which takes {sum(memory.values()) / 1e9:.1f} GB, "
+        f"and 5.0 GB are free: set LORA_RANK = 16 with LEARNING_RATE = 1e-3, which takes {size:.1f} GB, "
         "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
     )
     for rank, free in ((0, 1.5e9), (16, 1.5e9)):
