@@ -1263,7 +1263,9 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
         kept[layers] = sum(saved.values())
         del loss
     expected = train_model.bytes_kept_by_layer(train_model.shape_of(config, rank), mixed) * tokens
-    assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=0.12), kept
+    # GPT-NeoX's is a compromise with GPT-2, which has the same row of KEPT_BYTES.
+    room = 0.12 if architecture == "gpt_neox" else 0.09
+    assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=room), kept
 
 
 @pytest.mark.parametrize(
