@@ -16,6 +16,7 @@ Each line is a section below; they stand in the order in which the run needs the
     model and loss       conversation_losses  float32 weights; the loss of the author's tokens, and of nothing else
     plan                 make_plan            precision, optimizer, memory and disk, before any weights are loaded
     adapters             add_adapters         LORA_RANK: a frozen base, thin matrices beside it, merged when it is saved
+    learning rate        find_rates           LEARNING_RATE = "auto": three short runs, and the best one's rate is taken
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
     unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
@@ -177,11 +178,14 @@ def train(args: argparse.Namespace) -> None:
         plan, forecast = make_plan(args, config, rows_of["train"], machine)
         say_lines(plan.lines(forecast))
 
-    # Halved before it meets the card, which need not have room for it in float32.
-    if LORA_RANK:
-        model = add_adapters(model, plan.precision)
-    model.to(process.device)
-    use_sparse_embedding_gradient(model)
+    # Each rate that is tried has a model of its own, so this one makes room.
+    tried = {}
+    if args.learning_rate == AUTO:
+        del model
+        tried = find_rates(args, unfinished, plan, forecast.updates, rows_of, data)
+        args = with_settings(args, learning_rate=best_rate(tried))
+        model = load_or_exit(load_for_training, args.base_model)
+    model = prepare_to_train(model, plan)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
     trainer = build_trainer(args, unfinished, plan, model, tokenizer, rows_of, data)
@@ -195,6 +199,7 @@ def train(args: argparse.Namespace) -> None:
             "settings": {**identity, "output_dir": args.output_dir.name},
             "data": data,
             "plan": asdict(plan),
+            "learning_rate": {"used": args.learning_rate, "bits_per_byte_of_tried": tried},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "log": log,
@@ -1203,6 +1208,95 @@ def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return base, weights
 
 
+def prepare_to_train(model, plan: Plan):
+    """`model` on its device, as it is trained: with adapters if there are to be any."""
+    # Halved before it meets the card, which need not have room for it in float32.
+    if plan.lora_rank:
+        model = add_adapters(model, plan.precision)
+    model.to(PartialState().device)
+    use_sparse_embedding_gradient(model)
+    return model
+
+
+# ---------------------------------------------------------------------------- learning rate
+# LEARNING_RATE = "auto": from the same weights, a short run at each of three rates, with a warm-up and fall of its
+# own, on the rows that the run begins with. The rate that leaves the least to guess of held-out posts is taken, and the
+# run begins anew with it: to the last bit the run that has this number for a LEARNING_RATE.
+AUTO = "auto"
+RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
+RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
+TRIAL_UPDATES = 8
+
+
+def find_rates(
+    args: argparse.Namespace, folder: Path, plan: Plan, updates: int, rows_of: dict[str, Dataset], data: dict
+) -> dict[float, float]:
+    """Held-out bits per byte after a trial of each rate, by the rate; `updates` are those of the whole run.
+
+    What an earlier start of this run has found, and left in `folder`, is not tried again.
+    """
+    rates = RATES_FOR_ADAPTERS if plan.lora_rank else RATES_TO_TRY
+    # All trials together take no longer than the run.
+    few = min(TRIAL_UPDATES, max(1, updates // len(rates)))
+    say(f"rate     each of {', '.join(f'{rate:g}' for rate in rates)} is tried for {few} updates, from the same start")
+
+    tried = known_rates(folder)
+    try:
+        for rate in rates:
+            if rate not in tried:
+                trial = with_settings(args, learning_rate=rate, max_steps=few)
+                tried[rate] = try_rate(trial, folder, plan, rows_of, data)
+                keep_rates(folder, tried)
+                gc.collect()
+            say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped while it looked for a learning rate: run the same command again to continue.")
+
+    say(f"rate     {best_rate(tried):g} is the best of them: the run begins with it")
+    return tried
+
+
+def try_rate(args: argparse.Namespace, folder: Path, plan: Plan, rows_of: dict[str, Dataset], data: dict) -> float:
+    """Held-out bits per byte after `args.max_steps` updates at `args.learning_rate`; infinite where it broke down."""
+    model = prepare_to_train(load_or_exit(load_for_training, args.base_model), plan)
+    # Measured once, at its end.
+    plan = replace(plan, evaluate_every=args.max_steps)
+    trainer = trainer_with([CastWeightsOnce(model.device)], args, folder, plan, model, rows_of, data)
+    trainer.train()
+
+    [measured] = evaluations(trainer.state.log_history)
+    bits = measured["eval_bits_per_byte"]
+    return bits if math.isfinite(bits) else math.inf
+
+
+def tell_bits(bits: float) -> str:
+    return f"{bits:.4f} bits per byte on posts it never saw" if math.isfinite(bits) else "the loss became no number"
+
+
+def best_rate(tried: dict[float, float]) -> float:
+    return min(tried, key=tried.get)
+
+
+def known_rates(folder: Path) -> dict[float, float]:
+    """What earlier trials of the run in `folder` have found."""
+    record = folder / "rates.json"
+    if not record.is_file():
+        return {}
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return {float(rate): math.inf if bits is None else bits for rate, bits in found.items()}
+
+
+def keep_rates(folder: Path, tried: dict[float, float]) -> None:
+    if PartialState().is_main_process:
+        new = folder / "rates-incomplete.json"
+        new.write_text(json.dumps(finite(tried)), encoding="utf-8")
+        new.replace(folder / "rates.json")
+
+
+def with_settings(args: argparse.Namespace, **values) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **values})
+
+
 # ---------------------------------------------------------------------------- training
 class BlogTrainer(Trainer):
     """Trainer whose loss is the author's tokens' only, each of the same weight, and whose evaluation is exact.
@@ -1274,6 +1368,18 @@ def build_trainer(
         EarlyStoppingCallback(PATIENCE),
     ]
 
+    return trainer_with(callbacks, args, folder, plan, model, rows_of, data)
+
+
+def trainer_with(
+    callbacks: list[TrainerCallback],
+    args: argparse.Namespace,
+    folder: Path,
+    plan: Plan,
+    model,
+    rows_of: dict[str, Dataset],
+    data: dict,
+) -> BlogTrainer:
     trainer = BlogTrainer(
         model=model,
         args=training_arguments(args, folder, plan),
@@ -1561,9 +1667,13 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
         say(f"The unfinished run in {folder} had other values for {other}: it is not continued, this one starts over.")
 
     # For its owner's eyes only: a checkpoint can repeat what is private.
+    rates = known_rates(folder) if earlier == identity and not fresh else {}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    # A run that was killed before its first checkpoint need not look for its learning rate again.
+    if rates:
+        keep_rates(folder, rates)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -2218,15 +2328,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=HERE / OUTPUT_DIR)
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--learning-rate", type=number_or_auto, default=LEARNING_RATE, help='a number, or "auto"')
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a graphics card")
 
     args = parser.parse_args(argv)
-    in_range = 0 < args.epochs < math.inf and 0 < args.learning_rate < math.inf
-    if not in_range or args.max_steps < 0:
+    rate_is_usable = args.learning_rate == AUTO or 0 < args.learning_rate < math.inf
+    if not rate_is_usable or not 0 < args.epochs < math.inf or args.max_steps < 0:
         parser.error("--epochs and --learning-rate must be above zero and finite, --max-steps not below zero")
     return args
+
+
+def number_or_auto(text: str) -> float | str:
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor "auto"') from None
 
 
 def main(argv: list[str] | None = None) -> int:

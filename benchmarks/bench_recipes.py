@@ -1,13 +1,13 @@
 """What a recipe is worth: held-out bits per byte, the voice, and what is given away, one trained model a row.
 
-    python benchmarks/bench_recipes.py --base-model sample/model --data-dir data [--rates 2e-5 1e-4 2e-4 4e-4]
+    python benchmarks/bench_recipes.py --base-model sample/model --data-dir data [--rates 2e-5 1e-4 2e-4 auto]
         [--epochs 3] [--posts 18 6] [--name kevquirk] [--words 3000] [--dropouts 0.1] [--overlaps 64] [--ranks 0 16 64]
         [--seeds 42 43 44] [--first-version] [--bits-alone]
 
 `--posts 18 6` takes the first 18 conversations to train on and the first 6 held-out ones: a smaller blog. `--name` is
-what the author is called in sample/strangers/README.md, to be left out of the crowd. Every rate is tried with each of
-`--ranks` (LORA_RANK), which is 0 unless given; the settings of `--dropouts` and `--overlaps` one by one, at the rate
-given last.
+what the author is called in sample/strangers/README.md, to be left out of the crowd. A rate is a number, or "auto",
+whose row names what was found. Every rate is tried with each of `--ranks` (LORA_RANK), which is 0 unless given; the
+settings of `--dropouts` and `--overlaps` one by one, at the rate given last.
 
 Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
 a fortieth of its size (`--report --quick` with REPORT_SIZE = 0.25), for what is given away; last `--words` words, which
@@ -132,14 +132,15 @@ def settings_of(module, values: dict) -> Iterator[None]:
         vars(module).update(usual)
 
 
-def our_recipe(args: argparse.Namespace, data: Path, rate: float, seed: int, settings: dict) -> Outcome:
+def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: int, settings: dict) -> Outcome:
     """Train and report with train_model.py under other `settings`."""
     logging.set_verbosity_error()
     train_model.keep_freed_memory()
     watching = {"EVALUATIONS_PER_EPOCH": 1, "PATIENCE": args.epochs + 1, "SEED": seed}
     reporting = {"REPORT_SIZE": 0.25, "NOT_STRANGERS": [args.name] if args.name else []}
     others = "".join(f", {name} {value:g}" for name, value in settings.items())
-    outcome = Outcome(f"{rate:g}{others}" + (f", seed {seed}" if len(args.seeds) > 1 else ""))
+    others += f", seed {seed}" if len(args.seeds) > 1 else ""
+    outcome = Outcome(f"{rate}{others}")
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         model = Path(scratch, "model")
@@ -152,6 +153,8 @@ def our_recipe(args: argparse.Namespace, data: Path, rate: float, seed: int, set
         outcome.gigabytes = peak_gigabytes()
 
         history = json.loads((model / "training_report.json").read_text(encoding="utf-8"))
+        if rate == train_model.AUTO:
+            outcome.recipe = f"{rate} ({history['learning_rate']['used']:g}){others}"
         outcome.bits = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(history["log"])]
         if args.bits_alone:
             return outcome
@@ -231,7 +234,7 @@ def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     with contextlib.redirect_stdout(sys.stderr):
         Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[measure]).train()
-    return Outcome(f"first version, {rate:g}", measure.bits)
+    return Outcome(f"first version, {rate}", measure.bits)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -242,7 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the author among the strangers")
     parser.add_argument("--words", type=int, default=3_000, help="that the reader judges")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 1e-4, 2e-4, 4e-4])
+    parser.add_argument("--rates", type=train_model.number_or_auto, nargs="+", default=[2e-5, 1e-4, 2e-4, 4e-4])
     parser.add_argument("--dropouts", type=float, nargs="*", default=[])
     parser.add_argument("--overlaps", type=int, nargs="*", default=[])
     parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="LORA_RANK; 0 trains the whole model")

@@ -14,6 +14,7 @@ import signal
 import stat
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -689,6 +690,135 @@ def test_a_model_that_takes_no_adapters_is_one_sentence(data_folder, tmp_path, r
         run(base, data_folder, tmp_path / "model")
 
 
+# ---------------------------------------------------------------------------- LEARNING_RATE = "auto"
+TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
+
+
+@pytest.fixture
+def tries(monkeypatch) -> None:
+    monkeypatch.setattr(train_model, "RATES_TO_TRY", TRIED)
+    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", TRIED)
+
+
+def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
+    gpt2_folder, data_folder, tmp_path, tries, capsys
+):
+    """To the last digit: no trial leaves anything behind in the weights, the random numbers or the schedule."""
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "9", "--learning-rate", "auto")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
+    given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "9", "--learning-rate", "1e-2")
+    assert losses(found) == losses(given)
+
+    assert said[0] == "rate     each of 0.0001, 0.01, 1e+30 is tried for 3 updates, from the same start"
+    assert said[3] == "rate     1e+30   the loss became no number"
+    assert said[4] == "rate     0.01 is the best of them: the run begins with it"
+    tried = found["learning_rate"]["bits_per_byte_of_tried"]
+    assert found["learning_rate"]["used"] == 1e-2 and found["settings"]["learning_rate"] == "auto"
+    assert tried["0.01"] < tried["0.0001"] < found["base"]["eval_bits_per_byte"] and tried["1e+30"] is None
+
+
+def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tmp_path, tries):
+    """With a schedule of its own: each rate's bits are those of a run of so many updates, also of the second one."""
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "9", "--learning-rate", "auto")
+    short = run(gpt2_folder, data_folder, tmp_path / "short", "--max-steps", "3", "--learning-rate", "1e-2")
+    measured = train_model.evaluations(short["log"])[-1]["eval_bits_per_byte"]
+    assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured
+
+
+@pytest.mark.parametrize(("updates", "each"), [(1, 1), (12, 4), (1000, 8)])
+def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(updates, each, tmp_path, monkeypatch):
+    lengths = []
+
+    def instead(trial, *_) -> float:
+        lengths.append(trial.max_steps)
+        return 1.0
+
+    monkeypatch.setattr(train_model, "try_rate", instead)
+    args = train_model.parse_arguments(["--learning-rate", "auto"])
+    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0)
+    train_model.find_rates(args, tmp_path, plan, updates, {}, {})
+    assert lengths == [each] * 3
+
+
+def test_adapters_are_tried_at_rates_of_their_own(gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch):
+    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", (1e-3, 1e-2))
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "4", "--learning-rate", "auto")
+    given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "4", "--learning-rate", "1e-2")
+    assert list(found["learning_rate"]["bits_per_byte_of_tried"]) == ["0.001", "0.01"]
+    assert losses(found) == losses(given)
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapters"])
+def test_a_trial_s_model_is_gone_before_the_next_one_is_loaded(
+    rank, gpt2_folder, data_folder, tmp_path, tries, monkeypatch
+):
+    """Two of them need not fit on a card."""
+    monkeypatch.setattr(train_model, "LORA_RANK", rank)
+    seen = []
+    still_there = []
+    load = train_model.load_for_training
+
+    def watched(name):
+        still_there.append([model() is not None for model in seen])
+        model = load(name)
+        seen.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train_model, "load_for_training", watched)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3", "--learning-rate", "auto")
+    assert still_there == [[False] * number for number in range(5)]
+
+
+def test_a_run_killed_in_its_trials_tries_only_what_is_left(
+    gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
+):
+    more = ("--max-steps", "9", "--learning-rate", "auto")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    tried = []
+    try_rate = train_model.try_rate
+
+    def dying_at_the_second(trial, *given) -> float:
+        tried.append(trial.learning_rate)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return try_rate(trial, *given)
+
+    monkeypatch.setattr(train_model, "try_rate", dying_at_the_second)
+    with pytest.raises(SystemExit, match="Stopped while it looked for a learning rate: run the same command again"):
+        run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+    assert not (tmp_path / "killed").exists()
+
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+    assert tried == [1e-4, 1e-2, 1e-2, 1e30]
+    assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
+
+
+def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
+    gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
+):
+    more = ("--max-steps", "9", "--learning-rate", "auto")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
+
+
+@pytest.mark.parametrize("more", [("--fresh",), ("--max-steps", "6")])
+def test_what_was_tried_for_another_run_is_tried_anew(more, gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
+    learn = ("--max-steps", "9", "--learning-rate", "auto")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "model", *learn)
+
+    tried = []
+    monkeypatch.setattr(
+        train_model, "try_rate", lambda trial, *_: tried.append(trial.learning_rate) or trial.learning_rate
+    )
+    run(gpt2_folder, data_folder, tmp_path / "model", *learn, *more)
+    assert tried == list(TRIED)
+
+
 # ---------------------------------------------------------------------------- killed runs
 DRIVER = """
 import sys, train_model as t
@@ -1024,17 +1154,22 @@ def test_a_run_killed_between_its_two_renames_has_its_model_at_the_next_start(
     ids=["torchrun", "accelerate launch"],
 )
 def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder, tmp_path):
-    alone = run(gpt2_folder, data_folder, tmp_path / "alone", "--max-steps", "3")
+    learn = ["--max-steps", "3", "--learning-rate", "auto"]
+    alone = run(gpt2_folder, data_folder, tmp_path / "alone", *learn)
     (tmp_path / "driver.py").write_text(DRIVER)
     launcher = ("-m", *launcher, str(tmp_path / "driver.py"))
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-1], "3"]
+    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-2], *learn]
     process = start(*arguments, launcher=launcher, env=environment)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
+    assert errors.count("is the best of them") == 1
     together = json.loads((tmp_path / "together" / "training_report.json").read_text())
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert together["learning_rate"]["used"] == alone["learning_rate"]["used"]
+    tried = [report["learning_rate"]["bits_per_byte_of_tried"] for report in (together, alone)]
+    assert tried[0] == pytest.approx(tried[1], abs=1e-5)
 
 
 ADAPTED_DRIVER = DRIVER.replace(

@@ -1,0 +1,83 @@
+"""benchmarks/bench_recipes.py: its rows are what train_model.py and test_model.py say, and settings come back."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import conversations, write_jsonl
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import bench_recipes
+
+import test_model
+import train_model
+
+
+@pytest.fixture
+def blog(tmp_path, monkeypatch) -> Path:
+    """Data of more posts than are asked for; rows are made in this process, and handlers of signals put back."""
+    monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
+    monkeypatch.setattr(train_model, "PRECISION", "fp32")
+    monkeypatch.setattr(bench_recipes, "apart", lambda work, *given: work(*given))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    folder = tmp_path / "data"
+    write_jsonl(folder / "train_data.jsonl", conversations(24, words=200))
+    write_jsonl(folder / "val_data.jsonl", conversations(9, seed=1, words=200))
+    (folder / "extraction_report.json").write_text("{}")
+    yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def table(capsys, monkeypatch, *flags) -> list[dict[str, str]]:
+    """The rows that the benchmark prints, by the names of their columns."""
+    monkeypatch.setattr(sys, "argv", ["bench_recipes.py", *map(str, flags)])
+    bench_recipes.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, monkeypatch):
+    """Of as many posts as asked for, evaluated after each epoch; `auto` names the rate that it found."""
+    before = {name: getattr(train_model, name) for name in train_model.SETTINGS}
+    flags = ("--base-model", gpt2_folder, "--data-dir", blog, "--posts", 12, 3, "--epochs", 2, "--bits-alone")
+    rows = table(capsys, monkeypatch, *flags, "--rates", "1e-2", "auto", "--ranks", 0, 4)
+    names = [row["learning rate"] for row in rows]
+    assert names[:2] == ["0.01", "0.01, LORA_RANK 4"]
+    assert names[2] == "auto (0.0002)" and names[3] == "auto (0.002), LORA_RANK 4"
+    assert {name: getattr(train_model, name) for name in train_model.SETTINGS} == before
+
+    # The first of them by hand.
+    for split, number in (("train", 12), ("val", 3)):
+        lines = (blog / f"{split}_data.jsonl").read_text().splitlines(keepends=True)
+        write_jsonl(tmp_path / "small" / f"{split}_data.jsonl", [json.loads(line) for line in lines[:number]])
+    monkeypatch.setattr(train_model, "EVALUATIONS_PER_EPOCH", 1)
+    folders = ["--data-dir", str(tmp_path / "small"), "--output-dir", str(tmp_path / "model")]
+    train_model.main(["--base-model", str(gpt2_folder), *folders, "--epochs", "2", "--learning-rate", "1e-2"])
+    report = json.loads((tmp_path / "model" / "training_report.json").read_text())
+    base, *later = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(report["log"])]
+    assert [rows[0][name] for name in ("base", "epoch 1", "epoch 2")] == [f"{bits:.4f}" for bits in (base, *later)]
+    assert rows[0]["gain"] == f"{base - min(later):.4f}"
+
+
+def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():
+    """Fewest tries of all texts that were trained on, and never those of held-out posts."""
+    seen = {
+        "copies": {"tuned": {"share": 0.0123}},
+        "leaks": {
+            "groups": {
+                "private": {"anyhow": {"log10_tries": 12.0}, "own": {"log10_tries": None}},
+                "public": {"anyhow": {"log10_tries": 3.0}, "own": {"log10_tries": 30.0}},
+                "held-out": {"anyhow": {"log10_tries": 1.0}, "own": {"log10_tries": 1.0}},
+            },
+            "membership": {"share": 0.75},
+        },
+    }
+    outcome = bench_recipes.Outcome("1e-4", seen=seen)
+    assert outcome.tell_report() == ["1.23%", test_model.tell_power(3.0), test_model.tell_power(30.0), "75%"]
+    del seen["leaks"]["membership"]
+    assert outcome.tell_report()[-1] == ""
