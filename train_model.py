@@ -195,6 +195,7 @@ def train(args: argparse.Namespace) -> None:
         # Room for the model that `finish` loads to check what was saved.
         del model, trainer
         gc.collect()
+        give_back_memory()
         report = {
             "settings": {**identity, "output_dir": args.output_dir.name},
             "data": data,
@@ -1017,7 +1018,7 @@ def fit_into_memory(shape: Shape, tokens: int, rows: int, machine: Machine) -> t
         adapted = first_that_fits(replace(shape, lora_rank=USUAL_RANK), tokens, rows, machine)
         if adapted:
             size = sum(adapted[1].values()) / 1e9
-            adapters = f"LORA_RANK = {USUAL_RANK} with LEARNING_RATE = {USUAL_RATE}"
+            adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
             way_out = f"set {adapters}, which takes {size:.1f} GB, {way_out}"
 
     # The last way is the thriftiest.
@@ -1236,8 +1237,8 @@ def find_rates(
     What an earlier start of this run has found, and left in `folder`, is not tried again.
     """
     rates = RATES_FOR_ADAPTERS if plan.lora_rank else RATES_TO_TRY
-    # All trials together take no longer than the run.
-    few = min(TRIAL_UPDATES, max(1, updates // len(rates)))
+    # All together they take no longer than the run; one update would be none, as a warm-up begins with a rate of 0.
+    few = min(TRIAL_UPDATES, max(2, updates // len(rates)))
     say(f"rate     each of {', '.join(f'{rate:g}' for rate in rates)} is tried for {few} updates, from the same start")
 
     tried = known_rates(folder)
@@ -1248,6 +1249,7 @@ def find_rates(
                 tried[rate] = try_rate(trial, folder, plan, rows_of, data)
                 keep_rates(folder, tried)
                 gc.collect()
+                give_back_memory()
             say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
     except KeyboardInterrupt:
         sys.exit("Stopped while it looked for a learning rate: run the same command again to continue.")
@@ -1334,6 +1336,9 @@ class BlogTrainer(Trainer):
 
     def evaluate(self, **_) -> dict[str, float]:
         """Nats per token and bits per byte over all of eval_dataset; Trainer's own is a mean of the batches' means."""
+        # What updates have freed is in pieces of other sizes than an evaluation needs.
+        give_back_memory()
+
         # Each process measures every n-th row; nats add up, whoever measured them.
         rank = self.args.process_index
         mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
@@ -1457,16 +1462,16 @@ class StopAtNaN(TrainerCallback):
     """Ends the program when a loss is no number any more: no later update can mend the weights."""
 
     def __init__(self, precision: str):
-        self.remedy = "lower LEARNING_RATE"
+        self.remedy = "a LEARNING_RATE below"
         if precision == "fp16":  # which ends at 65,504; the activations of some models (Gemma 3) do not
-            self.remedy = 'set PRECISION = "bf16" or "fp32", or lower LEARNING_RATE'
+            self.remedy = f'PRECISION = "bf16" or "fp32", or {self.remedy}'
 
     def on_log(self, args, state, control, logs, **_):
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
         if not math.isfinite(loss):
             sys.exit(
-                f"The loss became {loss} at update {state.global_step}: {self.remedy} and start with "
-                "--fresh; nothing was overwritten."
+                f"The loss became {loss} at update {state.global_step}: set {self.remedy} "
+                f"{args.learning_rate:g} and start with --fresh; nothing was overwritten."
             )
 
 
@@ -1904,7 +1909,7 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     if after >= before:
         return (
             f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, {unseen}): "
-            "it did not learn; train longer or raise LEARNING_RATE."
+            "it did not learn; more posts, more EPOCHS or another LEARNING_RATE may help."
         )
 
     # With two digits a smaller change would read "fell from 1.28 to 1.28".
@@ -2194,6 +2199,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_threshold, 32 << 20)
     libc.mallopt(trim_threshold, 1 << 30)
     libc.mallopt(top_pad, 64 << 20)
+
+
+def give_back_memory() -> None:
+    """Hand to the system what glibc has kept, see `keep_freed_memory`; it would stay taken beside what comes next.
+
+    On two cores, SmolLM2-135M with adapters of rank 16 then took 1.45 GB at most beside Python instead of 1.98.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 # ---------------------------------------------------------------------------- for Ollama

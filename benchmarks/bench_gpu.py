@@ -277,7 +277,7 @@ def trainer_for(lab: Lab, model, rows, way: WayToTrain, precision: str, updates:
         evaluate_every=updates + 1,
         parameters=0,
     )
-    flags = argparse.Namespace(epochs=1, max_steps=updates, learning_rate=train_model.LEARNING_RATE)
+    flags = argparse.Namespace(epochs=1, max_steps=updates, learning_rate=1e-4)
     arguments = train_model.training_arguments(flags, lab.folder, plan)
     arguments.train_sampling_strategy = "sequential"
     arguments.eval_strategy = IntervalStrategy.NO  # else the last update is followed by one
@@ -727,7 +727,9 @@ def train_on_8_gb(lab: Lab, base: Path, data: Path) -> None:
     lab.forget()
     if lab.has_card:
         torch.cuda.reset_peak_memory_stats()
-    said = run_training(lab, base, data, output, "--max-steps", str(updates), **settings)
+    # Three trials before it, whose memory has to be free again.
+    flags = ("--max-steps", str(updates), "--learning-rate", "auto")
+    said = run_training(lab, base, data, output, *flags, **settings)
     lab.same(
         f"{updates} updates, evaluated, saved and checked, with {FREE_OF_8_GB / 1e9} GB free", said or "done", "done"
     )
