@@ -99,13 +99,13 @@ OVERLAP_TOKENS = 32  # of a window are seen again from the window before, as con
 ROWS_PER_UPDATE = 8  # 4,096 tokens; how many of them go through the model at once is chosen by the memory
 EPOCHS = 3
 MAX_STEPS = 0  # updates; 0 = as many as the epochs need
-# On two real blogs SmolLM2-135M gained at least 94 % of what its best rate, 2e-4, brought, and Gemma 3 270M at least
-# 79 % of what 2e-5 did; but 2e-5, the first recipe's, is too low for the voice, and 4e-4 overfits
-# (benchmarks/README.md). GPT2-medium is not measured.
-LEARNING_RATE = 1e-4
+# "auto" tries three for a few updates each and takes the best (`find_rates`), because none is best for every model: on
+# two real blogs SmolLM2-135M wants 2e-4 and Gemma 3 270M 5e-5 (benchmarks/README.md); GPT2-medium is not measured.
+# 2e-5, the first recipe's, is too low for the voice, and 4e-4 overfits.
+LEARNING_RATE = "auto"
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
 # 0 trains all weights; 16 adapters on a frozen base model, so that 1 to 1.7 billion parameters fit 8 GB (64: 1 GB more,
-# and room for more text). Adapters want ten times the LEARNING_RATE: 1e-3 (benchmarks/README.md).
+# and room for more text). Adapters want ten times the LEARNING_RATE, as "auto" knows: 1e-3 (benchmarks/README.md).
 LORA_RANK = 0
 DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
 PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; what is trained is float32
@@ -1224,6 +1224,9 @@ def prepare_to_train(model, plan: Plan):
 # own, on the rows that the run begins with. The rate that leaves the least to guess of held-out posts is taken, and the
 # run begins anew with it: to the last bit the run that has this number for a LEARNING_RATE.
 AUTO = "auto"
+# The first is best for Gemma 3 270M, the last for SmolLM2-135M, as trials of two to eight updates found on real blogs
+# (benchmarks/README.md). Higher rates look good in a trial and overfit later. Those for adapters are ten times as high,
+# see LORA_ALPHA.
 RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
 RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
 TRIAL_UPDATES = 8
@@ -1260,7 +1263,9 @@ def find_rates(
 
 def try_rate(args: argparse.Namespace, folder: Path, plan: Plan, rows_of: dict[str, Dataset], data: dict) -> float:
     """Held-out bits per byte after `args.max_steps` updates at `args.learning_rate`; infinite where it broke down."""
-    model = prepare_to_train(load_or_exit(load_for_training, args.base_model), plan)
+    model = load_or_exit(load_for_training, args.base_model)
+    model = prepare_to_train(model, plan)
+
     # Measured once, at its end.
     plan = replace(plan, evaluate_every=args.max_steps)
     trainer = trainer_with([CastWeightsOnce(model.device)], args, folder, plan, model, rows_of, data)
@@ -2204,7 +2209,7 @@ def keep_freed_memory() -> None:
 def give_back_memory() -> None:
     """Hand to the system what glibc has kept, see `keep_freed_memory`; it would stay taken beside what comes next.
 
-    On two cores, SmolLM2-135M with adapters of rank 16 then took 1.45 GB at most beside Python instead of 1.98.
+    On two cores, SmolLM2-135M with adapters of rank 16 then took 1.49 GB at most beside Python instead of 1.98.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

@@ -41,12 +41,13 @@ TALK = [
 
 @pytest.fixture(autouse=True)
 def small_and_exact(monkeypatch):
-    """Short windows, float32, few updates: fast on a CPU and comparable to the last digit."""
+    """Short windows, float32, a known rate: fast on a CPU and comparable to the last digit."""
     monkeypatch.setattr(train_model, "CONTEXT_TOKENS", 64)
     monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 8)
     monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
     monkeypatch.setattr(train_model, "PRECISION", "fp32")
     monkeypatch.setattr(train_model, "CHECKPOINT_MINUTES", 0)
+    monkeypatch.setattr(train_model, "LEARNING_RATE", 1e-4)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -823,6 +824,7 @@ def test_what_was_tried_for_another_run_is_tried_anew(more, gpt2_folder, data_fo
 DRIVER = """
 import sys, train_model as t
 t.CONTEXT_TOKENS, t.OVERLAP_TOKENS, t.ROWS_PER_UPDATE, t.PRECISION, t.CHECKPOINT_MINUTES = 64, 8, 4, "fp32", 0
+t.LEARNING_RATE = 1e-4
 sys.exit(t.main(sys.argv[1:]))
 """
 
