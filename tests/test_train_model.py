@@ -1779,6 +1779,15 @@ def test_numbers_out_of_range_are_one_sentence(flag):
         train_model.main([flag])
 
 
+def test_a_word_that_is_no_rate_is_one_sentence(monkeypatch):
+    """Given as a flag or as the setting."""
+    with pytest.raises(SystemExit, match="'high' is neither a number nor \"auto\""):
+        train_model.main(["--learning-rate", "high"])
+    monkeypatch.setattr(train_model, "LEARNING_RATE", "Auto")
+    with pytest.raises(SystemExit, match="'Auto' is neither a number nor \"auto\""):
+        train_model.main([])
+
+
 def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
