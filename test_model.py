@@ -258,6 +258,29 @@ def load_tuned(folder: Path):
     return model, tokenizer
 
 
+@torch.inference_mode()
+def fits_float16(model, tokenizer) -> bool:
+    """Whether what its layers take and hand on, asked PROMPTS[0], stays well below float16's end at 65,504.
+
+    In some models (Gemma 3) it does not; in float16 they would then say nothing at all. In training, sums are float32.
+    """
+    limit = torch.finfo(torch.float16).max / 2
+    fits = []
+
+    def look(layer, inputs, output) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        for value in (*inputs, *outputs):
+            if torch.is_tensor(value) and value.is_floating_point():
+                fits.append(bool(value.abs().max() < limit))
+
+    hooks = [layer.register_forward_hook(look) for layer in model.modules()]
+    ids = request_tokens(tokenizer, PROMPTS[0])
+    model(input_ids=torch.tensor([ids], device=model.device))
+    for hook in hooks:
+        hook.remove()
+    return all(fits)
+
+
 def read_history(model_dir: Path) -> dict:
     """training_report.json; empty where there is none, as for a model from elsewhere."""
     with contextlib.suppress(OSError, ValueError):
@@ -3506,6 +3529,9 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_tuned(args.model_dir)
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
+    if precision == "fp16" and not fits_float16(model, tokenizer):
+        say("What this model computes is too large for float16: it is asked in float32.")
+        precision = "fp32"
 
     # The report reads losses in float32 before it writes, so it changes the weights itself.
     if args.report:

@@ -1257,6 +1257,8 @@ def find_rates(
     except KeyboardInterrupt:
         sys.exit("Stopped while it looked for a learning rate: run the same command again to continue.")
 
+    if all(math.isinf(tried[rate]) for rate in rates):
+        sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
     say(f"rate     {best_rate(tried):g} is the best of them: the run begins with it")
     return tried
 

@@ -867,6 +867,31 @@ def test_writing_has_a_precision_of_its_own(model_folder, data_folder, monkeypat
     assert "no fast fp16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("too_large", [False, True])
+def test_a_model_that_float16_cannot_hold_is_asked_in_float32(
+    too_large, model_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    """As Gemma 3 on an RTX 20xx: in float16 it would answer nothing, and nobody would know why."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    if too_large:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.get_input_embeddings().weight.data.mul_(1e6)  # the first norm takes that back
+        model.save_pretrained(folder)
+
+    monkeypatch.setattr(train_model, "pick_precision", lambda *_: "fp16")
+    asked = []
+    answer_prompts = test_model.answer_prompts
+
+    def watched(model, *given) -> None:
+        asked.append(model.dtype)
+        answer_prompts(model, *given)
+
+    monkeypatch.setattr(test_model, "answer_prompts", watched)
+    run(folder, data_folder, "--prompt", "hi", "--max-new-tokens", "3")
+    assert asked == [torch.float32 if too_large else torch.float16]
+    assert ("too large for float16: it is asked in float32" in capsys.readouterr().err) == too_large
+
+
 class Reader(HTMLParser):
     """The page's tags and text; anything that would run or be fetched is remembered."""
 

@@ -727,6 +727,17 @@ def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tm
     assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured
 
 
+def test_where_no_rate_keeps_the_loss_a_number_the_run_does_not_begin(
+    gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    """As with float16 and a model whose activations it cannot hold."""
+    monkeypatch.setattr(train_model, "RATES_TO_TRY", (1e29, 1e30))
+    with pytest.raises(SystemExit, match='No rate kept the loss a number: set PRECISION = "fp32", or'):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", "--learning-rate", "auto")
+    assert "update 0/9" not in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(("updates", "each"), [(1, 2), (12, 4), (1000, 8)])
 def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(updates, each, tmp_path, monkeypatch):
     lengths = []
