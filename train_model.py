@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
     if args.learning_rate == AUTO:
         del model
         tried = find_rates(args, unfinished, plan, forecast.updates, rows_of, data)
-        args = with_settings(args, learning_rate=best_rate(tried))
+        args = with_flags(args, learning_rate=best_rate(tried))
         model = load_or_exit(load_for_training, args.base_model)
     model = prepare_to_train(model, plan)
 
@@ -1242,13 +1242,14 @@ def find_rates(
     rates = RATES_FOR_ADAPTERS if plan.lora_rank else RATES_TO_TRY
     # All together they take no longer than the run; one update would be none, as a warm-up begins with a rate of 0.
     few = min(TRIAL_UPDATES, max(2, updates // len(rates)))
-    say(f"rate     each of {', '.join(f'{rate:g}' for rate in rates)} is tried for {few} updates, from the same start")
+    names = ", ".join(f"{rate:g}" for rate in rates)
+    say(f"rate     each of {names} has a trial of {few} updates, from the same start")
 
     tried = known_rates(folder)
     try:
         for rate in rates:
             if rate not in tried:
-                trial = with_settings(args, learning_rate=rate, max_steps=few)
+                trial = with_flags(args, learning_rate=rate, max_steps=few)
                 tried[rate] = try_rate(trial, folder, plan, rows_of, data)
                 keep_rates(folder, tried)
                 gc.collect()
@@ -1259,7 +1260,7 @@ def find_rates(
 
     if all(math.isinf(tried[rate]) for rate in rates):
         sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
-    say(f"rate     {best_rate(tried):g} is the best of them: the run begins with it")
+    say(f"rate     {best_rate(tried):g} is the best of them, and the run's rate")
     return tried
 
 
@@ -1302,7 +1303,7 @@ def keep_rates(folder: Path, tried: dict[float, float]) -> None:
         new.replace(folder / "rates.json")
 
 
-def with_settings(args: argparse.Namespace, **values) -> argparse.Namespace:
+def with_flags(args: argparse.Namespace, **values) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **values})
 
 
@@ -1379,7 +1380,6 @@ def build_trainer(
         Progress(data["train"]["author_tokens"]),
         EarlyStoppingCallback(PATIENCE),
     ]
-
     return trainer_with(callbacks, args, folder, plan, model, rows_of, data)
 
 
@@ -1392,6 +1392,7 @@ def trainer_with(
     rows_of: dict[str, Dataset],
     data: dict,
 ) -> BlogTrainer:
+    """What a run and a trial have in common: rows, loss and evaluation; they differ in `callbacks`."""
     trainer = BlogTrainer(
         model=model,
         args=training_arguments(args, folder, plan),
@@ -1402,7 +1403,9 @@ def trainer_with(
         precision=plan.precision,
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)  # which prints the whole log entry to stdout
+
+    # It would print the whole log entry to stdout.
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
@@ -1678,12 +1681,13 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
         other = ", ".join(key for key in identity if earlier.get(key) != identity[key])
         say(f"The unfinished run in {folder} had other values for {other}: it is not continued, this one starts over.")
 
-    # For its owner's eyes only: a checkpoint can repeat what is private.
+    # A run that was killed before its first checkpoint need not look for its learning rate again.
     rates = known_rates(folder) if earlier == identity and not fresh else {}
+
+    # For its owner's eyes only: a checkpoint can repeat what is private.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    # A run that was killed before its first checkpoint need not look for its learning rate again.
     if rates:
         keep_rates(folder, rates)
 

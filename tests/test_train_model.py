@@ -711,9 +711,9 @@ def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
     given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "9", "--learning-rate", "1e-2")
     assert losses(found) == losses(given)
 
-    assert said[0] == "rate     each of 0.0001, 0.01, 1e+30 is tried for 3 updates, from the same start"
+    assert said[0] == "rate     each of 0.0001, 0.01, 1e+30 has a trial of 3 updates, from the same start"
     assert said[3] == "rate     1e+30   the loss became no number"
-    assert said[4] == "rate     0.01 is the best of them: the run begins with it"
+    assert said[4] == "rate     0.01 is the best of them, and the run's rate"
     tried = found["learning_rate"]["bits_per_byte_of_tried"]
     assert found["learning_rate"]["used"] == 1e-2 and found["settings"]["learning_rate"] == "auto"
     assert tried["0.01"] < tried["0.0001"] < found["base"]["eval_bits_per_byte"] and tried["1e+30"] is None
