@@ -5,11 +5,13 @@
 Reads data/train_data.jsonl and data/val_data.jsonl. Writes blog-model-final/: a model folder that transformers loads
 as it is (safetensors), with a model card (README.md), training_report.json, loss_curve.png and a Modelfile for Ollama.
 Stopped at any moment, the next run continues from the last checkpoint, which lies in blog-model-final-unfinished/
-until the model is complete.
+until the model is complete. Nothing else is written, and no folder is replaced that this script did not write.
 
 Each line is a section below; they stand in the order in which the run needs them.
 
     the run              train                the whole story, one paragraph a step: read this first
+    folders              check_places         what may be written, one run a folder, how a model takes another's place
+    loading              load_config          config, tokenizer and weights: whole, and without code of their own
     conversations        read_conversations   one line of the data is one conversation
     tokens               conversation_tokens  the model's chat template, and which tokens are the author's
     rows                 make_rows            windows of 512 tokens; short ones share a row
@@ -18,18 +20,21 @@ Each line is a section below; they stand in the order in which the run needs the
     adapters             add_adapters         LORA_RANK: a frozen base, thin matrices beside it, merged when it is saved
     learning rate        find_rates           LEARNING_RATE = "auto": three short runs, and the best one's rate is taken
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
-    unfinished runs      open_unfinished      which checkpoint may be continued; folders replaced so that none is lost
+    unfinished runs      open_unfinished      which checkpoint may be continued
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
     graphics cards       check_card           what has to be said, or set, before a card is used
     speed on a CPU       (its table)          six tricks that only save time; a reader may skip them
     for Ollama           modelfile            the chat template in Ollama's language
-    command line         main                 flags, and errors as one sentence
+    command line         main                 settings, flags and signals; errors as one sentence
 """
+
+from __future__ import annotations  # so that the run may stand above the classes that it uses
 
 import argparse
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import hashlib
 import inspect
@@ -37,24 +42,37 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
 import warnings
+import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    # The libraries take seconds to load; nothing is begun by then.
+    def stop_while_loading(*_):
+        os.write(2, b"Stopped before anything was begun.\n")
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, stop_while_loading)
+
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ["USE_HUB_KERNELS"] = "NO"  # transformers would run code from the hub in place of its own
 if "WORLD_SIZE" not in os.environ:  # one process, one GPU; torchrun starts one process for each
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 if sys.platform == "linux":
@@ -68,12 +86,14 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -119,7 +139,8 @@ SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
 # no more often; a penalty of 1.1 costs some of the voice, and without one 3 to 7 % of what is said was said before.
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}
 
-# Every name above is a setting, and a new one belongs to the identity of a run (`identity_of_run`) by itself.
+# Every name above is a setting. A new one needs a row in ALLOWED (command line); to the identity of a run
+# (`identity_of_run`) it belongs by itself.
 SETTINGS = [name for name in list(globals()) if name.isupper()]
 # Only these may differ between a run and the one that continues it: they do not change what the model learns.
 NOT_IN_THE_IDENTITY = {"DATA_DIR", "OUTPUT_DIR", "CHECKPOINT_MINUTES", "SAMPLE_PROMPT", "SAMPLING"}
@@ -134,23 +155,30 @@ def train(args: argparse.Namespace) -> None:
 
     With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
     """
-    check_rank()
+    places = check_places(args)
     check_card(args.cpu)
     process = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
     prepare_card(process.device)
+    if is_on_windows_drive(places.output):
+        say(f"{places.output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
 
-    output = args.output_dir.absolute()
-    unfinished = output.with_name(output.name + "-unfinished")
-    if is_on_windows_drive(output):
-        say(f"{output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
-    with process.main_process_first():
-        recover(output)
+    with only_run(places, process):
+        # A run that was stopped in its very last step is over when that step is done.
+        was_finished = process.is_main_process and recover(places)
+        if agreed([was_finished])[0]:
+            say(f"The run before was stopped while it put its model in place: {places.output} holds that model now.")
+            return
+        train_in(places, args, process)
 
+
+def train_in(places: Places, args: argparse.Namespace, process: PartialState) -> None:
+    """As `train`, in folders that are this run's alone."""
     # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
+    check_data_folder(args.data_dir)
     conversations = {split: read_conversations(data_file(args, split)) for split in SPLITS}
     check_hub(args.base_model)
-    tokenizer = load_or_exit(load_tokenizer, args.base_model)
-    config = load_or_exit(AutoConfig.from_pretrained, args.base_model)
+    config = load_or_exit(load_config, args.base_model)
+    tokenizer = load_or_exit(load_tokenizer, args.base_model, vocabulary_of(config))
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
     rows_of = split_rows(tokenized, config, process.num_processes)
     data = count_data(conversations, rows_of)
@@ -160,14 +188,14 @@ def train(args: argparse.Namespace) -> None:
     machine = look_at_machine(process)
     plan, forecast = make_plan(args, config, rows_of["train"], machine)
     say_lines(plan.lines(forecast))
-    say(f"disk     {check_disk(output.parent, plan)}")
+    say(f"disk     {check_disk(places, plan)}")
 
     # The first process decides what may be continued; the others look when it has done so.
     identity = identity_of_run(args, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
-            open_unfinished(unfinished, identity, args.fresh)
-        checkpoint = last_checkpoint(unfinished)
+            open_unfinished(places.unfinished, identity, args.fresh)
+        checkpoint = last_checkpoint(places.unfinished)
 
     # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
     model = load_or_exit(load_for_training, args.base_model)
@@ -182,13 +210,13 @@ def train(args: argparse.Namespace) -> None:
     tried = {}
     if args.learning_rate == AUTO:
         del model
-        tried = find_rates(args, unfinished, plan, forecast.updates, rows_of, data)
+        tried = find_rates(args, places.unfinished, plan, forecast.updates, rows_of, data)
         args = with_flags(args, learning_rate=best_rate(tried))
         model = load_or_exit(load_for_training, args.base_model)
     model = prepare_to_train(model, plan)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    trainer = build_trainer(args, unfinished, plan, model, tokenizer, rows_of, data)
+    trainer = build_trainer(args, places.unfinished, plan, model, tokenizer, rows_of, data)
     log = run_to_the_end(trainer, checkpoint)
 
     if process.is_main_process:
@@ -196,22 +224,23 @@ def train(args: argparse.Namespace) -> None:
         del model, trainer
         gc.collect()
         give_back_memory()
+        names = {"base_model": name_to_share(args.base_model, places.output), "output_dir": places.output.name}
         report = {
-            "settings": {**identity, "output_dir": args.output_dir.name},
+            "settings": {**identity, **names},
             "data": data,
             "plan": asdict(plan),
             "learning_rate": {"used": args.learning_rate, "bits_per_byte_of_tried": tried},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "log": log,
+            "log": without_samples(log),
         }
-        print(finish(unfinished, output, tokenizer, rows_of["val"], process.device, report))
+        print_result(finish(places, tokenizer, rows_of["val"], process.device, report))
 
 
-def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
+def finish(places: Places, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict.
 
-    Ends the program, and leaves `output` as it was, if the saved model is not the one whose loss was measured.
+    Ends the program, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
     """
     # The base model does not compete: when training made it worse, that is what the report has to show.
     base, *later = evaluations(report["log"])
@@ -221,14 +250,13 @@ def finish(unfinished: Path, output: Path, tokenizer, rows: Dataset, device: tor
     report["verdict"] = verdict(base, best, report["data"]["val"]["conversations"])
     report["advice"] = tell_epochs(base, later)
 
-    folder = unfinished / "best"
-    save_companions(folder, tokenizer, report)
-    check_saved(folder, rows, device, report["plan"], best["eval_loss"])
+    save_companions(places.best, tokenizer, report)
+    check_saved(places.best, rows, device, report["plan"], best["eval_loss"])
 
     # The names must not reach the disk before what they name.
-    flush_to_disk(folder)
-    put_in_place(folder, output)
-    shutil.rmtree(unfinished)
+    close_to_others(places.best)
+    flush_to_disk(places.best)
+    put_in_place(places)
     return f"{report['verdict']} {report['advice']}".strip()
 
 
@@ -253,18 +281,20 @@ def check_hub(name: str) -> None:
         hub.HF_HUB_OFFLINE = True
 
 
-def load_or_exit(load, name: str):
-    """What `load(name)` returns; a model that cannot be had is one sentence, not a traceback."""
+def load_or_exit(load: Callable, *arguments):
+    """What `load` returns; a model that cannot be had is one sentence, not a traceback."""
     try:
-        return load(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        sys.exit(f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason}).")
+        return load(*arguments)
+    except CannotLoad as error:
+        sys.exit(str(error))
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Progress and diagnostics go to stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Progress and diagnostics go to stderr, from the first process only; where nobody can read it, nothing is said."""
+    if os.environ.get("RANK", "0") != "0" or sys.stderr is None:
+        return
+    # The window may be gone, and the run still has a checkpoint to write.
+    with contextlib.suppress(OSError):
         print(text, end=end, file=sys.stderr, flush=True)
 
 
@@ -273,7 +303,528 @@ def say_lines(lines: list[str]) -> None:
         say(line)
 
 
+def print_result(text: str) -> None:
+    """On stdout; where that is full or gone, in the sentence that ends the program."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python would try once more when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(f"The model is in place; its result cannot be printed ({error.strerror}): {text}")
+
+
+# ---------------------------------------------------------------------------- folders
+# Two folders are written, side by side. What else lies in them, and every other folder, is left alone.
+#
+#     blog-model-final/              the finished model; its training_report.json lists the files that are this script's
+#     blog-model-final-unfinished/
+#         lock                       held by the run that is at work
+#         run.json                   settings and data of the run, and the mark that the folder is this script's
+#         rates.json                 what the trials of the learning rate found
+#         checkpoint-120/            to continue from
+#         best/                      the best model so far
+#         previous/                  the model of an earlier run, while it is replaced
+#
+# The model is replaced by names alone, because a rename happens whole or not at all:
+#
+#     step                     after a kill here                           what `recover` does at the next start
+#     PLACE -> previous        nothing at the place, both models beside    moves the new one in
+#     best  -> PLACE           the new one is at its place                 clears away
+#     clear away               the same, with less beside it               clears away the rest
+#
+# tests/test_train_model.py kills a process before each of these steps and in the middle of recovering.
+ADDED_LATER = {  # to a finished model, by test_model.py --report and `make gguf`
+    "voice_report.json",
+    "voice_report.html",
+    ".voice_report.json.unfinished",
+    ".voice_report.html.unfinished",
+    "blog-model.gguf",
+    "unfinished.gguf",
+}
+# What a run has in its unfinished folder, beside lock and previous; the mark goes last.
+OF_A_RUN = ("checkpoint-*", "best", "best-*", "rates.json*", "run.json*")
+
+
+class Places(NamedTuple):
+    """Where a run writes."""
+
+    output: Path  # the finished model; absolute, links followed
+
+    @property
+    def unfinished(self) -> Path:
+        return self.output.with_name(self.output.name + "-unfinished")
+
+    @property
+    def lock(self) -> Path:
+        return self.unfinished / "lock"
+
+    @property
+    def best(self) -> Path:
+        return self.unfinished / "best"
+
+    @property
+    def previous(self) -> Path:
+        return self.unfinished / "previous"
+
+
+def check_places(args: argparse.Namespace) -> Places:
+    """Where this run may write; ends the program where somebody else's files are. Nothing is touched."""
+    try:
+        places = Places(args.output_dir.resolve())
+        problem = why_not_to_write(places, folders_to_keep(args))
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
+        problem = f"cannot be used ({brief(error)})"
+    if problem:
+        sys.exit(f"--output-dir {args.output_dir} {problem}: name a folder that is not there yet, as blog-model-2.")
+    return places
+
+
+def folders_to_keep(args: argparse.Namespace) -> dict[str, Path]:
+    folders = {
+        "these scripts": HERE,
+        "the current folder": Path.cwd(),
+        "your home folder": Path.home(),
+        "the data": args.data_dir.resolve(),
+    }
+    if Path(args.base_model).is_dir():
+        folders["the base model"] = Path(args.base_model).resolve()
+    return folders
+
+
+def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
+    """Why these places are not to be written, as the second half of a sentence; "" if they may be."""
+    str(places.output).encode()  # as the files that name it will be
+    for what, folder in folders_to_keep.items():
+        if folder == places.output:
+            return f"is {what}"
+        if folder.is_relative_to(places.output):
+            return f"holds {what} ({folder})"
+        if folder.is_relative_to(places.unfinished):
+            return f"needs {places.unfinished}, which is or holds {what}"
+
+    if os.path.lexists(places.output):
+        if not places.output.is_dir():
+            return "is no folder"
+        if places.output.is_mount():
+            return "is a disk of its own, which cannot be renamed"
+        if any(places.output.iterdir()) and not files_of_ours(places.output):
+            return "is a folder with files that train_model.py did not write"
+    if os.path.lexists(places.unfinished) and not is_unfinished_run(places.unfinished):
+        return f"needs {places.unfinished}, which train_model.py did not write"
+    return ""
+
+
+def files_of_ours(folder: Path) -> set[str]:
+    """Names of what these scripts have written into a model folder; none where they did not make it."""
+    listed = read_json_object(folder / "training_report.json").get("files")
+    if not isinstance(listed, list):
+        return set()
+    return ADDED_LATER.union(name for name in listed if isinstance(name, str))
+
+
+def is_unfinished_run(folder: Path) -> bool:
+    """Whether a folder was made by a run, which may have been killed before it wrote its mark."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return "run.json" in names or names <= {"lock", "run.json.new"}
+
+
+@contextmanager
+def only_run(places: Places, process: PartialState) -> Iterator[None]:
+    """Hold the lock of the unfinished folder; ends the program where another run holds it, and names that one."""
+    if not process.is_main_process:
+        yield
+        return
+
+    places.unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(places.lock, timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        other = places.lock.read_text(encoding="utf-8") or "another process"
+        sys.exit(f"{places.output} is being trained by {other}: wait for it, or name another --output-dir.")
+    places.lock.write_text(f"process {os.getpid()}, since {time.strftime('%H:%M on %d %B')}", encoding="utf-8")
+
+    try:
+        yield
+    finally:
+        places.lock.unlink(missing_ok=True)
+        lock.release()
+        # A run that ended before it had anything to continue leaves nothing behind.
+        if [path.name for path in places.unfinished.iterdir()] in ([], ["run.json"]):
+            remove_run(places.unfinished)
+            places.unfinished.rmdir()
+
+
+def put_in_place(places: Places) -> None:
+    """Make the complete model in `places.best` the one at `places.output`. Raises OSError when the system refuses."""
+    replace_by(places.best, places.output, places.previous)
+    clear_up(places)
+
+
+def replace_by(new: Path, place: Path, aside: Path) -> None:
+    """Rename the folder `new` to `place`; what was there before goes to `aside`."""
+    if place.exists():
+        place.rename(aside)
+    new.rename(place)
+
+
+def recover(places: Places) -> bool:
+    """Finish what a killed `put_in_place` began; whether there was something to finish."""
+    if not places.previous.exists():
+        return False
+
+    if places.best.exists():
+        # Somebody has put another model there meanwhile.
+        if places.output.exists():
+            sys.exit(f"{places.output} and {places.previous} hold a model each: move one of the two away.")
+        places.best.rename(places.output)
+    elif not places.output.exists():
+        sys.exit(f"{places.output} is gone, and {places.previous} holds an earlier model: move that one away.")
+    clear_up(places)
+    return True
+
+
+def clear_up(places: Places) -> None:
+    """Remove what the new model has replaced, and its run; what the user has put into the model folder stays there."""
+    if places.previous.exists():
+        keep_files_of_others(places.previous, places.output)
+        # From here on nothing in it is missed, also when it is removed in two attempts.
+        places.previous.rename(places.unfinished / "best-replaced")
+    remove_run(places.unfinished)
+
+
+def keep_files_of_others(old: Path, new: Path) -> None:
+    """Move what these scripts did not write from one model folder to the next, and say so."""
+    ours = files_of_ours(old)
+    for path in sorted(old.iterdir()):
+        if path.name not in ours:
+            place = new / path.name
+            while os.path.lexists(place):
+                place = place.with_name(place.name + "-previous")
+            path.rename(place)
+            say(f"Kept: {place}, which train_model.py did not write.")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run's files from its unfinished folder."""
+    for pattern in OF_A_RUN:
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, have it on the disk, and move it in, so that it is never there in part."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    new.replace(path)
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file; empty where there is no such file, or something else in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def close_to_others(folder: Path) -> None:
+    """Leave a model folder to its owner's eyes alone, whatever the umask was: it can repeat what is private."""
+    folder.chmod(0o700)
+    for path in folder.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def name_to_share(base_model: str, output: Path) -> str:
+    """The base model as the files of the finished folder name it: without a path that tells whose machine it was."""
+    path = Path(base_model)
+    if not path.is_absolute():
+        return base_model
+    # From the model folder it can be found again, unless the way there leads over the root of all disks.
+    is_near = len(Path(os.path.commonpath([path, output])).parts) > 1
+    return os.path.relpath(path, output) if is_near else path.name
+
+
+# ---------------------------------------------------------------------------- loading
+# The only places at which config, tokenizer and weights are read, of a base model as of a finished one (test_model.py).
+# No code that lies beside a model is run, and what is not whole is not taken.
+class CannotLoad(Exception):
+    """A model that cannot be used, and what to do about it, in one sentence."""
+
+
+# What transformers and its parsers raise over files that are cut, of another kind or made to do harm.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    MemoryError,
+    SafetensorError,
+    StrictDataclassError,
+    pickle.UnpicklingError,
+)
+GIT_LFS = b"version https://git-lfs"  # how the text begins that git has in a large file's place
+# Tensors of old files that hold nothing learned; transformers does not know all of them by name.
+NOTHING_LEARNED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
+TEMPLATE_SECONDS = 5  # of processor time for a conversation of two sentences
+
+
+class Reading:
+    """A context in which whatever goes wrong with the files of the model `name` becomes CannotLoad."""
+
+    def __init__(self, name: str | Path):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # The tokenizers' library raises Exception itself, and no kind of its own.
+        is_ours = kind is Exception or (kind is not None and issubclass(kind, LOADING_ERRORS))
+        if not is_ours or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            return
+        raise CannotLoad(why_not_loaded(self.name, error)) from error
+
+
+def why_not_loaded(name: str | Path, error: Exception) -> str:
+    reason = brief(error)
+    if "trust_remote_code" in str(error):
+        return f"{name} needs code that lies beside it (auto_map), which is never run: choose another base model."
+    if Path(name).is_dir():
+        return f"Cannot load {name}: {reason}; copy it anew, or choose another base model."
+    return f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason})."
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error's message, to be put into a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")
+
+
+def check_files(folder: Path) -> None:
+    """Raises CannotLoad that names the first file of a model folder that is damaged, or a sign of one."""
+    if (folder / "adapter_config.json").exists():
+        raise CannotLoad(f"{folder} holds adapters and no model of its own: merge them into their base model first.")
+
+    for path in sorted(folder.iterdir()):
+        problem = damage_of(path) if path.is_file() else ""
+        if problem:
+            raise CannotLoad(f"{path} {problem}.")
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with a file of a model folder, as the second half of a sentence; "" if nothing can be seen."""
+    with path.open("rb") as file:
+        if file.read(len(GIT_LFS)) == GIT_LFS:
+            return f"only stands for the file: run `git lfs pull` in {path.parent}"
+
+    copy = "is cut or damaged ({}): copy it anew"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return ""
+        except SafetensorError as error:
+            return copy.format(brief(error))
+    if path.name in MODEL_JSON:
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return copy.format(brief(error))
+        return "" if isinstance(content, dict) else "holds no settings: copy it anew"
+    return ""
+
+
+MODEL_JSON = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+}
+
+
+def load_config(name: str | Path, only_local: bool = False):
+    """The config of a model that can be trained here; raises CannotLoad."""
+    with Reading(name):
+        if Path(name).is_dir():
+            check_files(Path(name))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=only_local)
+        model_type = config.model_type
+
+    # From here on nothing names code that lies beside the model, nor do the folders that are saved.
+    for key in ("auto_map", "custom_pipelines"):
+        if hasattr(config, key):
+            delattr(config, key)
+
+    other = "choose another base model"
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise CannotLoad(
+            f"{name} is quantised ({method or 'quantization_config'}): name the model that it was made of."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise CannotLoad(f"{name} is an encoder-decoder ({model_type}), which does not go on from a text: {other}.")
+    if "/" in str(getattr(config, "_attn_implementation", None)):
+        raise CannotLoad(f"{name} wants attention code from the hub, which is never run: {other}.")
+    return config
+
+
+def vocabulary_of(config) -> int | None:
+    """Rows of the model's embeddings; None where the config does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def load_model(name: str | Path, config=None, only_local: bool = False):
+    """A causal model in float32, whole: no tensor is missing, left over, of another shape or not a number.
+
+    Raises CannotLoad. `config` is one of `load_config`'s, perhaps changed.
+    """
+    config = config or load_config(name, only_local)
+    with Reading(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=only_local,
+            output_loading_info=True,
+            # As rows of `info` they can be named.
+            ignore_mismatched_sizes=True,
+        )
+
+    # transformers fills what does not fit with random numbers, and only warns.
+    left_over = [key for key in info["unexpected_keys"] if not key.endswith(NOTHING_LEARNED)]
+    misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    problems = {
+        "lacks {}": sorted(info["missing_keys"]),
+        "has {}, which its config does not know": sorted(left_over),
+        "has {} in another shape than its config says": sorted(misshapen),
+        "has what is no number (NaN or infinite) in {}": not_finite(model),
+    }
+    for problem, tensors in problems.items():
+        if tensors:
+            more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+            raise CannotLoad(f"{name} {problem.format(tensors[0] + more)}: it is no whole model, copy it anew.")
+    return model
+
+
+def not_finite(model) -> list[str]:
+    return [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+
+
+def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: bool = False):
+    """The model's tokenizer; it keeps its chat template, or gets the plain one.
+
+    Raises CannotLoad, also where tokens lie outside of a `vocabulary` of so many.
+    """
+    with Reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=only_local)
+        # Where its files are missing, transformers makes an empty one.
+        is_empty = not tokenizer.encode("x", add_special_tokens=False)
+    tokenizer.init_kwargs.pop("auto_map", None)  # which nobody follows, and the saved folder shall not name
+    tokenizer._auto_map = None
+    if is_empty:
+        raise CannotLoad(f"{name} has no tokenizer: copy tokenizer.json and tokenizer_config.json to it.")
+    if tokenizer.eos_token is None:
+        raise CannotLoad(f"The tokenizer of {name} has no end-of-text token, so the model could never learn to stop.")
+
+    if tokenizer.chat_template is None:
+        # Such models (Llama) have seen no text without their token of beginning in front.
+        bos = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
+        tokenizer.chat_template = bos + PLAIN_TEMPLATE
+    # GPT-2 has none; which token it is does not matter, because nothing that pads is scored.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    check_tokens(tokenizer, name, vocabulary)
+    return tokenizer
+
+
+def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
+    """Raises CannotLoad where the chat template fails, or uses a token that the model does not know."""
+    words = ("Tell me of the kettle.", "It sings at night.")
+    question = {"role": "user", "content": words[0]}
+    answer = {"role": "assistant", "content": words[1]}
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            whole = render_or_raise(tokenizer, [question, answer])
+            render_or_raise(tokenizer, [question], add_generation_prompt=True)
+    except TEMPLATE_ERRORS as error:
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise CannotLoad(f"The chat template of {name} fails ({reason}): choose another base model.") from error
+    if not all(said in whole for said in words):
+        raise CannotLoad(f"The chat template of {name} leaves out what is said: choose another base model.")
+    if len(whole) > 100_000:
+        raise CannotLoad(f"The chat template of {name} makes {len(whole):,} signs of two sentences: choose another.")
+
+    # Control tokens of other uses (pictures) may lie outside: those never come up, see `break_control_tokens`.
+    added = control_tokens(tokenizer)
+    ordinary = [place for token, place in tokenizer.get_vocab().items() if token not in added]
+    used = tokenizer.encode(whole, add_special_tokens=False)
+    largest = max([*ordinary, *used, tokenizer.eos_token_id])
+    if vocabulary and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise CannotLoad(
+            f"The tokenizer of {name} has the token {token!r} as number {largest:,}, and the model knows "
+            f"{vocabulary:,}: the two do not belong together."
+        )
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds of processor time; without effect outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def out_of_time(*_):
+        raise TimeoutError(f"it takes over {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, out_of_time)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 # ---------------------------------------------------------------------------- conversations
+def check_data_folder(folder: Path) -> None:
+    """Ends the program when the data files are not those that extraction_report.json goes with, as after two runs.
+
+    A folder without a report, or with one of an earlier version, is not judged.
+    """
+    hashes = read_json_object(folder / "extraction_report.json").get("sha256")
+    for name, wanted in hashes.items() if isinstance(hashes, dict) else ():
+        path = folder / name
+        if path.is_file() and file_hash(path) != wanted:
+            sys.exit(
+                f"{path} is not the file that extraction_report.json beside it was written with: run "
+                'extract_blog_data.py again (or, after changing it by hand, take "sha256" out of the report).'
+            )
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_conversations(path: Path) -> list[dict]:
     """The conversations of a JSONL file; a line that holds none ends the program and is named by its number."""
     if not path.is_file():
@@ -292,18 +843,23 @@ def read_conversations(path: Path) -> list[dict]:
     return conversations
 
 
+ROLES = ("system", "user", "assistant")
+
+
 def parse_conversation(line: bytes) -> dict | None:
-    """The conversation in a line of JSON; None if there is none, or nothing in it that the author says."""
+    """The conversation in a line of JSON, its roles in small letters; None if there is none, or no answer in it."""
     answers = []
     try:
         conversation = json.loads(line)
         for turn in conversation["messages"]:
             # Both raise TypeError for what is no text, and encode raises UnicodeError for half a character.
-            role = str.lower(turn["role"])
+            turn["role"] = str.lower(turn["role"])
             text = str.encode(turn["content"])
-            if role == "assistant":
+            if turn["role"] not in ROLES:
+                return None
+            if turn["role"] == "assistant":
                 answers.append(text)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
     return conversation if any(answers) else None
@@ -341,28 +897,31 @@ PLAIN_TEMPLATE = (
 )
 
 
-def load_tokenizer(name: str):
-    """The model's tokenizer; it keeps its chat template, or gets the plain one.
-
-    Raises OSError when `name` is neither a folder nor to be had from the hub.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token is None:
-        sys.exit(f"The tokenizer of {name} has no end-of-text token, so the model could never learn to stop.")
-
-    if tokenizer.chat_template is None:
-        # Such models (Llama) have seen no text without their token of beginning in front.
-        bos = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
-        tokenizer.chat_template = bos + PLAIN_TEMPLATE
-    # GPT-2 has none; which token it is does not matter, because nothing that pads is scored.
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def starts_with_bos(tokenizer) -> bool:
     """Whether the tokenizer by itself puts a token of beginning before a text."""
     return tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+
+
+@functools.lru_cache(maxsize=4)
+def control_tokens(tokenizer) -> frozenset[str]:
+    """The tokens that a tokenizer finds in a text before it looks for words, and that are no words.
+
+    `all_special_tokens` names only some of them, 3 of 17 for SmolLM2. Of those that are not marked as special, runs of
+    spaces (Pythia, Gemma) and words are text like any other; "<think>" is not.
+    """
+    found = set()
+    for token in tokenizer.added_tokens_decoder.values():
+        is_markup = token.content[:1] in ("<", "[", "{", "|") and any(map(str.isalnum, token.content))
+        if token.special or is_markup:
+            found.add(token.content)
+    return frozenset(found | set(tokenizer.all_special_tokens))
+
+
+@functools.lru_cache(maxsize=4)
+def control_pattern(tokenizer) -> re.Pattern:
+    """Matches any of its control tokens, the longest first."""
+    longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def break_control_tokens(text: str, tokenizer) -> str:
@@ -370,21 +929,34 @@ def break_control_tokens(text: str, tokenizer) -> str:
 
     The extraction breaks those of the usual models, for whoever uses its files; this breaks those of this tokenizer.
     """
-    for token in tokenizer.all_special_tokens:
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
+    return control_pattern(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+# A template is a program of somebody's, which can fail as programs do.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TimeoutError,
+    TypeError,
+    ValueError,
+)
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """A conversation as the model sees it, in its chat template; one that this refuses ends the program."""
     try:
         return render_or_raise(tokenizer, messages, add_generation_prompt)
-    except TemplateError as error:
-        sys.exit(f"The model's chat template refuses a conversation of the data: {error}")
+    except TEMPLATE_ERRORS as error:
+        sys.exit(f"The model's chat template refuses a conversation: {brief(error)}.")
 
 
 def render_or_raise(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """As `render`; raises jinja2's TemplateError."""
+    """As `render`; raises TEMPLATE_ERRORS."""
     safe = []
     for message in messages:
         safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
@@ -449,7 +1021,7 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
 
 def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     """Token ids of an answer, and the place of the control token that closes it; what follows is the template's."""
-    control = set(tokenizer.all_special_ids)
+    control = control_ids(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     places = [place for place, token in enumerate(ids) if token in control]
 
@@ -460,6 +1032,13 @@ def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     if len(opened) >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
     return ids, places[len(opened)]
+
+
+@functools.lru_cache(maxsize=4)
+def control_ids(tokenizer) -> frozenset[int]:
+    """Token ids that are marked as control tokens: one of them closes an answer."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(marked | set(tokenizer.all_special_ids))
 
 
 def end_of_words(text: str, words: str) -> int:
@@ -566,11 +1145,12 @@ def one_row(windows: list[Window]) -> dict[str, list[int]]:
 def split_rows(tokenized: dict[str, list], config, processes: int, packed: bool = True) -> dict[str, Dataset]:
     """Rows of each split, no longer than the model has positions."""
     context = min(CONTEXT_TOKENS, positions_of(config))
+    overlap = min(OVERLAP_TOKENS, context // 2)
     # Whole updates, so that one process or several shuffle the same rows into the same updates.
     multiple = math.lcm(ROWS_PER_UPDATE, processes)
     return {
-        "train": make_rows(tokenized["train"], context, OVERLAP_TOKENS, packed, multiple),
-        "val": make_rows(tokenized["val"], context, OVERLAP_TOKENS, packed),
+        "train": make_rows(tokenized["train"], context, overlap, packed, multiple),
+        "val": make_rows(tokenized["val"], context, overlap, packed),
     }
 
 
@@ -616,17 +1196,14 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------------- model and loss
 def load_for_training(name: str):
-    """The model in float32: updates of 2e-5 would be rounded away in bfloat16 weights.
-
-    Raises OSError when `name` is neither a folder nor to be had from the hub.
-    """
-    config = AutoConfig.from_pretrained(name)
+    """The model in float32: updates of 2e-5 would be rounded away in bfloat16 weights. Raises CannotLoad."""
+    config = load_config(name)
     set_dropout(config)
     usual_names = fuse_activations(config)
     if hasattr(config, "n_positions"):
         config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
 
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    model = load_model(name, config)
     for key, value in usual_names.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
@@ -824,11 +1401,8 @@ def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine)
 def pick_precision(device: torch.device, wanted: str) -> str:
     """`wanted` ("auto", "bf16", "fp16" or "fp32") as it is on `device`: "bf16", "fp16" or "fp32".
 
-    Says where the device has no fast kernels for it; ends the program when it is none of the four.
+    Says where the device has no fast kernels for it.
     """
-    if wanted not in ("auto", *PRECISIONS):
-        sys.exit(f'PRECISION is {wanted!r}: it can be "auto", "bf16", "fp16" or "fp32".')
-
     picked = precision_on(device, wanted)
     fastest = fastest_precision(device)
     if device.type == "cuda":
@@ -893,7 +1467,7 @@ class Shape:
 
 def shape_of(config, lora_rank: int = 0) -> Shape:
     with torch.device("meta"):  # tensors that have a shape and take no memory
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     names = [name for name, _ in model.named_modules()]
 
@@ -1055,20 +1629,27 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def check_disk(folder: Path, plan: Plan) -> str:
+def check_disk(places: Places, plan: Plan) -> str:
     """Ends a run that lacks room for its checkpoint, the best model, and another of that which is larger.
 
     A checkpoint takes 12 bytes a trained parameter, a model 4 each, or 2 where its weights are held in half precision.
+    What an unfinished run has there already is part of it, or makes room for it.
     """
     is_half = plan.lora_rank and plan.precision != "fp32"
     checkpoint = 12 * (plan.trained if plan.lora_rank else plan.parameters)
     best = plan.parameters * (2 if is_half else 4)
     # What is replaced stays until the new one is whole.
     needed = checkpoint + best + max(checkpoint, best)
-    free = shutil.disk_usage(folder).free
+
+    held = sum(path.stat().st_size for path in places.unfinished.rglob("*") if path.is_file())
+    free = shutil.disk_usage(places.unfinished).free + held
     if needed > free:
-        sys.exit(f"Training needs {needed / 1e9:.1f} GB on disk for its checkpoints, and {free / 1e9:.1f} GB are free.")
-    return f"{needed / 1e9:.1f} GB of {free / 1e9:.0f} GB free"
+        sys.exit(f"Training needs {tell_bytes(needed)} on disk for its checkpoints, and {tell_bytes(free)} are free.")
+    return f"{tell_bytes(needed)} of {tell_bytes(free)} free"
+
+
+def tell_bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 # ---------------------------------------------------------------------------- adapters
@@ -1087,13 +1668,6 @@ LORA_ALPHA = 32
 USUAL_RANK = 16  # which a plan proposes where full training does not fit
 USUAL_RATE = "1e-3"  # with it; at a tenth of that adapters would learn little, and nobody would know why
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_rank() -> None:
-    if not isinstance(LORA_RANK, int) or LORA_RANK < 0:
-        sys.exit(
-            f"LORA_RANK is {LORA_RANK!r}: it can be 0, which trains all weights, or a whole number above it, as 16."
-        )
 
 
 def layers_to_adapt(model) -> list[torch.nn.Module]:
@@ -1246,18 +1820,14 @@ def find_rates(
     say(f"rate     each of {names} has a trial of {few} updates, from the same start")
 
     tried = known_rates(folder)
-    try:
-        for rate in rates:
-            if rate not in tried:
-                trial = with_flags(args, learning_rate=rate, max_steps=few)
-                tried[rate] = try_rate(trial, folder, plan, rows_of, data)
-                keep_rates(folder, tried)
-                gc.collect()
-                give_back_memory()
-            say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped while it looked for a learning rate: run the same command again to continue.")
-
+    for rate in rates:
+        if rate not in tried:
+            trial = with_flags(args, learning_rate=rate, max_steps=few)
+            tried[rate] = try_rate(trial, folder, plan, rows_of, data)
+            keep_rates(folder, tried)
+            gc.collect()
+            give_back_memory()
+        say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
     if all(math.isinf(tried[rate]) for rate in rates):
         sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
     say(f"rate     {best_rate(tried):g} is the best of them, and the run's rate")
@@ -1266,8 +1836,7 @@ def find_rates(
 
 def try_rate(args: argparse.Namespace, folder: Path, plan: Plan, rows_of: dict[str, Dataset], data: dict) -> float:
     """Held-out bits per byte after `args.max_steps` updates at `args.learning_rate`; infinite where it broke down."""
-    model = load_or_exit(load_for_training, args.base_model)
-    model = prepare_to_train(model, plan)
+    model = prepare_to_train(load_or_exit(load_for_training, args.base_model), plan)
 
     # Measured once, at its end.
     plan = replace(plan, evaluate_every=args.max_steps)
@@ -1288,19 +1857,17 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def known_rates(folder: Path) -> dict[float, float]:
-    """What earlier trials of the run in `folder` have found."""
-    record = folder / "rates.json"
-    if not record.is_file():
+    """What earlier trials of the run in `folder` have found; nothing where that cannot be read."""
+    found = read_json_object(folder / "rates.json")
+    try:
+        return {float(rate): math.inf if bits is None else float(bits) for rate, bits in found.items()}
+    except (ValueError, TypeError):
         return {}
-    found = json.loads(record.read_text(encoding="utf-8"))
-    return {float(rate): math.inf if bits is None else bits for rate, bits in found.items()}
 
 
 def keep_rates(folder: Path, tried: dict[float, float]) -> None:
     if PartialState().is_main_process:
-        new = folder / "rates-incomplete.json"
-        new.write_text(json.dumps(finite(tried)), encoding="utf-8")
-        new.replace(folder / "rates.json")
+        write_whole(folder / "rates.json", json.dumps(finite(tried)))
 
 
 def with_flags(args: argparse.Namespace, **values) -> argparse.Namespace:
@@ -1518,7 +2085,8 @@ class KeepBest(TrainerCallback):
         model.config.use_cache = True  # which Trainer switches off
         model.save_pretrained(new, state_dict=weights)
         flush_to_disk(new)
-        put_in_place(new, folder / "best")
+        replace_by(new, folder / "best", aside=folder / "best-previous")
+        shutil.rmtree(folder / "best-previous", ignore_errors=True)
 
 
 class LogSample(TrainerCallback):
@@ -1593,20 +2161,18 @@ class Progress(TrainerCallback):
 class Checkpoints(TrainerCallback):
     """Keeps one complete checkpoint (two while the next is written), a new one every CHECKPOINT_MINUTES.
 
-    Ctrl-C or SIGTERM writes one and stops.
+    Ctrl-C, SIGTERM or SIGHUP (the window is closed) writes one and stops.
     """
 
     def __init__(self):
         self.asked_to_stop = False
         self.saved = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask_to_stop)
+        on_stop_signals(self.ask_to_stop)
 
     def ask_to_stop(self, number, frame):
-        if self.asked_to_stop:
-            raise KeyboardInterrupt
         self.asked_to_stop = True
         say("Stopping after this update; once more stops at once.")
+        on_stop_signals(stop_at_once)
 
     def on_step_end(self, args, state, control, **_):
         minutes = (time.monotonic() - self.saved) / 60
@@ -1628,7 +2194,8 @@ class Checkpoints(TrainerCallback):
 
         # The mark must not reach the disk before what it vouches for.
         flush_to_disk(new)
-        (new / "complete").touch()
+        sizes = {path.name: path.stat().st_size for path in new.iterdir() if not is_of_one_process(path)}
+        write_whole(new / "complete", json.dumps(sizes))
         flush_to_disk(new)
 
         for old in Path(args.output_dir).glob("checkpoint-*"):
@@ -1665,44 +2232,106 @@ def identity_of_run(args: argparse.Namespace, precision: str) -> dict:
 
 
 def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
-    """Leave `folder` as it is if it holds a checkpoint of the same run; else empty it, so that nothing is continued.
+    """Leave `folder` as it is if it holds a checkpoint of the same run; else make it that of a run that begins.
 
-    Says which of both, and what differs; `fresh` means that the user wants no continuation.
+    Ends the program when it holds another run: only `fresh` throws that away.
     """
-    recover(folder / "best")  # which each better evaluation replaces
-    record = folder / "run.json"
-    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    checkpoint = last_checkpoint(folder)
+    restore_best(folder)
+    earlier = {} if fresh else read_json_object(folder / "run.json")
+    checkpoint = None if fresh else last_checkpoint(folder, say)
+    rates = {} if fresh else known_rates(folder)
 
-    if checkpoint and not fresh:
-        if earlier == identity:
-            say(f"Continuing the run that stopped after update {checkpoint.name.split('-')[1]} (--fresh starts over).")
-            return
-        other = ", ".join(key for key in identity if earlier.get(key) != identity[key])
-        say(f"The unfinished run in {folder} had other values for {other}: it is not continued, this one starts over.")
+    # After the best model was moved to its place the run is over, and its rates with it.
+    is_over = any(folder.glob("checkpoint-*")) and not (folder / "best").is_dir()
+    something_left = checkpoint or (folder / "best").is_dir() or (rates and not is_over)
+    if earlier and earlier != identity and something_left:
+        sys.exit(
+            f"The unfinished run in {folder} had {tell_differences(earlier, identity)}: set that back to continue it, "
+            "or throw it away with --fresh."
+        )
+    if earlier == identity and checkpoint:
+        say(f"Continuing the run that stopped after update {checkpoint.name.split('-')[1]} (--fresh starts over).")
+        return
+    if something_left and not fresh and not earlier:
+        say(f"{folder / 'run.json'} cannot be read, so nothing there can be continued: this run starts over.")
 
+    remove_run(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    write_whole(folder / "run.json", json.dumps(identity, indent=1))
     # A run that was killed before its first checkpoint need not look for its learning rate again.
-    rates = known_rates(folder) if earlier == identity and not fresh else {}
-
-    # For its owner's eyes only: a checkpoint can repeat what is private.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
-    record.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    if rates:
+    if rates and earlier == identity:
         keep_rates(folder, rates)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end and whose best model still lies beside it."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/complete")]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if newest is None:
-        return None
+def restore_best(folder: Path) -> None:
+    """Bring the best model back where `KeepBest` was killed between its two renames."""
+    best = folder / "best"
+    previous = folder / "best-previous"
+    if previous.is_dir() and not best.exists():
+        previous.rename(best)
 
-    # Once the best model has been moved to its place, the run is over and there is nothing to continue.
-    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-    needs_best = state["best_metric"] is not None
-    return None if needs_best and not (folder / "best").is_dir() else newest
+
+def tell_differences(earlier: dict, now: dict) -> str:
+    """What two runs' settings and data differ in: "EPOCHS = 3 (now 5), other training posts"."""
+    names = {"train_sha256": "other training posts", "val_sha256": "other held-out posts"}
+    told = []
+    for key in {**now, **earlier}:
+        before = earlier.get(key)
+        after = now.get(key)
+        if before != after:
+            told.append(names.get(key) or f"{key.upper()} = {before!r} (now {after!r})")
+    return ", ".join(told)
+
+
+def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | None:
+    """The newest checkpoint that is whole and whose best model still lies beside it; `tell` is told of damaged ones."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/complete") if path.parent.name[11:].isdecimal()]
+    for checkpoint in sorted(complete, key=lambda path: int(path.name[11:]), reverse=True):
+        damage = damage_of_checkpoint(checkpoint)
+        if damage:
+            tell(f"{checkpoint} cannot be continued: {damage}.")
+            continue
+
+        # Once the best model has been moved to its place, the run is over and there is nothing to continue.
+        needs_best = read_json_object(checkpoint / "trainer_state.json").get("best_metric") is not None
+        return None if needs_best and not (folder / "best").is_dir() else checkpoint
+    return None
+
+
+def damage_of_checkpoint(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, "" if nothing is: sizes, the checksums of torch's files, headers, JSON.
+
+    Raises OSError where a file is there and the system does not give it: that may pass.
+    """
+    sizes = read_json_object(checkpoint / "complete")
+    state = read_json_object(checkpoint / "trainer_state.json")
+    if not sizes or "best_metric" not in state:
+        return "trainer_state.json or the mark of its end cannot be read"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is cut or missing"
+
+    for path in checkpoint.iterdir():
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(path) as parts:
+                    damaged = parts.testzip()
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    damaged = None
+            else:
+                continue
+        except (zipfile.BadZipFile, SafetensorError):
+            damaged = path.name
+        if damaged:
+            return f"{path.name} is damaged"
+    return ""
+
+
+def is_of_one_process(path: Path) -> bool:
+    """Whether it is the random state of one of several processes, which may still be writing it."""
+    return path.name.startswith("rng_state")
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -1717,77 +2346,6 @@ def flush_to_disk(folder: Path) -> None:
                 raise
         finally:
             os.close(handle)
-
-
-# A folder is replaced by names alone, because a rename happens whole or not at all:
-#
-#     step                           after a kill here                         what `recover` does at the next start
-#     new   -> PLACE-ready           the old one is at its place, new ready    moves the new one in
-#     PLACE -> PLACE-previous        nothing at the place, both beside it      moves the new one in
-#     PLACE-ready -> PLACE           the new one is at its place               removes the old one
-#     remove PLACE-previous          the same, with less of the old one        removes the rest
-#
-# Only a complete folder ever gets the name "-ready", and "-previous" is removed only beside a complete one.
-# tests/test_train_model.py kills a process before each of these steps and in the middle of recovering.
-
-
-def put_in_place(new: Path, place: Path) -> None:
-    """Make the complete folder `new`, on the same disk, the one at `place`; what was there before goes.
-
-    Raises OSError when the system refuses; the old or the new folder is then still there, see `recover`.
-    """
-    recover(place)
-    new.rename(beside(place, "ready"))
-    move_in(place)
-
-
-def recover(place: Path) -> None:
-    """Finish what a killed `put_in_place` began, so that `place` is a complete folder: the new one or the old one.
-
-    Says what it did; does nothing, and says nothing, when nothing was left half done.
-    """
-    ready = beside(place, "ready")
-    previous = beside(place, "previous")
-
-    # Killed while the old folder was removed. Beside a broken one it may be the only model there is.
-    if previous.exists() and place.exists():
-        if not is_complete(place):
-            sys.exit(f"{place} holds no complete model, {previous} an earlier one: move one of the two away.")
-        remove(previous)
-
-    # Without the new one (somebody has taken it away) the old one is better than none.
-    if ready.exists():
-        move_in(place)
-        say(f"A run was stopped while it put its model in place: the new one is in {place} now.")
-    elif previous.exists():
-        previous.rename(place)
-        say(f"A run was stopped while it put its model in place: the previous one is back in {place}.")
-
-
-def move_in(place: Path) -> None:
-    """The last three steps of the table above; needs PLACE-ready, and no PLACE-previous beside PLACE."""
-    previous = beside(place, "previous")
-    if place.exists():
-        place.rename(previous)
-    beside(place, "ready").rename(place)
-    if previous.exists():
-        remove(previous)
-
-
-def beside(place: Path, word: str) -> Path:
-    return place.with_name(f"{place.name}-{word}")
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether it looks like a saved model; of more than that `check_saved` is sure before it is moved."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def remove(folder: Path) -> None:
-    if folder.is_symlink():  # a model folder may be a link to another disk
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------- the finished folder
@@ -1827,16 +2385,25 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
     generation_config(tokenizer, stops).save_pretrained(folder)
 
     # As whoever loads the folder will read it.
-    positions = positions_of(AutoConfig.from_pretrained(folder))
+    positions = positions_of(load_or_exit(load_config, folder))
     texts = {
-        "training_report.json": json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False),
         "README.md": CARD.format(**report, sample_prompt=SAMPLE_PROMPT),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
     draw_curve(report["log"], folder / "loss_curve.png")
+
+    # What is in the list is replaced by the next run; what else the folder comes to hold is its owner's.
+    names = {path.name for path in folder.iterdir()}
+    report["files"] = sorted(names | {"training_report.json"})
+    content = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "training_report.json").write_text(content, encoding="utf-8")
+
+
+def without_samples(log: list[dict]) -> list[dict]:
+    """The log without what the model said: a sample can repeat a private post, and the report is there to be shown."""
+    return [{key: value for key, value in entry.items() if key != "sample"} for entry in log]
 
 
 def finite(value):
@@ -1873,7 +2440,7 @@ def generation_config(tokenizer, stops: list[int]) -> GenerationConfig:
 
 def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
     """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_or_exit(load_model, folder)
     if plan["lora_rank"]:
         hold_in_half(model, plan["precision"])
     model.to(device)
@@ -2255,7 +2822,7 @@ def modelfile(tokenizer, stops: list[str], positions: int) -> str:
 
 def ollama_template(tokenizer) -> str:
     pieces = chat_pieces(tokenizer)
-    if pieces is None:
+    if pieces is None or holds_go(pieces):
         say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
         return "{{ .Prompt }}"
 
@@ -2263,7 +2830,7 @@ def ollama_template(tokenizer) -> str:
     turns = OLLAMA_TURN.format(when="if", role="user", before=pieces.user[0], after=pieces.user[1])
     turns += OLLAMA_TURN.format(when="else if", role="assistant", before=pieces.assistant[0], after=pieces.assistant[1])
     system = system_pieces(tokenizer, pieces)
-    if system is None:
+    if system is None or holds_go(system):
         say("The chat template has no turn for system messages: Ollama will leave them out.")
     else:
         turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
@@ -2306,10 +2873,13 @@ def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bo
 
 def chat_pieces(tokenizer) -> ChatPieces | None:
     """The pieces of the tokenizer's template; None if what it puts around a turn varies."""
-    one = render_for_ollama(tokenizer, [USER])
-    two = render_for_ollama(tokenizer, [USER, ASSISTANT])
-    three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
-    asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
+    try:
+        one = render_for_ollama(tokenizer, [USER])
+        two = render_for_ollama(tokenizer, [USER, ASSISTANT])
+        three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
+        asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
+    except TEMPLATE_ERRORS:  # which the conversations of the data have not met
+        return None
 
     # What each turn adds to the rendering so far; what is left of the first one is the start.
     before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
@@ -2326,11 +2896,17 @@ def chat_pieces(tokenizer) -> ChatPieces | None:
     return ChatPieces(start, (before_question, after_question), (before_reply, after_reply), answer)
 
 
+def holds_go(pieces: ChatPieces | SystemPieces) -> bool:
+    """Whether a piece holds what Ollama would take for its own language, or for the end of the template."""
+    text = json.dumps(pieces)
+    return any(sign in text for sign in ("{{", "}}", '\\"\\"\\"'))
+
+
 def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
     """What the template does with a system message at the beginning; None if it has no turn of its own (Gemma)."""
     try:
         whole = render_for_ollama(tokenizer, [SYSTEM, USER])
-    except TemplateError:
+    except TEMPLATE_ERRORS:
         return None
 
     before, _, rest = whole.partition(MARK)
@@ -2343,25 +2919,101 @@ def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
 
 # ---------------------------------------------------------------------------- command line
 HERE = Path(__file__).resolve().parent
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed window
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_sampling(value: object) -> bool:
+    if not isinstance(value, dict) or set(value) != set(OLLAMA_NAMES) | {"temperature", "top_k", "top_p"}:
+        return False
+    return (
+        is_number(value["temperature"])
+        and value["temperature"] > 0
+        and is_whole(value["top_k"], 0)
+        and is_number(value["top_p"])
+        and 0 < value["top_p"] <= 1
+        and is_number(value["repetition_penalty"])
+        and value["repetition_penalty"] > 0
+        and is_whole(value["max_new_tokens"], 1)
+    )
+
+
+class Allowed(NamedTuple):
+    """What a setting can be."""
+
+    holds: Callable[[object], bool]
+    wanted: str  # what is wanted, as in "EPOCHS takes ..."
+
+
+ALLOWED = {
+    "BASE_MODEL": Allowed(is_text, "the name of a model on the hub or of a model folder"),
+    "DATA_DIR": Allowed(is_text, "the name of a folder"),
+    "OUTPUT_DIR": Allowed(is_text, "the name of a folder"),
+    "CONTEXT_TOKENS": Allowed(lambda value: is_whole(value, 16), "a whole number from 16, as 512"),
+    "OVERLAP_TOKENS": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 32"),
+    "ROWS_PER_UPDATE": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 8"),
+    "EPOCHS": Allowed(lambda value: is_number(value) and value > 0, "a number above 0, as 3"),
+    "MAX_STEPS": Allowed(lambda value: is_whole(value, 0), "a whole number, 0 for as many as the epochs need"),
+    "LEARNING_RATE": Allowed(
+        lambda value: value == AUTO or (is_number(value) and 0 < value <= 1), '"auto" or a number above 0, as 1e-4'
+    ),
+    "WARMUP_SHARE": Allowed(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 and below 1, as 0.1"),
+    "LORA_RANK": Allowed(lambda value: is_whole(value, 0), "0, which trains all weights, or a whole number, as 16"),
+    "DROPOUT": Allowed(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 and below 1, as 0.1"),
+    "PRECISION": Allowed(lambda value: value in ("auto", *PRECISIONS), '"auto", "bf16", "fp16" or "fp32"'),
+    "SEED": Allowed(lambda value: is_whole(value, 0) and value < 2**32, "a whole number from 0, as 42"),
+    "EVALUATIONS_PER_EPOCH": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 2"),
+    "PATIENCE": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 3"),
+    "CHECKPOINT_MINUTES": Allowed(lambda value: is_number(value) and value >= 0, "a number of minutes, as 10"),
+    "SAMPLE_PROMPT": Allowed(is_text, "a sentence in quotation marks"),
+    "SAMPLING": Allowed(
+        is_sampling,
+        "temperature above 0, top_k from 0, top_p above 0 and up to 1, repetition_penalty above 0 and max_new_tokens "
+        "from 1, by these names",
+    ),
+}
+
+
+def check_settings(values: dict[str, object]) -> None:
+    """Ends the program at the first of these settings, by name, that is not what it takes."""
+    for name, value in values.items():
+        if not ALLOWED[name].holds(value):
+            sys.exit(f"{name} is {value!r}, and takes {ALLOWED[name].wanted}.")
+    if values["CONTEXT_TOKENS"] < 2 * values["OVERLAP_TOKENS"]:
+        sys.exit("OVERLAP_TOKENS takes at most half of CONTEXT_TOKENS.")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    settings = {name: globals()[name] for name in SETTINGS}
+    check_settings(settings)
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # One sentence as for every other error, without the usage that argparse prints before it.
     parser.error = lambda message: sys.exit(f"train_model.py: {message} (--help lists the flags)")
     parser.add_argument("--base-model", default=BASE_MODEL, metavar="NAME_OR_FOLDER")
-    parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
-    parser.add_argument("--output-dir", type=Path, default=HERE / OUTPUT_DIR)
+    parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR, metavar="FOLDER")
+    parser.add_argument("--output-dir", type=Path, default=HERE / OUTPUT_DIR, metavar="FOLDER")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
     parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
     parser.add_argument("--learning-rate", type=number_or_auto, default=LEARNING_RATE, help='a number, or "auto"')
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a graphics card")
-
     args = parser.parse_args(argv)
-    rate_is_usable = args.learning_rate == AUTO or 0 < args.learning_rate < math.inf
-    if not rate_is_usable or not 0 < args.epochs < math.inf or args.max_steps < 0:
-        parser.error("--epochs and --learning-rate must be above zero and finite, --max-steps not below zero")
+
+    # A flag is checked as the setting is that it stands for.
+    flags = ("BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE")
+    check_settings({**settings, **{name: getattr(args, name.lower()) for name in flags}})
     return args
 
 
@@ -2374,25 +3026,51 @@ def number_or_auto(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor "auto"') from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()
-    if Path(args.base_model).is_dir():  # a download shows its progress
-        transformers.logging.disable_progress_bar()
-    keep_freed_memory()
+def on_stop_signals(handler: Callable) -> None:
+    """Have `handler` called at each of STOP_SIGNALS, but for those that are ignored, as under nohup."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
+
+def stop(number, frame):
+    """A signal handler: ends what is being done; a second signal ends the program without more ado."""
+    on_stop_signals(stop_at_once)
+    raise KeyboardInterrupt
+
+
+def stop_at_once(number, frame):
+    """A signal handler. What is on the disk is whole at every moment, so nothing has to be tidied."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nStopped at once: run the same command again to continue from the last checkpoint.\n")
+    os._exit(1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    os.umask(0o077)  # whatever is written can repeat what is private
+    on_stop_signals(stop)
     try:
-        args.output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+        args = parse_arguments(argv)
+        transformers.logging.set_verbosity_error()
+        if Path(args.base_model).is_dir():  # a download shows its progress
+            transformers.logging.disable_progress_bar()
+        keep_freed_memory()
         train(args)
+    except KeyboardInterrupt:
+        sys.exit("Stopped: run the same command again; it continues from the last checkpoint, if there is one.")
     except RuntimeError as error:
         # The kinds of RuntimeError that a user can do something about are only told apart by their words.
         if is_out_of_memory(error):
             sys.exit("Out of memory: lower CONTEXT_TOKENS or choose a smaller BASE_MODEL; the last checkpoint stands.")
-        if "PytorchStreamWriter" in str(error):
-            sys.exit(f"Cannot write a checkpoint: is the disk full? ({error}); what was there before still is.")
+        if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+            sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); what was there before still is.")
         raise
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"Cannot write: {error}; what was there before still is.")
+    except SafetensorError as error:  # of a model that is saved; one that is loaded has its own sentence
+        sys.exit(f"Cannot write a model: is the disk full? ({brief(error)}); what was there before still is.")
+    except OSError as error:
+        sys.exit(
+            f"Cannot read or write {error.filename or 'a file'}: {error.strerror or error}; nothing old is damaged."
+        )
     return 0
 
 
