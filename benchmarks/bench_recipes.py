@@ -230,7 +230,7 @@ def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
         report_to="none",
         disable_tqdm=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.base_model, trust_remote_code=False, dtype=torch.bfloat16)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     with contextlib.redirect_stdout(sys.stderr):
         Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[measure]).train()

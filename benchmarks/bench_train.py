@@ -63,7 +63,7 @@ def measure_stock(model_folder: str, conversations: list[dict], updates: int) ->
     tokenizer = train_model.load_tokenizer(model_folder)
     random.Random(0).shuffle(conversations)
     rows, authors = stock_rows(tokenizer, conversations[: updates * UPDATE])
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False, dtype=torch.float32)
     clock = Clock()
     stock_trainer(model, tokenizer, rows, updates, "bf16", clock).train()
     return figures(clock, [len(row["input_ids"]) for row in rows], authors)
@@ -108,7 +108,7 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
 
 
 def planned_gigabytes(model_folder: str, tokens: int) -> float:
-    shape = train_model.shape_of(AutoConfig.from_pretrained(model_folder))
+    shape = train_model.shape_of(AutoConfig.from_pretrained(model_folder, trust_remote_code=False))
     way = train_model.WayToTrain("adamw_torch_fused", checkpointing=False, rows_at_once=1)
     return sum(train_model.memory_needed(shape, tokens, "bf16", way).values()) / 1e9
 
@@ -132,14 +132,16 @@ def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
 def measure_bare(model_folder: str) -> dict:
     """Tokens per second of nothing but the matrix products of one row of 512 tokens, forward and backward."""
     train_model.keep_freed_memory()
-    seconds, share = time_products(AutoConfig.from_pretrained(model_folder), 512, torch.bfloat16, torch.device("cpu"))
+    seconds, share = time_products(
+        AutoConfig.from_pretrained(model_folder, trust_remote_code=False), 512, torch.bfloat16, torch.device("cpu")
+    )
     return {"tokens": 512 * share / seconds}
 
 
 def time_products(config, tokens: int, numbers: torch.dtype, device: torch.device) -> tuple[float, float]:
     """(seconds, share of the parameters): the products of one training step of `tokens` tokens, the fastest of six."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
     weights = [torch.randn(shape, dtype=numbers, device=device) for shape in shapes]
     inputs = [torch.randn(tokens, min(shape), dtype=numbers, device=device) for shape in shapes]

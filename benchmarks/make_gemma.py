@@ -36,15 +36,17 @@ def fetch_gguf(folder: Path) -> None:
 
 def save_plain(gguf_folder: Path, target: Path) -> int:
     """De-quantize and save; returns the number of parameters. What was loaded from GGUF refuses save_pretrained."""
-    dequantized = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    config = AutoConfig.from_pretrained(gguf_folder, gguf_file=GGUF_FILE)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False, dtype=torch.float32
+    )
+    config = AutoConfig.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     plain.load_state_dict(dequantized.state_dict())
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False).save_pretrained(target)
     return plain.num_parameters()
 
 

@@ -40,14 +40,16 @@ def fetch_gguf(folder: Path) -> None:
 
 def save_plain(gguf_folder: Path, target: Path) -> None:
     """De-quantize and save. A model loaded from GGUF refuses save_pretrained, a fresh one of its shape does not."""
-    dequantized = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, dtype=torch.float32)
-    config = AutoConfig.from_pretrained(gguf_folder, gguf_file=GGUF_FILE)
+    dequantized = AutoModelForCausalLM.from_pretrained(
+        gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False, dtype=torch.float32
+    )
+    config = AutoConfig.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     plain.load_state_dict(dequantized.state_dict())
     plain.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF_FILE, trust_remote_code=False).save_pretrained(target)
     (target / "LICENCE-NOTE.txt").write_text(LICENCE_NOTE, encoding="utf-8")
     print(f"{MODEL_DIR}: SmolLM2-135M-Instruct, {plain.num_parameters():,} parameters, Apache-2.0")
 

@@ -785,7 +785,7 @@ def test_a_run_killed_in_its_trials_tries_only_what_is_left(
         return try_rate(trial, *given)
 
     monkeypatch.setattr(train_model, "try_rate", dying_at_the_second)
-    with pytest.raises(SystemExit, match="Stopped while it looked for a learning rate: run the same command again"):
+    with pytest.raises(SystemExit, match="Stopped: run the same command again; it continues"):
         run(gpt2_folder, data_folder, tmp_path / "killed", *more)
     assert not (tmp_path / "killed").exists()
 
@@ -804,8 +804,7 @@ def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
     assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
 
 
-@pytest.mark.parametrize("more", [("--fresh",), ("--max-steps", "6")])
-def test_what_was_tried_for_another_run_is_tried_anew(more, gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
+def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
     learn = ("--max-steps", "9", "--learning-rate", "auto")
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -816,7 +815,7 @@ def test_what_was_tried_for_another_run_is_tried_anew(more, gpt2_folder, data_fo
     monkeypatch.setattr(
         train_model, "try_rate", lambda trial, *_: tried.append(trial.learning_rate) or trial.learning_rate
     )
-    run(gpt2_folder, data_folder, tmp_path / "model", *learn, *more)
+    run(gpt2_folder, data_folder, tmp_path / "model", *learn, "--fresh")
     assert tried == list(TRIED)
 
 
@@ -1165,8 +1164,7 @@ def test_a_kill_at_any_step_of_replacing_a_folder_loses_no_model(old, tmp_path):
 
             assert whole_contents(home), (first, second)
             if not places.best.exists():
-                assert whole_contents(places.output.parent) == {"new"}
-                assert not places.previous.exists()
+                assert (places.output / "config.json").read_text() == "new" and not places.previous.exists()
             assert len(list(home.rglob("notes"))) == old
             if places.output.exists():
                 assert not old or (places.output / "notes").read_text() == "mine"
@@ -1202,7 +1200,7 @@ import os, signal
 rename = os.rename
 def kill_between_the_two(old, new):
     rename(old, new)
-    if str(new).endswith("previous"):
+    if str(new).endswith("/previous"):
         os.kill(os.getpid(), signal.SIGKILL)
 os.rename = kill_between_the_two
 """
@@ -1524,7 +1522,7 @@ def test_a_plan_says_what_is_frozen_and_what_is_trained():
 )
 def test_the_disk_holds_checkpoints_of_what_is_trained_and_whole_models(precision, rank, trained, needed, tmp_path):
     plan = train_model.Plan("cuda", precision, "adamw_torch_fused", False, 1, 8, 20, int(1e9), rank, trained)
-    assert train_model.check_disk(tmp_path, plan).startswith(f"{needed / 1e9:.1f} GB of")
+    assert train_model.check_disk(train_model.Places(tmp_path / "model"), plan).startswith(f"{needed / 1e9:.1f} GB of")
 
 
 def test_what_cannot_fit_stops_before_anything_is_loaded(gpt2_folder, data_folder, tmp_path, monkeypatch):
@@ -1538,7 +1536,7 @@ def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, m
     monkeypatch.setattr(
         train_model.shutil, "disk_usage", lambda folder: os.statvfs_result((0,) * 10) and type("", (), {"free": 10})
     )
-    with pytest.raises(SystemExit, match="GB on disk"):
+    with pytest.raises(SystemExit, match="on disk for its checkpoints"):
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 
@@ -1855,13 +1853,9 @@ def test_numbers_out_of_range_are_one_sentence(flag):
         train_model.main([flag])
 
 
-def test_a_word_that_is_no_rate_is_one_sentence(monkeypatch):
-    """Given as a flag or as the setting."""
+def test_a_word_that_is_no_rate_is_one_sentence():
     with pytest.raises(SystemExit, match="'high' is neither a number nor \"auto\""):
         train_model.main(["--learning-rate", "high"])
-    monkeypatch.setattr(train_model, "LEARNING_RATE", "Auto")
-    with pytest.raises(SystemExit, match="'Auto' is neither a number nor \"auto\""):
-        train_model.main([])
 
 
 def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
