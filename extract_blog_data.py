@@ -23,7 +23,8 @@ The sections of this file, in the order in which the run calls them:
     other people's posts  drop_other_authors
     near-duplicates       drop_duplicates     one of each group stays
     split                 split_posts         train and validation
-    writing               write_files         all files or none; make_report counts
+    writing               write_files         each file whole or as it was; make_report counts
+    checked settings      check_settings      what each setting may be: a table, SETTINGS
     command line          main
 """
 
@@ -40,12 +41,13 @@ import math
 import os
 import re
 import signal
+import string
 import sys
 import tomllib
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -1576,12 +1578,7 @@ BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in the name of a file, in a li
 
 def blocked_words() -> tuple[str, ...]:
     """BLOCKED_WORDS as it is now, without blanks around them. Exits with a sentence if one of them is no word."""
-    if not isinstance(BLOCKED_WORDS, list | tuple):
-        sys.exit('BLOCKED_WORDS in extract_blog_data.py is a list: BLOCKED_WORDS = ["Anna", "12 Elm Street"].')
-
-    for number, word in enumerate(BLOCKED_WORDS, 1):
-        if not isinstance(word, str) or not any(map(str.isalnum, word)):
-            sys.exit(f"Number {number} of BLOCKED_WORDS in extract_blog_data.py is no word in quotation marks.")
+    check_settings({"BLOCKED_WORDS": BLOCKED_WORDS})
     return tuple(word.strip() for word in BLOCKED_WORDS)
 
 
@@ -2113,29 +2110,158 @@ def print_report(report: dict, data_dir: Path):
     print(f"written to {data_dir}: train_data.jsonl, val_data.jsonl, extraction_report.json (lists every skipped file)")
 
 
+# ---------------------------------------------------------------- checked settings
+class Kind(NamedTuple):
+    """What a setting must be, in words and as a test."""
+
+    words: str
+    allows: Callable[[object], bool]
+
+
+def whole(low: int, high: int) -> Kind:
+    def allows(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind(f"a whole number from {low:,} to {high:,}", allows)
+
+
+def number(low: float, high: float) -> Kind:
+    # A NaN is in no range.
+    def allows(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind(f"a number from {low:,} to {high:,}", allows)
+
+
+def template(places: int) -> Kind:
+    """A text with so many {}, and no other braces that str.format would look at."""
+
+    def allows(value: object) -> bool:
+        if not is_text(value):
+            return False
+        try:
+            parts = list(string.Formatter().parse(value))
+        except ValueError:
+            return False
+        fields = [part[1:] for part in parts if part[1] is not None]
+        return fields == [("", "", None)] * places
+
+    return Kind(f"a sentence with {'exactly one' if places == 1 else places} {{}} in it", allows)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value)
+
+
+def is_word(value: object) -> bool:
+    return isinstance(value, str) and any(map(str.isalnum, value))
+
+
+FOLDER = Kind("the name of a folder, not empty", is_path)
+NAME = Kind("a name that is not empty", is_text)
+WORD_OR_WORDS = Kind("a word in quotation marks", is_word)
+SENTENCE = Kind("a sentence in quotation marks", is_text)
+YES_OR_NO = Kind("True or False", lambda value: isinstance(value, bool))
+LINE_BREAK_WORDS = Kind('"auto", "keep" or "join"', lambda value: value in ("auto", "keep", "join"))
+
+
+class Setting(NamedTuple):
+    """A row of SETTINGS."""
+
+    kind: Kind
+    example: str  # the right form, as it is typed
+    least: int | None = None  # of a list of this kind: how many there must be; None: it is no list
+    flag: str = ""  # sets the same
+
+
+# Every setting of the settings block.
+SETTINGS = {
+    "PUBLIC_BLOGS": Setting(FOLDER, '["../judytuna-jekyll"]', 0, "--public"),
+    "PRIVATE_BLOGS": Setting(FOLDER, '["../judytuna-private"]', 0, "--private"),
+    "AUTHORS": Setting(NAME, '["judytuna"]', 1, "--author"),
+    "DATA_DIR": Setting(FOLDER, '"data"', flag="--data-dir"),
+    "INCLUDE_DRAFTS": Setting(YES_OR_NO, "False", flag="--drafts"),
+    "MIN_WORDS": Setting(whole(1, 1000), "4"),
+    "LINE_BREAKS": Setting(LINE_BREAK_WORDS, '"auto"'),
+    "REDACT": Setting(YES_OR_NO, "True"),
+    "BLOCKED_WORDS": Setting(WORD_OR_WORDS, '["Anna", "12 Elm Street"]', 0),
+    "REPLY_DEPTH": Setting(whole(1, 100), "4"),
+    "VALIDATION_SHARE": Setting(number(0, 0.5), "0.10"),
+    "SIMILARITY": Setting(number(0.1, 1), "0.8"),
+    "MAX_BYTES": Setting(whole(1, 1_000_000_000), "4_000_000"),
+    "MAX_SECONDS": Setting(number(0.01, 3600), "3"),
+    "TITLE_REQUESTS": Setting(template(1), """['Write a blog post titled "{}".']""", 1),
+    "TAG_REQUESTS": Setting(template(1), '["Write a blog post about {}."]', 1),
+    "GENERAL_REQUESTS": Setting(SENTENCE, """["What's on your mind today?"]""", 1),
+    "REPLY_CONTEXT": Setting(template(2), '"I just read your blog post{}{} Anything to add?"'),
+}
+
+
+def check_settings(values: Mapping[str, object]):
+    """Exits with a sentence at the first value, by the name of its setting, that its row of SETTINGS does not allow."""
+    for name, value in values.items():
+        setting = SETTINGS[name]
+        example = f"{name} = {setting.example}"
+        if setting.least is None:
+            if not setting.kind.allows(value):
+                sys.exit(f"{name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
+            continue
+
+        if not isinstance(value, list | tuple) or len(value) < setting.least:
+            at_least = " with something in it" if setting.least else ""
+            sys.exit(f"{name} in extract_blog_data.py must be a list{at_least}: {example}.")
+        for place, entry in enumerate(value, 1):
+            if not setting.kind.allows(entry):
+                sys.exit(f"Number {place} of {name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
+
+
+def check_flags(args: argparse.Namespace):
+    """Exits with a sentence at the first flag with a value that its setting could not have."""
+    for setting in SETTINGS.values():
+        if not setting.flag:
+            continue
+        given = getattr(args, setting.flag.removeprefix("--").replace("-", "_"))
+        values = [given] if setting.least is None else given
+        if not all(map(setting.kind.allows, values)):
+            sys.exit(f"{setting.flag} must be {setting.kind.words} (--help lists the flags).")
+
+
 # ---------------------------------------------------------------- command line
 def make_parser(here: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"extract_blog_data.py: {message} (--help lists the flags)")
     several = {"action": "append", "default": []}
-    parser.add_argument("--public", **several, metavar="DIR", type=Path, help="a public repository (repeatable)")
-    parser.add_argument("--private", **several, metavar="DIR", type=Path, help="a private repository (repeatable)")
+    shown = str(DATA_DIR).replace("%", "%%")
+    parser.add_argument("--public", **several, metavar="DIR", help="a public repository (repeatable)")
+    parser.add_argument("--private", **several, metavar="DIR", help="a private repository (repeatable)")
     parser.add_argument("--author", **several, metavar="NAME", help="a name you write under (repeatable)")
-    parser.add_argument("--data-dir", metavar="DIR", type=Path, default=here / DATA_DIR, help=f"default: {DATA_DIR}")
+    parser.add_argument("--data-dir", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
     parser.add_argument("--drafts", action="store_true", default=INCLUDE_DRAFTS, help="read _drafts/ too")
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, and the settings where there is none."""
+    """The flags, and the settings where there is none. Exits with a sentence if one of them is wrong."""
+    # A line that somebody has deleted is a wrong setting, too.
+    check_settings({name: globals().get(name) for name in SETTINGS})
     here = Path(__file__).resolve().parent
     args = make_parser(here).parse_args(argv)
+    check_flags(args)
 
     # A repository that is named takes the place of all those in the settings, also of the other kind.
     if not args.public + args.private:
         args.public = [here / name for name in PUBLIC_BLOGS]
         args.private = [here / name for name in PRIVATE_BLOGS]
+    if not args.public + args.private:
+        sys.exit(f"No repository is named: {REMEDY}.")
 
+    args.public = [Path(name) for name in args.public]
+    args.private = [Path(name) for name in args.private]
+    args.data_dir = Path(args.data_dir)
     args.author_is_given = bool(args.author)
     args.author = frozenset(name.strip().casefold() for name in args.author or AUTHORS)
     return args
