@@ -32,6 +32,7 @@ from __future__ import annotations  # so that the run may stand above the classe
 
 import argparse
 import email.utils
+import errno
 import functools
 import hashlib
 import html
@@ -41,6 +42,7 @@ import math
 import os
 import re
 import signal
+import stat
 import string
 import sys
 import tomllib
@@ -117,7 +119,9 @@ def extract(args: argparse.Namespace):
     if not kept:
         reasons = Counter(post.reason for post in posts).most_common(3)
         most = ", ".join(f"{number} {reason}" for reason, number in reasons)
-        sys.exit(f"None of the {len(posts)} files could be used ({most}): is this the right repository?")
+        sys.exit(
+            f"None of the {len(posts)} files could be used ({most}): is this the right repository, and may you read it?"
+        )
 
     # The names of the files come last: the requests and the split go by the true ones.
     splits = split_posts(kept, VALIDATION_SHARE)
@@ -175,9 +179,10 @@ def read_post(post: Post, run: Run) -> Post:
 
 def fill_post(post: Post, run: Run) -> str:
     """Reads the file into the post; returns the reason why it cannot be used, "" if it can."""
-    if post.file.stat().st_size > MAX_BYTES:
+    data = read_regular(post.file, MAX_BYTES)
+    if len(data) > MAX_BYTES:
         return "too large"
-    source = decode(post.file.read_bytes(), post.repairs)
+    source = decode(data, post.repairs)
     if source is None:
         return "undecodable"
     parts = read_front_matter(source, post.repairs)
@@ -213,6 +218,15 @@ def fill_post(post: Post, run: Run) -> str:
     post.request = make_request(post, read_tags(meta, post, run.blocked))
     post.shingles = shingle_hashes(words)
     return ""
+
+
+def read_regular(file: Path, most: int) -> bytes:
+    """A regular file, or its first `most` + 1 bytes. Raises OSError; what is no file is not waited for (a FIFO)."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder has an error of its own
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    with file.open("rb") as opened:
+        return opened.read(most + 1)
 
 
 def read_with_progress(found: list[Post], run: Run) -> list[Post]:
@@ -317,7 +331,7 @@ def read_sites(args: argparse.Namespace) -> list[Site]:
     for visibility in ("public", "private"):
         for repository in getattr(args, visibility):
             # Before anything is read: a typing error in the second name must not cost the reading of the first.
-            if not repository.is_dir():
+            if not is_folder(repository):
                 sys.exit(f"There is no Jekyll repository at {repository}: {REMEDY}.")
             sites.append(read_site(repository.resolve(), visibility))
 
@@ -325,6 +339,21 @@ def read_sites(args: argparse.Namespace) -> list[Site]:
         if site.problem:
             print(f"{site.config} {site.problem}; mend it and run again.", file=sys.stderr)
     return sites
+
+
+def is_folder(path: Path) -> bool:
+    """Raises OSError where nobody can tell, for want of a right to look."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_folder_of(repository: Path, path: Path) -> bool:
+    try:
+        return is_folder(path) and path.resolve(strict=True).is_relative_to(repository)
+    except (OSError, ValueError):  # no right to look, a name that is too long or holds a NUL
+        return False
 
 
 def read_site(repository: Path, visibility: str) -> Site:
@@ -338,7 +367,7 @@ def read_site(repository: Path, visibility: str) -> Site:
     root = repository
     for name in strings(config.get("source"))[:1]:
         source = repository / name
-        if source.is_dir() and source.resolve().is_relative_to(repository):
+        if is_folder_of(repository, source):
             root = source
         else:
             problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
@@ -384,9 +413,14 @@ def read_config(file: Path) -> tuple[dict, str]:
 
     parse = tomllib.loads if file.suffix == ".toml" else parse_yaml
     try:
-        loaded = parse(file.read_text("utf-8-sig"))
+        data = read_regular(file, MAX_BYTES)
+        if len(data) > MAX_BYTES:
+            return {}, f"larger than {MAX_BYTES:,} bytes"
+        loaded = parse(data.decode("utf-8-sig"))
     except OSError as error:
         return {}, error.strerror or type(error).__name__
+    except MemoryError:
+        return {}, "it needs too much memory"
     except UnicodeDecodeError:
         return {}, "not UTF-8"
     except RecursionError:
@@ -397,6 +431,8 @@ def read_config(file: Path) -> tuple[dict, str]:
         mark = getattr(error, "problem_mark", None)
         what = str(error).split("\n")[0]
         return {}, f"line {mark.line + 1}: {error.problem}" if mark else what
+    except ValueError as error:
+        return {}, str(error).split(";")[0]  # a number of 5,000 digits
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
     if isinstance(loaded, dict):
@@ -439,15 +475,17 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     A folder that Jekyll leaves out is walked all the same: what looks like a post in there is counted, with the
     folder's reason. Only what tools have made and what begins with a dot is not entered, since it can be huge."""
     left_out: dict[Path, str] = {}  # folder: reason
-    for parent, folders, files in os.walk(site.root):
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
         inside = Path(parent).relative_to(site.root)
         is_below_posts = any(part in POST_FOLDERS for part in inside.parts)
 
-        # os.walk does not follow a link to a folder, so that it is judged like a file.
-        found = files + [name for name in folders if Path(parent, name).is_symlink()]
+        # os.walk does not follow a link to a folder, so that it is judged like a file. Path.is_symlink would raise
+        # where the names in a folder may be read and nothing else.
+        found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
-            found = [name for name in found if name == "_posts"]
             folders[:] = [name for name in folders if is_entered(name, site)]
+            found = [name for name in found if name in POST_FOLDERS or name in folders]
 
         # What is left out is left out with all that lies below it, whatever the config says of that.
         reason = left_out.get(Path(parent), "")
@@ -459,6 +497,10 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         for name in found:
             path = Path(parent, name)
             yield path, reason or why_passed_over(path, site, drafts)
+
+    # There may be posts in there, and nobody knows how many.
+    for error in unreadable:
+        yield Path(error.filename), "unreadable folder"
 
 
 def is_entered(folder: str, site: Site) -> bool:
@@ -476,7 +518,7 @@ def why_folder_is_left_out(inside: Path, site: Site) -> str:
 def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
     """The reason why a file below a _posts or _drafts folder is no post; the first that applies is reported."""
     inside = path.relative_to(site.root)
-    depth = next((n for n, part in enumerate(inside.parts[:-1]) if part in POST_FOLDERS), 0)
+    depth = next((n for n, part in enumerate(inside.parts) if part in POST_FOLDERS), 0)
     kind = inside.parts[depth]
     below = inside.parts[depth + 1 :]
 
@@ -485,8 +527,8 @@ def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
         return "link that leads out of the repository"
     if site.excluded.match(inside.as_posix()):
         return "excluded in _config.yml"
-    if not path.is_file():
-        return "not a regular file"
+    if problem := why_no_file(path):
+        return problem
     if kind == "_drafts" and not drafts:
         return "draft"
     if path.suffix.lower() not in MARKDOWN_SUFFIXES | HTML_SUFFIXES:
@@ -496,6 +538,19 @@ def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
     if kind == "_posts" and not DATED_NAME.match(path.name):
         return "undated file name"
     return ""
+
+
+def why_no_file(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except PermissionError:
+        return "unreadable"
+    except OSError:  # a link that leads nowhere, or to itself
+        return "not a regular file"
+
+    if stat.S_ISDIR(mode):
+        return "link to a folder"  # real folders do not come here
+    return "" if stat.S_ISREG(mode) else "not a regular file"
 
 
 # ---------------------------------------------------------------- front matter

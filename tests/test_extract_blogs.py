@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -181,11 +182,24 @@ def test_every_file_is_accounted_for(tmp_path):
     outside = write_blog(tmp_path / "outside", {"2006-01-16-x.md": post("not of this blog at all")})
     (blog / "_posts/2006-01-16-x.md").symlink_to(outside / "2006-01-16-x.md")
     (blog / "_posts/folder").symlink_to(outside)
+    (blog / "_posts/around").symlink_to(blog)
+    (blog / "_drafts/around").symlink_to(blog / "cat")
+    (blog / "_posts/2006-01-17-x.md").symlink_to("nowhere")
+    (blog / "elsewhere").symlink_to(outside)
+    (blog / "kitten").symlink_to("cat")
+    (blog / "kitten/_drafts").symlink_to(outside)
+    (blog / "deep").mkdir()
+    (blog / "deep/_posts").symlink_to("../_posts")
+    (blog / "deep/_drafts").symlink_to("../_drafts")
+    (blog / "vendor/linked").symlink_to(outside)
     train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
     check_contract(train + val, report)
     expected = {name: reason for name, (_, reason) in SKIPS.items() if reason not in (None, "not found")}
     link = "link that leads out of the repository"
-    expected |= {"_posts/2006-01-16-x.md": link, "_posts/folder": link}
+    expected |= dict.fromkeys(["_posts/2006-01-16-x.md", "_posts/folder", "elsewhere", "cat/_drafts"], link)
+    within = ["_posts/around", "_drafts/around", "kitten", "deep/_posts", "deep/_drafts"]
+    expected |= dict.fromkeys(within, "link to a folder")
+    expected["_posts/2006-01-17-x.md"] = "not a regular file"
     assert {row["path"]: row["reason"] for row in report["skipped"]} == expected
     assert {line["path"] for line in train + val} == {name for name, (_, reason) in SKIPS.items() if reason is None}
     assert report["files_found"] == len(expected) + 3
@@ -211,7 +225,11 @@ def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
         ("exclude: " + "[" * 9000, "nested too deep"),
         ("- exclude\n- secret\n", "it holds no settings"),
         ("exclude: \x01\n", "characters are not allowed"),
+        ("exclude: \0\n", "characters are not allowed"),
         (None, "Is a directory"),
+        ("exclude: [secret]\n#" + "x" * 4_000_000, "larger than 4,000,000 bytes"),
+        ({"_config.toml": f"exclude = [{'9' * 5000}]\n"}, "Exceeds the limit (4300 digits)"),
+        ({"_config.toml": "exclude = " + "[" * 9000}, "nested too deep"),
         ({"_config.yaml": "exclude: [secret\n"}, "_config.yaml cannot be read (line 2: "),
         ({"_config.toml": "exclude = [secret]\n"}, "_config.toml cannot be read (Invalid value (at line 1"),
     ],
@@ -236,7 +254,69 @@ def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, conf
     assert report["config_problems"][0]["problem"] in sentence
 
 
-@pytest.mark.parametrize("source", ["nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        "os.mkfifo(path)",
+        "path.symlink_to('/dev/zero')",
+        "path.symlink_to('/dev/tty')",
+        "path.symlink_to('_config.yml')",
+        "socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))",
+    ],
+)
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "_config.yml"
+    exec(make, {"os": os, "path": path, "socket": socket})
+    config, problem = x.read_config(path)
+    assert config == {}
+    assert problem in ("not a regular file", "Too many levels of symbolic links")
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, ValueError("no; why"), PermissionError(13, "denied")])
+def test_a_config_that_no_parser_takes_is_a_problem(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(x, "parse_yaml", fail)
+    config = write_blog(tmp_path, {"_config.yml": ""}) / "_config.yml"
+    assert x.read_config(config)[1] in ("it needs too much memory", "nested too deep", "no", "denied")
+
+
+@pytest.mark.parametrize("folder", [".", "_posts", "_posts/deep", "other", "_drafts"])
+def test_a_folder_that_cannot_be_read_is_a_row_of_the_table(tmp_path, monkeypatch, capsys, folder):
+    files = {f"{name}/2006-01-01-a.md": post("words and words") for name in ("_posts/deep", "other/_posts", "_drafts")}
+    blog = write_blog(tmp_path / "blog", files | {"good/_posts/2006-01-01-a.md": post("what everybody may read")})
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == str(blog / folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    if folder == ".":
+        with pytest.raises(SystemExit, match=r"could be used \(1 unreadable folder\)"):
+            run(tmp_path, "--public", str(blog))
+        return
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    assert {"blog": "blog", "path": folder, "reason": "unreadable folder", "detail": ""} in report["skipped"]
+    assert re.search(r"skipped: unreadable folder +1\b", capsys.readouterr().out)
+
+
+def test_a_file_that_nobody_may_ask_for_is_unreadable(tmp_path, monkeypatch):
+    blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("words and words")})
+    file = blog / "_posts/2006-01-01-a.md"
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert x.why_no_file(file) == "unreadable"
+
+
+@pytest.mark.parametrize("source", ["a" * 300, '"a\\0b"', "nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
 def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, source):
     write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": post("words of somebody else")})
     files = {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": post("what everybody may read")}
@@ -244,6 +324,7 @@ def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, 
     (blog / "link").symlink_to(tmp_path / "elsewhere")
     train, val, report = run(tmp_path, "--public", str(blog))
     assert [line["path"] for line in train + val] == ["_posts/2006-01-01-a.md"]
+    source = source.strip('"').replace("\\0", "\0")
     sentence = f'{blog}/_config.yml names a source, "{source}", that is no folder of the repository: '
     assert sentence + "all of the repository is read; mend it and run again." in capsys.readouterr().err.splitlines()
     assert sentence.endswith(report["config_problems"][0]["problem"].partition(": ")[0] + ": ")
