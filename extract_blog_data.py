@@ -23,14 +23,25 @@ The sections of this file, in the order in which the run calls them:
     other people's posts  drop_other_authors
     near-duplicates       drop_duplicates     one of each group stays
     split                 split_posts         train and validation
-    writing               write_files         each file whole or as it was; make_report counts
+    writing               write_files         each file whole, the old one or the new one; make_report counts
+    streams and signals   say, stop_at_once   what is said where, and how a run is stopped
     checked settings      check_settings      what each setting may be: a table, SETTINGS
     command line          main
 """
 
 from __future__ import annotations  # so that the run may stand above the classes that it uses
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # For the second in which the libraries are loaded; then main takes over. What is ignored (nohup) stays ignored.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, lambda *_: os._exit(os.write(2, b"Stopped before anything was read.\n") and 1))
+
 import argparse
+import contextlib
 import email.utils
 import errno
 import functools
@@ -39,12 +50,13 @@ import html
 import ipaddress
 import json
 import math
-import os
+import multiprocessing
 import re
-import signal
+import secrets
 import stat
 import string
 import sys
+import threading
 import tomllib
 import unicodedata
 import zlib
@@ -109,6 +121,8 @@ def extract(args: argparse.Namespace):
     """Reads the repositories and writes the data folder. Exits with a sentence where there is nothing to write."""
     run = Run(args.author, date.today(), blocked_words())
     sites = read_sites(args)
+    check_data_folder(args.data_dir, [site.repository for site in sites])
+    key = read_or_make_key(args.data_dir)
     found = list_posts(sites, args)
     posts = read_with_progress(found, run)
 
@@ -126,15 +140,13 @@ def extract(args: argparse.Namespace):
     # The names of the files come last: the requests and the split go by the true ones.
     splits = split_posts(kept, VALIDATION_SHARE)
     hide_in_origins(posts, run.blocked)
-    report = make_report(posts, splits, run, sites)
+    report = make_report(posts, splits, run, sites, key)
 
-    # The report goes with the data that it counts: all three files are new, or all three are the old ones.
-    files = {
-        "train_data.jsonl": json_lines(splits["train"]),
-        "val_data.jsonl": json_lines(splits["validation"]),
-        "extraction_report.json": [json.dumps(report, ensure_ascii=False, indent=1) + "\n"],
-    }
-    write_files(args.data_dir, files)
+    # The report comes last and knows the digests of the data: whoever reads them can tell a mix of two runs.
+    files = {TRAIN_FILE: json_lines(splits["train"]), VALIDATION_FILE: json_lines(splits["validation"])}
+    report["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[REPORT_FILE] = encode(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_files(args.data_dir, {KEY_FILE: encode(key.hex() + "\n"), **files})
     print_report(report, args.data_dir)
 
 
@@ -148,8 +160,28 @@ def read_all(posts: list[Post], run: Run) -> Iterator[Post]:
         yield from map(read, posts)
         return
 
-    with ProcessPoolExecutor(cores) as pool:
-        yield from pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+    with ProcessPoolExecutor(cores, initializer=start_worker) as pool:
+        # All workers begin here, deaf to signals until start_worker has said what they do about them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            filled = pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from filled
+
+
+def start_worker():
+    """A worker process says nothing when the run is stopped, and ends when the run does, in whatever way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=end_with_run, daemon=True).start()
+
+
+def end_with_run():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def read_post(post: Post, run: Run) -> Post:
@@ -237,7 +269,7 @@ def read_with_progress(found: list[Post], run: Run) -> list[Post]:
         is_last = len(posts) == len(found)
         if is_last or len(posts) % 50 == 0:
             end = "\n" if is_last else "\r"
-            print(f"read {len(posts):,} of {len(found):,} files", end=end, file=sys.stderr, flush=True)
+            say(f"read {len(posts):,} of {len(found):,} files", end)
     return posts
 
 
@@ -272,7 +304,7 @@ class Post:
     cases: Counter = field(default_factory=Counter)  # what the replies answer
     repairs: Counter = field(default_factory=Counter)
     losses: Counter = field(default_factory=Counter)  # "holes": words that Liquid would have put into a sentence
-    redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, SHA-256)
+    redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, normalised); no file has it
     blocked: Counter = field(default_factory=Counter)  # place in BLOCKED_WORDS: times found
 
 
@@ -308,6 +340,7 @@ PASSED_OVER = re.compile(r"[._#].*|.*~")
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
 NOTHING = "(?!)"  # a pattern that matches nowhere
 DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-.")
+ANOTHER = "name another data folder with --data-dir"
 REMEDY = "name yours with --public or --private or in the settings, or see the whole job without one: `make demo`"
 
 
@@ -337,7 +370,7 @@ def read_sites(args: argparse.Namespace) -> list[Site]:
 
     for site in sites:
         if site.problem:
-            print(f"{site.config} {site.problem}; mend it and run again.", file=sys.stderr)
+            say(f"{site.config} {site.problem}; mend it and run again.")
     return sites
 
 
@@ -1572,7 +1605,7 @@ def find_personal_data(text: str, is_public: bool = False) -> list[Found]:
 
 
 def normalise(kind: str, typed: str) -> str:
-    """One spelling for all of the same address or number, so that their digests are the same."""
+    """One spelling for all of the same address or number, so that their fingerprints are the same."""
     if kind in ("phone", "card"):
         return re.sub(r"\D", "", typed)
     if kind == "iban":
@@ -1594,7 +1627,7 @@ def clean_for_training(text: str, post: Post, blocked: tuple[str, ...] = ()) -> 
     personal = []
     if REDACT:
         personal = find_personal_data(text, post.visibility == "public")
-    post.redacted += [(one.kind, digest(one.normalised)) for one in personal]
+    post.redacted += [(one.kind, one.normalised) for one in personal]
 
     # Looked for in the text as it was: a name in an e-mail address counts as found, and the whole address goes.
     private = find_blocked(text, blocked)
@@ -1613,8 +1646,39 @@ def redact(text: str, found: list[Found]) -> str:
     return "".join(out) + text[position:]
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+KEY_FILE = "redaction_key"  # in the data folder: 32 bytes in hexadecimal
+
+
+@functools.cache
+def fingerprint(normalised: str, key: bytes) -> str:
+    """What stands in the report for an address, a number or a key that was replaced; 64 hexadecimal digits.
+
+    There are so few telephone numbers that a plain hash of one can be undone by trying them all. Whoever has the report
+    and not the key cannot try any. Whoever has both needs 10 ms of a processor core and 4 MiB for each that is tried:
+    a million, all numbers of an area code, take three hours. So the key is worth as much as the numbers."""
+    typed = normalised.encode("utf-8", "replace")
+    return hashlib.scrypt(typed, salt=key, n=2**12, r=8, p=1, dklen=32).hex()
+
+
+def read_key(data_dir: Path) -> bytes | None:
+    """The key of the data folder's fingerprints; None where there is none or it cannot be read."""
+    try:
+        data = read_regular(data_dir / KEY_FILE, 100)
+        key = bytes.fromhex(data.decode("ascii"))
+    except (OSError, ValueError):
+        return None
+    return key if len(key) == 32 else None
+
+
+def read_or_make_key(data_dir: Path) -> bytes:
+    """The same blog gives the same bytes in a data folder, therefore its key is kept. Exits where the key is broken."""
+    file = data_dir / KEY_FILE
+    if not os.path.lexists(file):
+        return secrets.token_bytes(32)
+    key = read_key(data_dir)
+    if key is None:
+        sys.exit(f"{file} cannot be read or is no key of this script's: move it away, and a new one will be made.")
+    return key
 
 
 def break_control_tokens(text: str) -> str:
@@ -1709,7 +1773,7 @@ def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
         post.detail = without_blocked(post.detail, blocked)
 
     if hidden:
-        print(f"files whose names hold a private word, [private] in the data: {hidden:,}", file=sys.stderr)
+        say(f"files whose names hold a private word, [private] in the data: {hidden:,}")
 
 
 def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
@@ -1890,7 +1954,7 @@ def drop_other_authors(posts: list[Post], authors: frozenset[str], author_is_giv
     # A name that nobody has is most likely the settings' example, and would leave out every signed post.
     if not author_is_given and not any(is_by(post, authors) for post in posts):
         message = "every post is taken as the author's own; --author NAME sets who replies"
-        print(f"nobody here is called {', '.join(sorted(authors))}: {message}", file=sys.stderr)
+        say(f"nobody here is called {', '.join(sorted(authors))}: {message}")
         return
 
     for post in posts:
@@ -2034,7 +2098,93 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 
 
 # ---------------------------------------------------------------- writing
+TRAIN_FILE = "train_data.jsonl"
+VALIDATION_FILE = "val_data.jsonl"
+REPORT_FILE = "extraction_report.json"
+LINE_FIELDS = {"messages", "kind", "visibility", "blog", "path"}
+OWN_FIELDS = {
+    TRAIN_FILE: LINE_FIELDS,
+    VALIDATION_FILE: LINE_FIELDS,
+    REPORT_FILE: {"files_found"},
+}  # by which we know ours
+LARGEST_OWN = 200_000_000  # bytes of our report, or of a line of our data; a guess
+# What a run writes before it moves it into place, with the run's process.
+TEMPORARY = re.compile(rf"\.(?:{'|'.join(map(re.escape, (KEY_FILE, *OWN_FIELDS)))})\.([1-9][0-9]{{0,6}})")
 MOST_HOLES = 2  # in a post that is not worth a look
+
+
+def check_data_folder(folder: Path, repositories: list[Path]):
+    """Exits with a sentence if data cannot or must not be written there; says who could see it."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not is_folder(existing):
+        sys.exit(f"{existing} is not a folder: {ANOTHER}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        sys.exit(f"You may not write in {existing}: {ANOTHER}.")
+
+    check_surroundings(folder, repositories)
+    for name in OWN_FIELDS:
+        if os.path.lexists(folder / name):
+            check_own(folder / name)
+
+    mode = stat.S_IMODE(existing.stat().st_mode)
+    if existing == folder and mode & 0o077:
+        say(f"others may look into {folder} (mode {mode:o}), though not into what is written there: chmod 700 {folder}")
+
+
+def check_surroundings(folder: Path, repositories: list[Path]):
+    """Exits where data would lie among other things; says so where it would be published."""
+    real = Path(os.path.realpath(folder))
+    home = os.path.expanduser("~")  # noqa: PTH111, since Path.home raises where nobody knows of a home
+    if Path(os.path.realpath(home)).is_relative_to(real):
+        sys.exit(f"{folder} is the home folder or holds it: {ANOTHER}.")
+
+    for repository in repositories:
+        if not real.is_relative_to(repository):
+            continue
+        inside = real.relative_to(repository).parts
+        if not inside or any(part in POST_FOLDERS for part in inside):
+            sys.exit(f"{folder} is a blog's repository or its folder of posts: {ANOTHER}.")
+        say(f"{folder} lies in the repository {repository}: Jekyll or git would publish what is written there")
+
+
+def check_own(file: Path):
+    """Exits unless the file is one that an earlier run has written, or empty."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        sys.exit(f"{file} is not a regular file: move it away, or {ANOTHER}.")
+    if not status.st_size:
+        return
+
+    with file.open("rb") as opened:
+        data = opened.read(LARGEST_OWN) if file.name == REPORT_FILE else opened.readline(LARGEST_OWN)
+    try:
+        entry = json.loads(data)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not entry.keys() >= OWN_FIELDS[file.name]:
+        sys.exit(f"{file} was not written by this script and would be replaced: move it away, or {ANOTHER}.")
+
+
+def sweep(folder: Path):
+    """Deletes what killed runs have left beside the data: files with a name of ours whose process is gone."""
+    for path in folder.iterdir():
+        name = TEMPORARY.fullmatch(path.name)
+        if not name or is_running(int(name[1])):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a second run sweeps, too
+            if stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, apart from this one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
 
 
 def conversations(post: Post) -> Iterator[dict]:
@@ -2047,40 +2197,71 @@ def conversations(post: Post) -> Iterator[dict]:
         yield {"messages": messages, "kind": "reply", **origin}
 
 
-def json_lines(posts: list[Post]) -> Iterator[str]:
-    for post in posts:
-        for line in conversations(post):
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+def json_lines(posts: list[Post]) -> bytes:
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for post in posts for line in conversations(post)]
+    return encode("".join(lines))
 
 
-def write_files(folder: Path, files: dict[str, Iterable[str]]):
-    """Writes all files beside their places and moves them in only when every one is complete. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    temporary = {name: folder / f".{name}.{os.getpid()}" for name in files}
+def encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # a file name, and so an author's or a blog's, may hold half a character
+
+
+def write_files(folder: Path, files: dict[str, bytes]):
+    """Writes all files beside their places and moves them in only when every one is complete. Raises OSError.
+
+    What fails before the first move changes nothing, and each file is always a whole one, old or new. A kill between
+    two moves leaves some of each: then the digests in the report, which is moved last, are not those of the data."""
+    make_folder(folder)
+    sweep(folder)
+    beside: dict[Path, Path] = {}  # where a file is written: its place
+    with signals_wait():
+        try:
+            for name, data in files.items():
+                with errors_named(folder / name):
+                    path = folder / f".{name}.{os.getpid()}"
+                    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    beside[path] = folder / name
+                    write_to_disk(handle, data)
+
+            for path, place in beside.items():
+                with errors_named(place):
+                    path.replace(place)
+        finally:
+            for path in beside:
+                path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path):
+    """A new folder is its owner's alone; one that was there keeps its mode."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        folder.chmod(0o700)
+
+
+def write_to_disk(handle: int, data: bytes):
+    """Writes and closes a file; only what has reached the disk may take an old file's place."""
+    with os.fdopen(handle, "wb") as out:
+        os.fchmod(handle, 0o600)  # whatever the umask has taken away
+        out.write(data)
+        out.flush()
+        os.fsync(handle)
+
+
+@contextlib.contextmanager
+def errors_named(file: Path) -> Iterator[None]:
+    """An OSError in the block names this file: that of a full disk names none, others the one beside its place."""
     try:
-        for name, lines in files.items():
-            temporary[name].touch(0o600)  # before anything private stands in it
-            with temporary[name].open("w", encoding="utf-8", errors="replace") as out:
-                out.writelines(lines)
-
-                # Only what has reached the disk may take an old file's place.
-                out.flush()
-                os.fsync(out.fileno())
-
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
-def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, sites: list[Site]) -> dict:
-    """Numbers of the run, then every skipped file; of what was redacted only digests, of private words only counts."""
+def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, sites: list[Site], key: bytes) -> dict:
+    """Numbers of the run, then every skipped file; of what was redacted fingerprints, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
     skipped = [post for post in posts if post.reason]
     words, conversation_rows = count_conversations(splits)
-    redacted = {(sha256, kind, post.visibility) for post in kept for kind, sha256 in post.redacted}
+    redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
     blocked = sum((post.blocked for post in kept), Counter())
     redactions = Counter(kind for post in kept for kind, _ in post.redacted)
     redactions["private word"] = blocked.total()
@@ -2091,7 +2272,7 @@ def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, site
         if site.problem
     ]
 
-    # test_model.py knows by the digests of "redacted" what the model must not say.
+    # test_model.py knows by the fingerprints what the model must not say.
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
@@ -2104,7 +2285,7 @@ def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, site
         "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
         "redactions": counted(redactions.elements()),
         "blocked_words": [blocked[str(place)] for place in range(len(run.blocked))],
-        "redacted": table(("sha256", "kind", "visibility"), sorted(redacted)),
+        "redacted": table(("fingerprint", "kind", "visibility"), sorted(redacted)),
         "authors": [without_blocked(author, run.blocked) for author in sorted(run.authors)],
         "holes": table(("blog", "path", "count"), holes),
         "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
@@ -2160,9 +2341,82 @@ def print_report(report: dict, data_dir: Path):
         rows["posts with holes left by Liquid"] = len(report["holes"])
 
     width = max(map(len, rows))
-    for name, number in rows.items():
-        print(f"{name:<{width}} {number:>9,}")
-    print(f"written to {data_dir}: train_data.jsonl, val_data.jsonl, extraction_report.json (lists every skipped file)")
+    lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
+    lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")
+    print_or_exit("\n".join(lines), f"it is in {data_dir / REPORT_FILE}, too, and the data are complete")
+
+
+# ---------------------------------------------------------------- streams and signals
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, the terminal was closed
+STOPPED = "Stopped before the end; every file in the data folder is a whole one: run the same command again."
+
+
+def say(text: str, end: str = "\n"):
+    """Prints on stderr; one that is closed or full is no reason to stop."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # Python would try again at the end
+
+
+def print_or_exit(text: str, remedy: str):
+    """Prints on stdout. Exits with a sentence if it is closed or full, without one if its reader has gone (head)."""
+    if sys.stdout is None:
+        sys.exit(f"Cannot print the table, since stdout is closed: {remedy}.")
+    try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None  # Python would try again at the end
+        sys.exit(1)
+    except OSError as error:
+        sys.stdout = None
+        sys.exit(f"Cannot print the table ({error.strerror}): {remedy}.")
+
+
+def hold_closed_streams():
+    """Opens what is closed of stdin, stdout and stderr on nothing, or a file of ours would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator[None]:
+    """Signals that stop a run call the handler while the block runs; what is ignored (nohup) stays ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    heard = [number for number, old in before.items() if old != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """A signal that comes while the block runs, a fraction of a second, takes effect when it is through."""
+    waiting = []
+    with on_signals(lambda number, _: waiting.append(number)):
+        yield
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
+def stop_at_once(*_, calls: Iterator[int] = count()):  # noqa: B008, one count for all calls
+    """A signal handler. One sentence however many signals come; no exception, since some places would swallow it."""
+    if next(calls):
+        return
+    try:
+        os.write(2, f"{STOPPED}\n".encode())
+    finally:
+        os._exit(1)
 
 
 # ---------------------------------------------------------------- checked settings
@@ -2289,6 +2543,7 @@ def check_flags(args: argparse.Namespace):
 def make_parser(here: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"extract_blog_data.py: {message} (--help lists the flags)")
+    parser.print_help = lambda: print_or_exit(parser.format_help(), "the flags are in the script's last section")
     several = {"action": "append", "default": []}
     shown = str(DATA_DIR).replace("%", "%%")
     parser.add_argument("--public", **several, metavar="DIR", help="a public repository (repeatable)")
@@ -2322,16 +2577,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+def main(argv: list[str] | None = None, on_stop: Callable = signal.default_int_handler) -> int:
+    hold_closed_streams()
     try:
-        extract(args)
+        with on_signals(on_stop):
+            extract(parse_arguments(argv))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
     except BrokenProcessPool:
         sys.exit("A worker process was killed, most likely for want of memory: close other programs and run again.")
     except OSError as error:
-        sys.exit(f"Cannot read or write {error.filename or 'the data folder'}: {error.strerror}.")
+        sys.exit(f"Cannot read or write {error.filename or 'the data folder'}: {error.strerror or error}.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(on_stop=stop_at_once))
+    finally:
+        # Nothing is left that could be stopped.
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """One input beside its expected text for each kind of markup that real blogs contain."""
 
 import ast
+import hashlib
 import re
 from collections import Counter
 from datetime import date
@@ -430,7 +431,16 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
     assert normalised is None or found[0][3] == normalised
     post = x.Post("b", "public", "p")
     assert x.clean_for_training(text, post) == expected
-    assert {(kind, len(digest)) for kind, digest in post.redacted} == {(kind, 64)}
+    assert post.redacted == [(kind, item[3]) for item in found]
+
+
+def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
+    prints = {x.fingerprint(typed, key) for typed in ("4155550123", "4155550124", "\ud800") for key in (b"a", b"b")}
+    assert len(prints) == 6
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in prints)
+    assert (
+        x.fingerprint("4155550123", b"a") == hashlib.scrypt(b"4155550123", salt=b"a", n=2**12, r=8, p=1, dklen=32).hex()
+    )
 
 
 @pytest.mark.parametrize(
