@@ -1676,7 +1676,7 @@ def read_or_make_key(data_dir: Path) -> bytes:
     if not os.path.lexists(file):
         return secrets.token_bytes(32)
     key = read_key(data_dir)
-    if key is None:
+    if key is None or file.is_symlink():  # a link would be replaced
         sys.exit(f"{file} cannot be read or is no key of this script's: move it away, and a new one will be made.")
     return key
 
@@ -2234,14 +2234,14 @@ def write_files(folder: Path, files: dict[str, bytes]):
 def make_folder(folder: Path):
     """A new folder is its owner's alone; one that was there keeps its mode."""
     if not folder.is_dir():
-        folder.mkdir(parents=True)
-        folder.chmod(0o700)
+        folder.mkdir(0o700, parents=True)
+        folder.chmod(0o700)  # whatever the umask has taken away
 
 
 def write_to_disk(handle: int, data: bytes):
     """Writes and closes a file; only what has reached the disk may take an old file's place."""
     with os.fdopen(handle, "wb") as out:
-        os.fchmod(handle, 0o600)  # whatever the umask has taken away
+        os.fchmod(handle, 0o600)  # the umask once more
         out.write(data)
         out.flush()
         os.fsync(handle)
@@ -2343,7 +2343,7 @@ def print_report(report: dict, data_dir: Path):
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
     lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")
-    print_or_exit("\n".join(lines), f"it is in {data_dir / REPORT_FILE}, too, and the data are complete")
+    print_or_exit("\n".join(lines), f"the data are complete, and {data_dir / REPORT_FILE} has the numbers")
 
 
 # ---------------------------------------------------------------- streams and signals
@@ -2364,16 +2364,17 @@ def say(text: str, end: str = "\n"):
 def print_or_exit(text: str, remedy: str):
     """Prints on stdout. Exits with a sentence if it is closed or full, without one if its reader has gone (head)."""
     if sys.stdout is None:
-        sys.exit(f"Cannot print the table, since stdout is closed: {remedy}.")
+        sys.exit(f"Cannot print on stdout, which is closed: {remedy}.")
     try:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be UTF-8
-        print(text, flush=True)
+        # The name of a folder need not be UTF-8, and a terminal need not know every letter.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         sys.stdout = None  # Python would try again at the end
         sys.exit(1)
     except OSError as error:
         sys.stdout = None
-        sys.exit(f"Cannot print the table ({error.strerror}): {remedy}.")
+        sys.exit(f"Cannot print on stdout ({error.strerror}): {remedy}.")
 
 
 def hold_closed_streams():
