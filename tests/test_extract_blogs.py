@@ -434,12 +434,12 @@ def test_exactly_a_tenth_goes_to_validation(tmp_path, count):
 
 
 def test_adding_a_post_moves_few_others_and_the_same_input_gives_the_same_bytes(tmp_path):
-    blog = write_blog(tmp_path / "blog", many_posts(100))
+    mail = {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org, both will do")}
+    blog = write_blog(tmp_path / "blog", many_posts(100) | mail)
     _, before, _ = run(tmp_path, "--public", str(blog))
-    names = ("train_data.jsonl", "val_data.jsonl", "extraction_report.json")
-    first = [(tmp_path / "data" / name).read_bytes() for name in names]
+    first = [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES]
     run(tmp_path, "--public", str(blog))
-    assert [(tmp_path / "data" / name).read_bytes() for name in names] == first
+    assert [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES] == first
     write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
     _, after, _ = run(tmp_path, "--public", str(blog))
     assert len({line["path"] for line in before} ^ {line["path"] for line in after}) <= 2
@@ -826,11 +826,14 @@ def test_a_run_that_is_stopped_says_one_sentence(tmp_path, moment, posts, functi
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_caller_of_main_keeps_its_handlers(tmp_path, monkeypatch, number):
-    before = signal.getsignal(number)
+    def of_the_caller(*_):
+        raise AssertionError
+
+    before = signal.signal(number, of_the_caller)
     monkeypatch.setattr(x, "fill_post", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit, match="^Stopped before the end"):
         run(tmp_path, "--public", str(write_blog(tmp_path / "blog", many_posts(3))))
-    assert signal.getsignal(number) == before
+    assert signal.signal(number, before) is of_the_caller
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
@@ -867,9 +870,19 @@ def test_a_stream_that_is_full_or_closed_costs_no_data(tmp_path, redirection, st
     assert said == [line for line in said if sentence and line.startswith(sentence)]
     assert bool(said) == bool(sentence)
     assert done.returncode == status
+    assert not done.stdout or done.stdout.startswith("files found")
     report = json.loads((tmp_path / "data/extraction_report.json").read_text("utf-8"))
     for name, digest in report["sha256"].items():
         assert hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() == digest
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    code = (
+        "import os, extract_blog_data as x; os.closerange(0, 3)\n"
+        "try: x.main(['--public', 'nowhere'])\n"
+        "finally: os._exit(os.open('.', 0))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode > 2
 
 
 def test_names_that_are_not_utf8_end_in_no_traceback(tmp_path):
