@@ -23,29 +23,45 @@ The sections of this file, in the order in which the run calls them:
     other people's posts  drop_other_authors
     near-duplicates       drop_duplicates     one of each group stays
     split                 split_posts         train and validation
-    writing               write_files         all files or none; make_report counts
+    writing               write_files         each file whole, the old one or the new one; make_report counts
+    streams and signals   say, stop_at_once   what is said where, and how a run is stopped
+    checked settings      check_settings      what each setting may be: a table, SETTINGS
     command line          main
 """
 
 from __future__ import annotations  # so that the run may stand above the classes that it uses
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # For the second in which the libraries are loaded; then main takes over. What is ignored (nohup) stays ignored.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, lambda *_: os._exit(os.write(2, b"Stopped before anything was read.\n") and 1))
+
 import argparse
+import contextlib
 import email.utils
+import errno
 import functools
 import hashlib
 import html
 import ipaddress
 import json
 import math
-import os
+import multiprocessing
 import re
-import signal
+import secrets
+import stat
+import string
 import sys
+import threading
 import tomllib
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -105,6 +121,8 @@ def extract(args: argparse.Namespace):
     """Reads the repositories and writes the data folder. Exits with a sentence where there is nothing to write."""
     run = Run(args.author, date.today(), blocked_words())
     sites = read_sites(args)
+    check_data_folder(args.data_dir, [site.repository for site in sites])
+    key = read_or_make_key(args.data_dir)
     found = list_posts(sites, args)
     posts = read_with_progress(found, run)
 
@@ -115,20 +133,20 @@ def extract(args: argparse.Namespace):
     if not kept:
         reasons = Counter(post.reason for post in posts).most_common(3)
         most = ", ".join(f"{number} {reason}" for reason, number in reasons)
-        sys.exit(f"None of the {len(posts)} files could be used ({most}): is this the right repository?")
+        sys.exit(
+            f"None of the {len(posts)} files could be used ({most}): is this the right repository, and may you read it?"
+        )
 
     # The names of the files come last: the requests and the split go by the true ones.
     splits = split_posts(kept, VALIDATION_SHARE)
     hide_in_origins(posts, run.blocked)
-    report = make_report(posts, splits, run, sites)
+    report = make_report(posts, splits, run, sites, key)
 
-    # The report goes with the data that it counts: all three files are new, or all three are the old ones.
-    files = {
-        "train_data.jsonl": json_lines(splits["train"]),
-        "val_data.jsonl": json_lines(splits["validation"]),
-        "extraction_report.json": [json.dumps(report, ensure_ascii=False, indent=1) + "\n"],
-    }
-    write_files(args.data_dir, files)
+    # The report comes last and knows the digests of the data: whoever reads them can tell a mix of two runs.
+    files = {TRAIN_FILE: json_lines(splits["train"]), VALIDATION_FILE: json_lines(splits["validation"])}
+    report["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[REPORT_FILE] = encode(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    write_files(args.data_dir, {KEY_FILE: encode(key.hex() + "\n"), **files})
     print_report(report, args.data_dir)
 
 
@@ -142,8 +160,28 @@ def read_all(posts: list[Post], run: Run) -> Iterator[Post]:
         yield from map(read, posts)
         return
 
-    with ProcessPoolExecutor(cores) as pool:
-        yield from pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+    with ProcessPoolExecutor(cores, initializer=start_worker) as pool:
+        # All workers begin here, deaf to signals until start_worker has said what they do about them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            filled = pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from filled
+
+
+def start_worker():
+    """A worker process says nothing when the run is stopped, and ends when the run does, in whatever way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=end_with_run, daemon=True).start()
+
+
+def end_with_run():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def read_post(post: Post, run: Run) -> Post:
@@ -173,9 +211,10 @@ def read_post(post: Post, run: Run) -> Post:
 
 def fill_post(post: Post, run: Run) -> str:
     """Reads the file into the post; returns the reason why it cannot be used, "" if it can."""
-    if post.file.stat().st_size > MAX_BYTES:
+    data = read_regular(post.file, MAX_BYTES)
+    if len(data) > MAX_BYTES:
         return "too large"
-    source = decode(post.file.read_bytes(), post.repairs)
+    source = decode(data, post.repairs)
     if source is None:
         return "undecodable"
     parts = read_front_matter(source, post.repairs)
@@ -213,6 +252,15 @@ def fill_post(post: Post, run: Run) -> str:
     return ""
 
 
+def read_regular(file: Path, most: int) -> bytes:
+    """A regular file, or its first `most` + 1 bytes. Raises OSError; what is no file is not waited for (a FIFO)."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder has an error of its own
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    with file.open("rb") as opened:
+        return opened.read(most + 1)
+
+
 def read_with_progress(found: list[Post], run: Run) -> list[Post]:
     """The posts filled in; says on stderr how far it has come."""
     posts = []
@@ -221,7 +269,7 @@ def read_with_progress(found: list[Post], run: Run) -> list[Post]:
         is_last = len(posts) == len(found)
         if is_last or len(posts) % 50 == 0:
             end = "\n" if is_last else "\r"
-            print(f"read {len(posts):,} of {len(found):,} files", end=end, file=sys.stderr, flush=True)
+            say(f"read {len(posts):,} of {len(found):,} files", end)
     return posts
 
 
@@ -256,7 +304,7 @@ class Post:
     cases: Counter = field(default_factory=Counter)  # what the replies answer
     repairs: Counter = field(default_factory=Counter)
     losses: Counter = field(default_factory=Counter)  # "holes": words that Liquid would have put into a sentence
-    redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, SHA-256)
+    redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, normalised); no file has it
     blocked: Counter = field(default_factory=Counter)  # place in BLOCKED_WORDS: times found
 
 
@@ -292,6 +340,7 @@ PASSED_OVER = re.compile(r"[._#].*|.*~")
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
 NOTHING = "(?!)"  # a pattern that matches nowhere
 DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-.")
+ANOTHER = "name another data folder with --data-dir"
 REMEDY = "name yours with --public or --private or in the settings, or see the whole job without one: `make demo`"
 
 
@@ -315,14 +364,29 @@ def read_sites(args: argparse.Namespace) -> list[Site]:
     for visibility in ("public", "private"):
         for repository in getattr(args, visibility):
             # Before anything is read: a typing error in the second name must not cost the reading of the first.
-            if not repository.is_dir():
+            if not is_folder(repository):
                 sys.exit(f"There is no Jekyll repository at {repository}: {REMEDY}.")
             sites.append(read_site(repository.resolve(), visibility))
 
     for site in sites:
         if site.problem:
-            print(f"{site.config} {site.problem}; mend it and run again.", file=sys.stderr)
+            say(f"{site.config} {site.problem}; mend it and run again.")
     return sites
+
+
+def is_folder(path: Path) -> bool:
+    """Raises OSError where nobody can tell, for want of a right to look."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_folder_of(repository: Path, path: Path) -> bool:
+    try:
+        return is_folder(path) and path.resolve(strict=True).is_relative_to(repository)
+    except (OSError, ValueError):  # no right to look, a name that is too long or holds a NUL
+        return False
 
 
 def read_site(repository: Path, visibility: str) -> Site:
@@ -336,7 +400,7 @@ def read_site(repository: Path, visibility: str) -> Site:
     root = repository
     for name in strings(config.get("source"))[:1]:
         source = repository / name
-        if source.is_dir() and source.resolve().is_relative_to(repository):
+        if is_folder_of(repository, source):
             root = source
         else:
             problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
@@ -382,9 +446,14 @@ def read_config(file: Path) -> tuple[dict, str]:
 
     parse = tomllib.loads if file.suffix == ".toml" else parse_yaml
     try:
-        loaded = parse(file.read_text("utf-8-sig"))
+        data = read_regular(file, MAX_BYTES)
+        if len(data) > MAX_BYTES:
+            return {}, f"larger than {MAX_BYTES:,} bytes"
+        loaded = parse(data.decode("utf-8-sig"))
     except OSError as error:
         return {}, error.strerror or type(error).__name__
+    except MemoryError:
+        return {}, "it needs too much memory"
     except UnicodeDecodeError:
         return {}, "not UTF-8"
     except RecursionError:
@@ -395,6 +464,8 @@ def read_config(file: Path) -> tuple[dict, str]:
         mark = getattr(error, "problem_mark", None)
         what = str(error).split("\n")[0]
         return {}, f"line {mark.line + 1}: {error.problem}" if mark else what
+    except ValueError as error:
+        return {}, str(error).split(";")[0]  # a number of 5,000 digits
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
     if isinstance(loaded, dict):
@@ -437,15 +508,17 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     A folder that Jekyll leaves out is walked all the same: what looks like a post in there is counted, with the
     folder's reason. Only what tools have made and what begins with a dot is not entered, since it can be huge."""
     left_out: dict[Path, str] = {}  # folder: reason
-    for parent, folders, files in os.walk(site.root):
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
         inside = Path(parent).relative_to(site.root)
         is_below_posts = any(part in POST_FOLDERS for part in inside.parts)
 
-        # os.walk does not follow a link to a folder, so that it is judged like a file.
-        found = files + [name for name in folders if Path(parent, name).is_symlink()]
+        # os.walk does not follow a link to a folder, so that it is judged like a file. Path.is_symlink would raise
+        # where the names in a folder may be read and nothing else.
+        found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
-            found = [name for name in found if name == "_posts"]
             folders[:] = [name for name in folders if is_entered(name, site)]
+            found = [name for name in found if name in POST_FOLDERS or name in folders]
 
         # What is left out is left out with all that lies below it, whatever the config says of that.
         reason = left_out.get(Path(parent), "")
@@ -457,6 +530,10 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         for name in found:
             path = Path(parent, name)
             yield path, reason or why_passed_over(path, site, drafts)
+
+    # There may be posts in there, and nobody knows how many.
+    for error in unreadable:
+        yield Path(error.filename), "unreadable folder"
 
 
 def is_entered(folder: str, site: Site) -> bool:
@@ -474,7 +551,7 @@ def why_folder_is_left_out(inside: Path, site: Site) -> str:
 def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
     """The reason why a file below a _posts or _drafts folder is no post; the first that applies is reported."""
     inside = path.relative_to(site.root)
-    depth = next((n for n, part in enumerate(inside.parts[:-1]) if part in POST_FOLDERS), 0)
+    depth = next((n for n, part in enumerate(inside.parts) if part in POST_FOLDERS), 0)
     kind = inside.parts[depth]
     below = inside.parts[depth + 1 :]
 
@@ -483,8 +560,8 @@ def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
         return "link that leads out of the repository"
     if site.excluded.match(inside.as_posix()):
         return "excluded in _config.yml"
-    if not path.is_file():
-        return "not a regular file"
+    if problem := why_no_file(path):
+        return problem
     if kind == "_drafts" and not drafts:
         return "draft"
     if path.suffix.lower() not in MARKDOWN_SUFFIXES | HTML_SUFFIXES:
@@ -494,6 +571,19 @@ def why_passed_over(path: Path, site: Site, drafts: bool) -> str:
     if kind == "_posts" and not DATED_NAME.match(path.name):
         return "undated file name"
     return ""
+
+
+def why_no_file(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except PermissionError:
+        return "unreadable"
+    except OSError:  # a link that leads nowhere, or to itself
+        return "not a regular file"
+
+    if stat.S_ISDIR(mode):
+        return "link to a folder"  # real folders do not come here
+    return "" if stat.S_ISREG(mode) else "not a regular file"
 
 
 # ---------------------------------------------------------------- front matter
@@ -1515,7 +1605,7 @@ def find_personal_data(text: str, is_public: bool = False) -> list[Found]:
 
 
 def normalise(kind: str, typed: str) -> str:
-    """One spelling for all of the same address or number, so that their digests are the same."""
+    """One spelling for all of the same address or number, so that their fingerprints are the same."""
     if kind in ("phone", "card"):
         return re.sub(r"\D", "", typed)
     if kind == "iban":
@@ -1537,7 +1627,7 @@ def clean_for_training(text: str, post: Post, blocked: tuple[str, ...] = ()) -> 
     personal = []
     if REDACT:
         personal = find_personal_data(text, post.visibility == "public")
-    post.redacted += [(one.kind, digest(one.normalised)) for one in personal]
+    post.redacted += [(one.kind, one.normalised) for one in personal]
 
     # Looked for in the text as it was: a name in an e-mail address counts as found, and the whole address goes.
     private = find_blocked(text, blocked)
@@ -1556,8 +1646,39 @@ def redact(text: str, found: list[Found]) -> str:
     return "".join(out) + text[position:]
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+KEY_FILE = "redaction_key"  # in the data folder: 32 bytes in hexadecimal
+
+
+@functools.cache
+def fingerprint(normalised: str, key: bytes) -> str:
+    """What stands in the report for an address, a number or a key that was replaced; 64 hexadecimal digits.
+
+    There are so few telephone numbers that a plain hash of one can be undone by trying them all. Whoever has the report
+    and not the key cannot try any. Whoever has both needs 10 ms of a processor core and 4 MiB for each that is tried:
+    a million, all numbers of an area code, take three hours. So the key is worth as much as the numbers."""
+    typed = normalised.encode("utf-8", "replace")
+    return hashlib.scrypt(typed, salt=key, n=2**12, r=8, p=1, dklen=32).hex()
+
+
+def read_key(data_dir: Path) -> bytes | None:
+    """The key of the data folder's fingerprints; None where there is none or it cannot be read."""
+    try:
+        data = read_regular(data_dir / KEY_FILE, 100)
+        key = bytes.fromhex(data.decode("ascii"))
+    except (OSError, ValueError):
+        return None
+    return key if len(key) == 32 else None
+
+
+def read_or_make_key(data_dir: Path) -> bytes:
+    """The same blog gives the same bytes in a data folder, therefore its key is kept. Exits where the key is broken."""
+    file = data_dir / KEY_FILE
+    if not os.path.lexists(file):
+        return secrets.token_bytes(32)
+    key = read_key(data_dir)
+    if key is None or file.is_symlink():  # a link would be replaced
+        sys.exit(f"{file} cannot be read or is no key of this script's: move it away, and a new one will be made.")
+    return key
 
 
 def break_control_tokens(text: str) -> str:
@@ -1576,12 +1697,7 @@ BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in the name of a file, in a li
 
 def blocked_words() -> tuple[str, ...]:
     """BLOCKED_WORDS as it is now, without blanks around them. Exits with a sentence if one of them is no word."""
-    if not isinstance(BLOCKED_WORDS, list | tuple):
-        sys.exit('BLOCKED_WORDS in extract_blog_data.py is a list: BLOCKED_WORDS = ["Anna", "12 Elm Street"].')
-
-    for number, word in enumerate(BLOCKED_WORDS, 1):
-        if not isinstance(word, str) or not any(map(str.isalnum, word)):
-            sys.exit(f"Number {number} of BLOCKED_WORDS in extract_blog_data.py is no word in quotation marks.")
+    check_settings({"BLOCKED_WORDS": BLOCKED_WORDS})
     return tuple(word.strip() for word in BLOCKED_WORDS)
 
 
@@ -1657,7 +1773,7 @@ def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
         post.detail = without_blocked(post.detail, blocked)
 
     if hidden:
-        print(f"files whose names hold a private word, [private] in the data: {hidden:,}", file=sys.stderr)
+        say(f"files whose names hold a private word, [private] in the data: {hidden:,}")
 
 
 def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
@@ -1838,7 +1954,7 @@ def drop_other_authors(posts: list[Post], authors: frozenset[str], author_is_giv
     # A name that nobody has is most likely the settings' example, and would leave out every signed post.
     if not author_is_given and not any(is_by(post, authors) for post in posts):
         message = "every post is taken as the author's own; --author NAME sets who replies"
-        print(f"nobody here is called {', '.join(sorted(authors))}: {message}", file=sys.stderr)
+        say(f"nobody here is called {', '.join(sorted(authors))}: {message}")
         return
 
     for post in posts:
@@ -1982,7 +2098,93 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 
 
 # ---------------------------------------------------------------- writing
+TRAIN_FILE = "train_data.jsonl"
+VALIDATION_FILE = "val_data.jsonl"
+REPORT_FILE = "extraction_report.json"
+LINE_FIELDS = {"messages", "kind", "visibility", "blog", "path"}
+OWN_FIELDS = {
+    TRAIN_FILE: LINE_FIELDS,
+    VALIDATION_FILE: LINE_FIELDS,
+    REPORT_FILE: {"files_found"},
+}  # by which we know ours
+LARGEST_OWN = 200_000_000  # bytes of our report, or of a line of our data; a guess
+# What a run writes before it moves it into place, with the run's process.
+TEMPORARY = re.compile(rf"\.(?:{'|'.join(map(re.escape, (KEY_FILE, *OWN_FIELDS)))})\.([1-9][0-9]{{0,6}})")
 MOST_HOLES = 2  # in a post that is not worth a look
+
+
+def check_data_folder(folder: Path, repositories: list[Path]):
+    """Exits with a sentence if data cannot or must not be written there; says who could see it."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not is_folder(existing):
+        sys.exit(f"{existing} is not a folder: {ANOTHER}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        sys.exit(f"You may not write in {existing}: {ANOTHER}.")
+
+    check_surroundings(folder, repositories)
+    for name in OWN_FIELDS:
+        if os.path.lexists(folder / name):
+            check_own(folder / name)
+
+    mode = stat.S_IMODE(existing.stat().st_mode)
+    if existing == folder and mode & 0o077:
+        say(f"others may look into {folder} (mode {mode:o}), though not into what is written there: chmod 700 {folder}")
+
+
+def check_surroundings(folder: Path, repositories: list[Path]):
+    """Exits where data would lie among other things; says so where it would be published."""
+    real = Path(os.path.realpath(folder))
+    home = os.path.expanduser("~")  # noqa: PTH111, since Path.home raises where nobody knows of a home
+    if Path(os.path.realpath(home)).is_relative_to(real):
+        sys.exit(f"{folder} is the home folder or holds it: {ANOTHER}.")
+
+    for repository in repositories:
+        if not real.is_relative_to(repository):
+            continue
+        inside = real.relative_to(repository).parts
+        if not inside or any(part in POST_FOLDERS for part in inside):
+            sys.exit(f"{folder} is a blog's repository or its folder of posts: {ANOTHER}.")
+        say(f"{folder} lies in the repository {repository}: Jekyll or git would publish what is written there")
+
+
+def check_own(file: Path):
+    """Exits unless the file is one that an earlier run has written, or empty."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        sys.exit(f"{file} is not a regular file: move it away, or {ANOTHER}.")
+    if not status.st_size:
+        return
+
+    with file.open("rb") as opened:
+        data = opened.read(LARGEST_OWN) if file.name == REPORT_FILE else opened.readline(LARGEST_OWN)
+    try:
+        entry = json.loads(data)
+    except (ValueError, RecursionError):
+        entry = None
+    if not isinstance(entry, dict) or not entry.keys() >= OWN_FIELDS[file.name]:
+        sys.exit(f"{file} was not written by this script and would be replaced: move it away, or {ANOTHER}.")
+
+
+def sweep(folder: Path):
+    """Deletes what killed runs have left beside the data: files with a name of ours whose process is gone."""
+    for path in folder.iterdir():
+        name = TEMPORARY.fullmatch(path.name)
+        if not name or is_running(int(name[1])):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # a second run sweeps, too
+            if stat.S_ISREG(path.lstat().st_mode):
+                path.unlink()
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, apart from this one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
 
 
 def conversations(post: Post) -> Iterator[dict]:
@@ -1995,40 +2197,71 @@ def conversations(post: Post) -> Iterator[dict]:
         yield {"messages": messages, "kind": "reply", **origin}
 
 
-def json_lines(posts: list[Post]) -> Iterator[str]:
-    for post in posts:
-        for line in conversations(post):
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+def json_lines(posts: list[Post]) -> bytes:
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for post in posts for line in conversations(post)]
+    return encode("".join(lines))
 
 
-def write_files(folder: Path, files: dict[str, Iterable[str]]):
-    """Writes all files beside their places and moves them in only when every one is complete. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    temporary = {name: folder / f".{name}.{os.getpid()}" for name in files}
+def encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # a file name, and so an author's or a blog's, may hold half a character
+
+
+def write_files(folder: Path, files: dict[str, bytes]):
+    """Writes all files beside their places and moves them in only when every one is complete. Raises OSError.
+
+    What fails before the first move changes nothing, and each file is always a whole one, old or new. A kill between
+    two moves leaves some of each: then the digests in the report, which is moved last, are not those of the data."""
+    make_folder(folder)
+    sweep(folder)
+    beside: dict[Path, Path] = {}  # where a file is written: its place
+    with signals_wait():
+        try:
+            for name, data in files.items():
+                with errors_named(folder / name):
+                    path = folder / f".{name}.{os.getpid()}"
+                    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    beside[path] = folder / name
+                    write_to_disk(handle, data)
+
+            for path, place in beside.items():
+                with errors_named(place):
+                    path.replace(place)
+        finally:
+            for path in beside:
+                path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path):
+    """A new folder is its owner's alone; one that was there keeps its mode."""
+    if not folder.is_dir():
+        folder.mkdir(0o700, parents=True)
+        folder.chmod(0o700)  # whatever the umask has taken away
+
+
+def write_to_disk(handle: int, data: bytes):
+    """Writes and closes a file; only what has reached the disk may take an old file's place."""
+    with os.fdopen(handle, "wb") as out:
+        os.fchmod(handle, 0o600)  # the umask once more
+        out.write(data)
+        out.flush()
+        os.fsync(handle)
+
+
+@contextlib.contextmanager
+def errors_named(file: Path) -> Iterator[None]:
+    """An OSError in the block names this file: that of a full disk names none, others the one beside its place."""
     try:
-        for name, lines in files.items():
-            temporary[name].touch(0o600)  # before anything private stands in it
-            with temporary[name].open("w", encoding="utf-8", errors="replace") as out:
-                out.writelines(lines)
-
-                # Only what has reached the disk may take an old file's place.
-                out.flush()
-                os.fsync(out.fileno())
-
-        for name, path in temporary.items():
-            path.replace(folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
-def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, sites: list[Site]) -> dict:
-    """Numbers of the run, then every skipped file; of what was redacted only digests, of private words only counts."""
+def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, sites: list[Site], key: bytes) -> dict:
+    """Numbers of the run, then every skipped file; of what was redacted fingerprints, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
     skipped = [post for post in posts if post.reason]
     words, conversation_rows = count_conversations(splits)
-    redacted = {(sha256, kind, post.visibility) for post in kept for kind, sha256 in post.redacted}
+    redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
     blocked = sum((post.blocked for post in kept), Counter())
     redactions = Counter(kind for post in kept for kind, _ in post.redacted)
     redactions["private word"] = blocked.total()
@@ -2039,7 +2272,7 @@ def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, site
         if site.problem
     ]
 
-    # test_model.py knows by the digests of "redacted" what the model must not say.
+    # test_model.py knows by the fingerprints what the model must not say.
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
@@ -2052,7 +2285,7 @@ def make_report(posts: list[Post], splits: dict[str, list[Post]], run: Run, site
         "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
         "redactions": counted(redactions.elements()),
         "blocked_words": [blocked[str(place)] for place in range(len(run.blocked))],
-        "redacted": table(("sha256", "kind", "visibility"), sorted(redacted)),
+        "redacted": table(("fingerprint", "kind", "visibility"), sorted(redacted)),
         "authors": [without_blocked(author, run.blocked) for author in sorted(run.authors)],
         "holes": table(("blog", "path", "count"), holes),
         "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
@@ -2108,49 +2341,261 @@ def print_report(report: dict, data_dir: Path):
         rows["posts with holes left by Liquid"] = len(report["holes"])
 
     width = max(map(len, rows))
-    for name, number in rows.items():
-        print(f"{name:<{width}} {number:>9,}")
-    print(f"written to {data_dir}: train_data.jsonl, val_data.jsonl, extraction_report.json (lists every skipped file)")
+    lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
+    lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")
+    print_or_exit("\n".join(lines), f"the data are complete, and {data_dir / REPORT_FILE} has the numbers")
+
+
+# ---------------------------------------------------------------- streams and signals
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, the terminal was closed
+STOPPED = "Stopped before the end; every file in the data folder is a whole one: run the same command again."
+
+
+def say(text: str, end: str = "\n"):
+    """Prints on stderr; one that is closed or full is no reason to stop."""
+    if sys.stderr is None:
+        return
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None  # Python would try again at the end
+
+
+def print_or_exit(text: str, remedy: str):
+    """Prints on stdout. Exits with a sentence if it is closed or full, without one if its reader has gone (head)."""
+    if sys.stdout is None:
+        sys.exit(f"Cannot print on stdout, which is closed: {remedy}.")
+    try:
+        # The name of a folder need not be UTF-8, and a terminal need not know every letter.
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        sys.stdout = None  # Python would try again at the end
+        sys.exit(1)
+    except OSError as error:
+        sys.stdout = None
+        sys.exit(f"Cannot print on stdout ({error.strerror}): {remedy}.")
+
+
+def hold_closed_streams():
+    """Opens what is closed of stdin, stdout and stderr on nothing, or a file of ours would get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable) -> Iterator[None]:
+    """Signals that stop a run call the handler while the block runs; what is ignored (nohup) stays ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    heard = [number for number, old in before.items() if old != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """A signal that comes while the block runs, a fraction of a second, takes effect when it is through."""
+    waiting = []
+    with on_signals(lambda number, _: waiting.append(number)):
+        yield
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
+def stop_at_once(*_, calls: Iterator[int] = count()):  # noqa: B008, one count for all calls
+    """A signal handler. One sentence however many signals come; no exception, since some places would swallow it."""
+    if next(calls):
+        return
+    try:
+        os.write(2, f"{STOPPED}\n".encode())
+    finally:
+        os._exit(1)
+
+
+# ---------------------------------------------------------------- checked settings
+class Kind(NamedTuple):
+    """What a setting must be, in words and as a test."""
+
+    words: str
+    allows: Callable[[object], bool]
+
+
+def whole(low: int, high: int) -> Kind:
+    def allows(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind(f"a whole number from {low:,} to {high:,}", allows)
+
+
+def number(low: float, high: float) -> Kind:
+    # A NaN is in no range.
+    def allows(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return Kind(f"a number from {low:,} to {high:,}", allows)
+
+
+def template(places: int) -> Kind:
+    """A text with so many {}, and no other braces that str.format would look at."""
+
+    def allows(value: object) -> bool:
+        if not is_text(value):
+            return False
+        try:
+            parts = list(string.Formatter().parse(value))
+        except ValueError:
+            return False
+        fields = [part[1:] for part in parts if part[1] is not None]
+        return fields == [("", "", None)] * places
+
+    return Kind(f"a sentence with {'exactly one' if places == 1 else places} {{}} in it", allows)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value)
+
+
+def is_word(value: object) -> bool:
+    return isinstance(value, str) and any(map(str.isalnum, value))
+
+
+FOLDER = Kind("the name of a folder, not empty", is_path)
+NAME = Kind("a name that is not empty", is_text)
+WORD_OR_WORDS = Kind("a word in quotation marks", is_word)
+SENTENCE = Kind("a sentence in quotation marks", is_text)
+YES_OR_NO = Kind("True or False", lambda value: isinstance(value, bool))
+LINE_BREAK_WORDS = Kind('"auto", "keep" or "join"', lambda value: value in ("auto", "keep", "join"))
+
+
+class Setting(NamedTuple):
+    """A row of SETTINGS."""
+
+    kind: Kind
+    example: str  # the right form, as it is typed
+    least: int | None = None  # of a list of this kind: how many there must be; None: it is no list
+    flag: str = ""  # sets the same
+
+
+# Every setting of the settings block.
+SETTINGS = {
+    "PUBLIC_BLOGS": Setting(FOLDER, '["../judytuna-jekyll"]', 0, "--public"),
+    "PRIVATE_BLOGS": Setting(FOLDER, '["../judytuna-private"]', 0, "--private"),
+    "AUTHORS": Setting(NAME, '["judytuna"]', 1, "--author"),
+    "DATA_DIR": Setting(FOLDER, '"data"', flag="--data-dir"),
+    "INCLUDE_DRAFTS": Setting(YES_OR_NO, "False", flag="--drafts"),
+    "MIN_WORDS": Setting(whole(1, 1000), "4"),
+    "LINE_BREAKS": Setting(LINE_BREAK_WORDS, '"auto"'),
+    "REDACT": Setting(YES_OR_NO, "True"),
+    "BLOCKED_WORDS": Setting(WORD_OR_WORDS, '["Anna", "12 Elm Street"]', 0),
+    "REPLY_DEPTH": Setting(whole(1, 100), "4"),
+    "VALIDATION_SHARE": Setting(number(0, 0.5), "0.10"),
+    "SIMILARITY": Setting(number(0.1, 1), "0.8"),
+    "MAX_BYTES": Setting(whole(1, 1_000_000_000), "4_000_000"),
+    "MAX_SECONDS": Setting(number(0.01, 3600), "3"),
+    "TITLE_REQUESTS": Setting(template(1), """['Write a blog post titled "{}".']""", 1),
+    "TAG_REQUESTS": Setting(template(1), '["Write a blog post about {}."]', 1),
+    "GENERAL_REQUESTS": Setting(SENTENCE, """["What's on your mind today?"]""", 1),
+    "REPLY_CONTEXT": Setting(template(2), '"I just read your blog post{}{} Anything to add?"'),
+}
+
+
+def check_settings(values: Mapping[str, object]):
+    """Exits with a sentence at the first value, by the name of its setting, that its row of SETTINGS does not allow."""
+    for name, value in values.items():
+        setting = SETTINGS[name]
+        example = f"{name} = {setting.example}"
+        if setting.least is None:
+            if not setting.kind.allows(value):
+                sys.exit(f"{name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
+            continue
+
+        if not isinstance(value, list | tuple) or len(value) < setting.least:
+            at_least = " with something in it" if setting.least else ""
+            sys.exit(f"{name} in extract_blog_data.py must be a list{at_least}: {example}.")
+        for place, entry in enumerate(value, 1):
+            if not setting.kind.allows(entry):
+                sys.exit(f"Number {place} of {name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
+
+
+def check_flags(args: argparse.Namespace):
+    """Exits with a sentence at the first flag with a value that its setting could not have."""
+    for setting in SETTINGS.values():
+        if not setting.flag:
+            continue
+        given = getattr(args, setting.flag.removeprefix("--").replace("-", "_"))
+        values = [given] if setting.least is None else given
+        if not all(map(setting.kind.allows, values)):
+            sys.exit(f"{setting.flag} must be {setting.kind.words} (--help lists the flags).")
 
 
 # ---------------------------------------------------------------- command line
 def make_parser(here: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"extract_blog_data.py: {message} (--help lists the flags)")
+    parser.print_help = lambda: print_or_exit(parser.format_help(), "the flags are in the script's last section")
     several = {"action": "append", "default": []}
-    parser.add_argument("--public", **several, metavar="DIR", type=Path, help="a public repository (repeatable)")
-    parser.add_argument("--private", **several, metavar="DIR", type=Path, help="a private repository (repeatable)")
+    shown = str(DATA_DIR).replace("%", "%%")
+    parser.add_argument("--public", **several, metavar="DIR", help="a public repository (repeatable)")
+    parser.add_argument("--private", **several, metavar="DIR", help="a private repository (repeatable)")
     parser.add_argument("--author", **several, metavar="NAME", help="a name you write under (repeatable)")
-    parser.add_argument("--data-dir", metavar="DIR", type=Path, default=here / DATA_DIR, help=f"default: {DATA_DIR}")
+    parser.add_argument("--data-dir", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
     parser.add_argument("--drafts", action="store_true", default=INCLUDE_DRAFTS, help="read _drafts/ too")
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, and the settings where there is none."""
+    """The flags, and the settings where there is none. Exits with a sentence if one of them is wrong."""
+    # A line that somebody has deleted is a wrong setting, too.
+    check_settings({name: globals().get(name) for name in SETTINGS})
     here = Path(__file__).resolve().parent
     args = make_parser(here).parse_args(argv)
+    check_flags(args)
 
     # A repository that is named takes the place of all those in the settings, also of the other kind.
     if not args.public + args.private:
         args.public = [here / name for name in PUBLIC_BLOGS]
         args.private = [here / name for name in PRIVATE_BLOGS]
+    if not args.public + args.private:
+        sys.exit(f"No repository is named: {REMEDY}.")
 
+    args.public = [Path(name) for name in args.public]
+    args.private = [Path(name) for name in args.private]
+    args.data_dir = Path(args.data_dir)
     args.author_is_given = bool(args.author)
     args.author = frozenset(name.strip().casefold() for name in args.author or AUTHORS)
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+def main(argv: list[str] | None = None, on_stop: Callable = signal.default_int_handler) -> int:
+    hold_closed_streams()
     try:
-        extract(args)
+        with on_signals(on_stop):
+            extract(parse_arguments(argv))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
     except BrokenProcessPool:
         sys.exit("A worker process was killed, most likely for want of memory: close other programs and run again.")
     except OSError as error:
-        sys.exit(f"Cannot read or write {error.filename or 'the data folder'}: {error.strerror}.")
+        sys.exit(f"Cannot read or write {error.filename or 'the data folder'}: {error.strerror or error}.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(on_stop=stop_at_once))
+    finally:
+        # Nothing is left that could be stopped.
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 import extract_blog_data as x
 
 SCRIPT = Path(x.__file__).resolve()
+DATA_FILES = ("redaction_key", "train_data.jsonl", "val_data.jsonl", "extraction_report.json")
 SAMPLE = SCRIPT.parent / "sample"
 PROSE = "the {0} cat sat on the {0} mat and looked at the {0} sea, which was {0} and wide and {0} again, so there."
 
@@ -181,11 +184,24 @@ def test_every_file_is_accounted_for(tmp_path):
     outside = write_blog(tmp_path / "outside", {"2006-01-16-x.md": post("not of this blog at all")})
     (blog / "_posts/2006-01-16-x.md").symlink_to(outside / "2006-01-16-x.md")
     (blog / "_posts/folder").symlink_to(outside)
+    (blog / "_posts/around").symlink_to(blog)
+    (blog / "_drafts/around").symlink_to(blog / "cat")
+    (blog / "_posts/2006-01-17-x.md").symlink_to("nowhere")
+    (blog / "elsewhere").symlink_to(outside)
+    (blog / "kitten").symlink_to("cat")
+    (blog / "kitten/_drafts").symlink_to(outside)
+    (blog / "deep").mkdir()
+    (blog / "deep/_posts").symlink_to("../_posts")
+    (blog / "deep/_drafts").symlink_to("../_drafts")
+    (blog / "vendor/linked").symlink_to(outside)
     train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
     check_contract(train + val, report)
     expected = {name: reason for name, (_, reason) in SKIPS.items() if reason not in (None, "not found")}
     link = "link that leads out of the repository"
-    expected |= {"_posts/2006-01-16-x.md": link, "_posts/folder": link}
+    expected |= dict.fromkeys(["_posts/2006-01-16-x.md", "_posts/folder", "elsewhere", "cat/_drafts"], link)
+    within = ["_posts/around", "_drafts/around", "kitten", "deep/_posts", "deep/_drafts"]
+    expected |= dict.fromkeys(within, "link to a folder")
+    expected["_posts/2006-01-17-x.md"] = "not a regular file"
     assert {row["path"]: row["reason"] for row in report["skipped"]} == expected
     assert {line["path"] for line in train + val} == {name for name, (_, reason) in SKIPS.items() if reason is None}
     assert report["files_found"] == len(expected) + 3
@@ -211,7 +227,11 @@ def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
         ("exclude: " + "[" * 9000, "nested too deep"),
         ("- exclude\n- secret\n", "it holds no settings"),
         ("exclude: \x01\n", "characters are not allowed"),
+        ("exclude: \0\n", "characters are not allowed"),
         (None, "Is a directory"),
+        ("exclude: [secret]\n#" + "x" * 4_000_000, "larger than 4,000,000 bytes"),
+        ({"_config.toml": f"exclude = [{'9' * 5000}]\n"}, "Exceeds the limit (4300 digits)"),
+        ({"_config.toml": "exclude = " + "[" * 9000}, "nested too deep"),
         ({"_config.yaml": "exclude: [secret\n"}, "_config.yaml cannot be read (line 2: "),
         ({"_config.toml": "exclude = [secret]\n"}, "_config.toml cannot be read (Invalid value (at line 1"),
     ],
@@ -236,7 +256,69 @@ def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, conf
     assert report["config_problems"][0]["problem"] in sentence
 
 
-@pytest.mark.parametrize("source", ["nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        "os.mkfifo(path)",
+        "path.symlink_to('/dev/zero')",
+        "path.symlink_to('/dev/tty')",
+        "path.symlink_to('_config.yml')",
+        "socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))",
+    ],
+)
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "_config.yml"
+    exec(make, {"os": os, "path": path, "socket": socket})
+    config, problem = x.read_config(path)
+    assert config == {}
+    assert problem in ("not a regular file", "Too many levels of symbolic links")
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, ValueError("no; why"), PermissionError(13, "denied")])
+def test_a_config_that_no_parser_takes_is_a_problem(tmp_path, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(x, "parse_yaml", fail)
+    config = write_blog(tmp_path, {"_config.yml": ""}) / "_config.yml"
+    assert x.read_config(config)[1] in ("it needs too much memory", "nested too deep", "no", "denied")
+
+
+@pytest.mark.parametrize("folder", [".", "_posts", "_posts/deep", "other", "_drafts"])
+def test_a_folder_that_cannot_be_read_is_a_row_of_the_table(tmp_path, monkeypatch, capsys, folder):
+    files = {f"{name}/2006-01-01-a.md": post("words and words") for name in ("_posts/deep", "other/_posts", "_drafts")}
+    blog = write_blog(tmp_path / "blog", files | {"good/_posts/2006-01-01-a.md": post("what everybody may read")})
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == str(blog / folder):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    if folder == ".":
+        with pytest.raises(SystemExit, match=r"could be used \(1 unreadable folder\)"):
+            run(tmp_path, "--public", str(blog))
+        return
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    assert {"blog": "blog", "path": folder, "reason": "unreadable folder", "detail": ""} in report["skipped"]
+    assert re.search(r"skipped: unreadable folder +1\b", capsys.readouterr().out)
+
+
+def test_a_file_that_nobody_may_ask_for_is_unreadable(tmp_path, monkeypatch):
+    blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("words and words")})
+    file = blog / "_posts/2006-01-01-a.md"
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert x.why_no_file(file) == "unreadable"
+
+
+@pytest.mark.parametrize("source", ["a" * 300, '"a\\0b"', "nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
 def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, source):
     write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": post("words of somebody else")})
     files = {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": post("what everybody may read")}
@@ -244,6 +326,7 @@ def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, 
     (blog / "link").symlink_to(tmp_path / "elsewhere")
     train, val, report = run(tmp_path, "--public", str(blog))
     assert [line["path"] for line in train + val] == ["_posts/2006-01-01-a.md"]
+    source = source.strip('"').replace("\\0", "\0")
     sentence = f'{blog}/_config.yml names a source, "{source}", that is no folder of the repository: '
     assert sentence + "all of the repository is read; mend it and run again." in capsys.readouterr().err.splitlines()
     assert sentence.endswith(report["config_problems"][0]["problem"].partition(": ")[0] + ": ")
@@ -351,12 +434,12 @@ def test_exactly_a_tenth_goes_to_validation(tmp_path, count):
 
 
 def test_adding_a_post_moves_few_others_and_the_same_input_gives_the_same_bytes(tmp_path):
-    blog = write_blog(tmp_path / "blog", many_posts(100))
+    mail = {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org, both will do")}
+    blog = write_blog(tmp_path / "blog", many_posts(100) | mail)
     _, before, _ = run(tmp_path, "--public", str(blog))
-    names = ("train_data.jsonl", "val_data.jsonl", "extraction_report.json")
-    first = [(tmp_path / "data" / name).read_bytes() for name in names]
+    first = [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES]
     run(tmp_path, "--public", str(blog))
-    assert [(tmp_path / "data" / name).read_bytes() for name in names] == first
+    assert [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES] == first
     write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
     _, after, _ = run(tmp_path, "--public", str(blog))
     assert len({line["path"] for line in before} ^ {line["path"] for line in after}) <= 2
@@ -380,12 +463,42 @@ def test_near_duplicates_are_exact():
     assert x.find_duplicates([sets[0]] * 500, 0.8) == dict.fromkeys(range(1, 500), 0)
 
 
-def test_redaction_is_reported_by_digest_only(tmp_path):
+def test_redaction_is_reported_by_fingerprints_only(tmp_path):
     blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("my address is Wren@Example.org, write me")})
     _, _, report = run(tmp_path, "--private", str(blog))
-    digest = hashlib.sha256(b"wren@example.org").hexdigest()
-    assert report["redacted"] == [{"sha256": digest, "kind": "email", "visibility": "private"}]
-    assert "example.org" not in (tmp_path / "data/extraction_report.json").read_text().lower()
+    key = x.read_key(tmp_path / "data")
+    mark = x.fingerprint("wren@example.org", key)
+    assert report["redacted"] == [{"fingerprint": mark, "kind": "email", "visibility": "private"}]
+    text = (tmp_path / "data/extraction_report.json").read_text().lower()
+    assert "example.org" not in text
+    assert key.hex() not in text
+
+    # Another folder has another key, so that two reports cannot be compared either.
+    (tmp_path / "data").rename(tmp_path / "old")
+    assert run(tmp_path, "--private", str(blog))[2]["redacted"][0]["fingerprint"] != mark
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"zz" * 32, b"ab" * 31, b"ab" * 3200, b"\xff" * 64, "folder", "fifo", "link"]
+)
+def test_a_key_that_is_none_is_said_and_stays(tmp_path, content):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    key = tmp_path / "data/redaction_key"
+    key.parent.mkdir(0o700)
+    if content == "folder":
+        key.mkdir()
+    elif content == "fifo":
+        os.mkfifo(key)
+    elif content == "link":
+        write_blog(tmp_path, {"key": "ab" * 32})
+        key.symlink_to("../key")
+    else:
+        key.write_bytes(content)
+    assert content == "link" or x.read_key(key.parent) is None
+    with pytest.raises(SystemExit, match="redaction_key cannot be read or is no key of this script's: move it away"):
+        x.main(["--public", str(blog), "--data-dir", str(key.parent)])
+    assert list(key.parent.iterdir()) == [key]
+    assert isinstance(content, str) or key.read_bytes() == content
 
 
 NAMED = {
@@ -480,12 +593,158 @@ def test_a_private_word_that_is_none_stops_the_run_before_anything_is_read(tmp_p
     assert not (tmp_path / "data").exists()
 
 
-def test_private_files(tmp_path):
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
+def test_what_is_written_is_its_owners_alone_whatever_the_umask(tmp_path, umask):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    before = os.umask(umask)
+    try:
+        run(tmp_path, "--public", str(blog))
+    finally:
+        os.umask(before)
+    assert mode_of(tmp_path / "data") == 0o700
+    assert {path.name: mode_of(path) for path in (tmp_path / "data").iterdir()} == dict.fromkeys(DATA_FILES, 0o600)
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize(("mode", "is_said"), [(0o2775, True), (0o755, True), (0o701, True), (0o700, False)])
+def test_a_folder_that_was_there_keeps_its_mode_and_all_that_is_in_it(tmp_path, capsys, mode, is_said, is_linked):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    data = tmp_path / "data"
+    write_blog(tmp_path / "real" if is_linked else data, {"mine.txt": "mine", ".train_data.jsonl.bak": "mine, too"})
+    if is_linked:
+        data.symlink_to("real")
+    data.chmod(mode)
+    run(tmp_path, "--public", str(blog))
+    assert mode_of(data) == mode
+    assert data.is_symlink() == is_linked
+    assert {path.name for path in data.iterdir()} == {*DATA_FILES, "mine.txt", ".train_data.jsonl.bak"}
+    assert ("others may look into" in capsys.readouterr().err) == is_said
+
+
+LINE = '{"messages": [], "kind": "post", "visibility": "public", "blog": "b", "path": "p"}\n'
+NOT_OURS = ["mine\n", "\n" + LINE, "[]\n", "3\n", '{"messages": []}\n', "[" * 100_000, b"\xff\n"]
+NOT_OURS += ["folder", "fifo", "link"]
+
+
+@pytest.mark.parametrize("content", NOT_OURS)
+@pytest.mark.parametrize("name", ["train_data.jsonl", "val_data.jsonl", "extraction_report.json"])
+def test_what_this_script_has_not_written_is_not_replaced(tmp_path, monkeypatch, name, content):
+    data = write_blog(tmp_path / "data", {"extraction_report.json": '{"files_found": 3}', "train_data.jsonl": LINE})
+    file = data / name
+    file.unlink(missing_ok=True)
+    if content == "folder":
+        file.mkdir()
+    elif content == "fifo":
+        os.mkfifo(file)
+    elif content == "link":
+        file.symlink_to("elsewhere")
+    else:
+        write_blog(data, {name: content})
+    before = sorted(path.lstat() for path in data.iterdir())
+
+    monkeypatch.setattr(x, "list_posts", None)  # nothing is read before
+    with pytest.raises(SystemExit) as stopped:
+        x.main(["--public", str(write_blog(tmp_path / "blog", many_posts(3))), "--data-dir", str(data)])
+    assert stopped.value.code.startswith(f"{file} ")
+    assert stopped.value.code.endswith("move it away, or name another data folder with --data-dir.")
+    assert sorted(path.lstat() for path in data.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_what_an_earlier_run_has_written_is_replaced(tmp_path, content):
     blog = write_blog(tmp_path / "blog", many_posts(3))
     run(tmp_path, "--public", str(blog))
-    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").iterdir()} == {0o600}
-    assert len(list((tmp_path / "data").iterdir())) == 3
+    if content is not None:
+        write_blog(tmp_path / "data", dict.fromkeys(DATA_FILES[1:], content))
+    assert run(tmp_path, "--public", str(blog))[2]["files_found"] == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("file", "file is not a folder: name another data folder"),
+        ("file/data", "file is not a folder: name another data folder"),
+        ("nowhere", "nowhere is not a folder: name another data folder"),
+        ("/", "/ is the home folder or holds it: "),
+        ("home", "home is the home folder or holds it: "),
+        ("to-home", "to-home is the home folder or holds it: "),
+        ("blog", "blog is a blog's repository or its folder of posts: "),
+        ("to-blog", "to-blog is a blog's repository or its folder of posts: "),
+        ("blog/_posts", "_posts is a blog's repository or its folder of posts: "),
+        ("blog/cat/_drafts/new", "new is a blog's repository or its folder of posts: "),
+    ],
+)
+def test_a_folder_that_is_no_place_for_data_is_refused_before_anything_is_read(tmp_path, monkeypatch, folder, sentence):
+    write_blog(tmp_path, {"file": "", "home/x": "", "blog/_posts/2006-01-01-a.md": post("some words to be read")})
+    (tmp_path / "to-home").symlink_to("home")
+    (tmp_path / "to-blog").symlink_to("blog")
+    (tmp_path / "nowhere").symlink_to("elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(x, "list_posts", None)
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        x.main(["--public", str(tmp_path / "blog"), "--data-dir", str(tmp_path / folder)])
+
+
+def test_a_folder_in_a_repository_is_warned_of(tmp_path, capsys):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    assert x.main(["--public", str(blog), "--data-dir", str(blog / "new/data")]) == 0
+    assert f"{blog}: Jekyll or git would publish what is written there" in capsys.readouterr().err
+
+
+def test_what_killed_runs_have_left_is_swept_and_nothing_else(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = gone.stdout.strip()
+    ours = [f".{name}.{process}" for name in DATA_FILES for process in (dead, os.getpid())]
+    others = [".train_data.jsonl.1", f".train_data.jsonl.{os.getppid()}", f"train_data.jsonl.{dead}", ".mine.1234567"]
+    others += [f".train_data.jsonl.{end}" for end in (f"{dead}.bak", "0", "-1", "12345678")]
+    write_blog(tmp_path, dict.fromkeys(ours + others, ""))
+    (tmp_path / f".val_data.jsonl.0{dead}").mkdir()
+    x.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, f".val_data.jsonl.0{dead}"}
+
+
+def test_a_folder_or_a_link_with_the_name_of_a_leftover_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(x, "is_running", lambda _: False)
+    (tmp_path / ".train_data.jsonl.77").mkdir()
+    (tmp_path / ".val_data.jsonl.77").symlink_to("nowhere")
+    x.sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_report_knows_the_data_that_it_was_written_with(tmp_path):
+    _, _, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", many_posts(20))))
+    names = ("train_data.jsonl", "val_data.jsonl")
+    assert report["sha256"] == {n: hashlib.sha256((tmp_path / "data" / n).read_bytes()).hexdigest() for n in names}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_run_that_ends_between_two_moves_can_be_told_by_its_digests(tmp_path, monkeypatch, moved):
+    blog = write_blog(tmp_path / "blog", many_posts(12))
+    run(tmp_path, "--public", str(blog))
+    write_blog(blog, many_posts(40))
+    replace = Path.replace
+    done = []
+
+    def fail(self, target):
+        if len(done) == moved:
+            raise OSError(28, "No space left on device", str(self), None, str(target))
+        done.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(SystemExit, match=f"/{DATA_FILES[moved]}: No space left on device.$"):
+        x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")])
+    report = json.loads((tmp_path / "data/extraction_report.json").read_text("utf-8"))
+    fits = [
+        hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() == digest
+        for name, digest in report["sha256"].items()
+    ]
+    assert all(fits) == (moved < 2)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == set(DATA_FILES)
 
 
 def test_a_run_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
@@ -498,7 +757,7 @@ def test_a_run_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="No space left"):
+    with pytest.raises(SystemExit, match="/redaction_key: No space left on device.$"):
         x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")])
     assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 
@@ -514,6 +773,130 @@ def test_a_killed_run_leaves_the_old_files_whole(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", kill], cwd=SCRIPT.parent, capture_output=True).returncode == 9
     assert (tmp_path / "data/train_data.jsonl").read_bytes() == before
+    assert len(list((tmp_path / "data").iterdir())) == 5
+    run(tmp_path, "--public", str(blog))
+    assert {path.name for path in (tmp_path / "data").iterdir()} == set(DATA_FILES)
+
+
+# The script as a user runs it, with a library function that first sends signals to the run.
+STOPPED_RUN = """
+import os, runpy, sys, {module}
+sys.argv = sys.argv[1:]
+run, true = os.getpid(), {module}.{name}
+os.sched_getaffinity = lambda _: {{0, 1}}
+
+def stop(*args, **options):
+    for each in {signals}:
+        os.kill(run, each)
+    return true(*args, **options)
+
+{module}.{name} = stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MOMENTS = [
+    # posts, function that is called then
+    ("libraries are loaded", 1, "re.compile"),
+    ("a post is read", 9, "zlib.crc32"),
+    ("workers read posts", 70, "zlib.crc32"),
+    ("posts are compared", 9, "numpy.argsort"),
+    ("files are written", 9, "os.fsync"),
+]
+
+
+def stopped_run(tmp_path: Path, blog: Path, function: str, signals: list[int]) -> subprocess.CompletedProcess:
+    module, _, name = function.rpartition(".")
+    code = STOPPED_RUN.format(module=module, name=name, signals=signals)
+    flags = [SCRIPT, "--public", blog, "--data-dir", tmp_path / "data"]
+    return subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("signals", ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT SIGINT SIGTERM SIGHUP"])
+@pytest.mark.parametrize(("moment", "posts", "function"), MOMENTS)
+def test_a_run_that_is_stopped_says_one_sentence(tmp_path, moment, posts, function, signals):
+    blog = write_blog(tmp_path / "blog", many_posts(posts))
+    done = stopped_run(tmp_path, blog, function, [int(getattr(signal, one)) for one in signals.split()])
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("read ", "nobody here"))]
+    assert len(said) == 1
+    assert said[0].startswith("Stopped before ")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    left = {path.name for path in (tmp_path / "data").iterdir()} if (tmp_path / "data").exists() else set()
+    assert left == (set(DATA_FILES) if function == "os.fsync" else set())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_caller_of_main_keeps_its_handlers(tmp_path, monkeypatch, number):
+    def of_the_caller(*_):
+        raise AssertionError
+
+    before = signal.signal(number, of_the_caller)
+    monkeypatch.setattr(x, "fill_post", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit, match="^Stopped before the end"):
+        run(tmp_path, "--public", str(write_blog(tmp_path / "blog", many_posts(3))))
+    assert signal.signal(number, before) is of_the_caller
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None)
+    heard = []
+    monkeypatch.setattr(signal, "signal", lambda number, _: heard.append(number))
+    with x.on_signals(print):
+        assert heard == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path):
+    blog = write_blog(tmp_path / "blog", many_posts(70))
+    # Whoever of them lived on would hold the other end of stdout, and the call would not return.
+    assert stopped_run(tmp_path, blog, "zlib.crc32", [9]).returncode == -9
+
+
+STREAMS = [
+    # redirection, status, sentence
+    ("> /dev/full", 1, "Cannot print on stdout (No space left on device): the data are complete"),
+    (">&-", 1, "Cannot print on stdout, which is closed: the data are complete"),
+    ("| true", 0, ""),
+    ("2>&-", 0, ""),
+    ("2> /dev/full", 0, ""),
+    ("<&- >&- 2>&-", 1, ""),
+]
+
+
+@pytest.mark.parametrize(("redirection", "status", "sentence"), STREAMS)
+def test_a_stream_that_is_full_or_closed_costs_no_data(tmp_path, redirection, status, sentence):
+    write_blog(tmp_path / "blog", many_posts(70))
+    command = f"{sys.executable} {SCRIPT} --public blog --data-dir data {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("read ", "nobody here"))]
+    assert said == [line for line in said if sentence and line.startswith(sentence)]
+    assert bool(said) == bool(sentence)
+    assert done.returncode == status
+    assert not done.stdout or done.stdout.startswith("files found")
+    report = json.loads((tmp_path / "data/extraction_report.json").read_text("utf-8"))
+    for name, digest in report["sha256"].items():
+        assert hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() == digest
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    code = (
+        "import os, extract_blog_data as x; os.closerange(0, 3)\n"
+        "try: x.main(['--public', 'nowhere'])\n"
+        "finally: os._exit(os.open('.', 0))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode > 2
+
+
+def test_names_that_are_not_utf8_end_in_no_traceback(tmp_path):
+    blog = os.fsencode(tmp_path) + b"/\xff"
+    os.rename(write_blog(tmp_path / "blog", many_posts(3)), blog)  # noqa: PTH104
+    command = [sys.executable, SCRIPT, "--public", blog, "--author", b"\xff", "--data-dir", blog + b"-data"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "written to" in done.stdout
+    assert "Traceback" not in done.stderr
+    for flag in ("--public", "--no-such-flag"):
+        done = subprocess.run([sys.executable, SCRIPT, flag, b"\xff"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """One input beside its expected text for each kind of markup that real blogs contain."""
 
+import ast
+import hashlib
 import re
 from collections import Counter
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -428,7 +431,16 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
     assert normalised is None or found[0][3] == normalised
     post = x.Post("b", "public", "p")
     assert x.clean_for_training(text, post) == expected
-    assert {(kind, len(digest)) for kind, digest in post.redacted} == {(kind, 64)}
+    assert post.redacted == [(kind, item[3]) for item in found]
+
+
+def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
+    prints = {x.fingerprint(typed, key) for typed in ("4155550123", "4155550124", "\ud800") for key in (b"a", b"b")}
+    assert len(prints) == 6
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in prints)
+    assert (
+        x.fingerprint("4155550123", b"a") == hashlib.scrypt(b"4155550123", salt=b"a", n=2**12, r=8, p=1, dklen=32).hex()
+    )
 
 
 @pytest.mark.parametrize(
@@ -543,6 +555,69 @@ def test_a_private_word_that_is_none_ends_with_a_sentence(monkeypatch, words):
     monkeypatch.setattr(x, "BLOCKED_WORDS", words)
     with pytest.raises(SystemExit, match="BLOCKED_WORDS in extract_blog_data"):
         x.blocked_words()
+
+
+WRONG_SETTINGS = [
+    # kind of mistake, names of settings, values
+    ("no list", ["PUBLIC_BLOGS", "PRIVATE_BLOGS", "AUTHORS", "BLOCKED_WORDS"], ["../x", None, {"a"}, 3]),
+    ("no list", ["TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], ["Write {}.", None, {"{}"}]),
+    ("empty list", ["AUTHORS", "TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], [[], ()]),
+    ("wrong entry", ["PUBLIC_BLOGS", "PRIVATE_BLOGS"], [[""], ["a", " "], [3], [["a"]], ["a\0b"]]),
+    ("wrong entry", ["AUTHORS", "GENERAL_REQUESTS"], [[""], ["a", " "], [3], [None]]),
+    ("no folder", ["DATA_DIR"], ["", " ", None, 3, ["data"], "a\0b"]),
+    ("no yes or no", ["INCLUDE_DRAFTS", "REDACT"], ["no", "", 0, 1, None]),
+    ("no whole number", ["MIN_WORDS", "REPLY_DEPTH", "MAX_BYTES"], [0, -1, 1.5, "4", True, None, 10**12]),
+    ("no number", ["VALIDATION_SHARE", "SIMILARITY", "MAX_SECONDS"], ["1", True, None, -1, 10**6, [0.1]]),
+    ("no number", ["VALIDATION_SHARE", "SIMILARITY", "MAX_SECONDS"], [float("nan"), float("inf"), 1j]),
+    ("divides by zero", ["SIMILARITY", "MAX_SECONDS"], [0]),
+    ("no word of these", ["LINE_BREAKS"], ["Auto", "", None, True, ["keep"]]),
+    ("wrong template", ["TITLE_REQUESTS", "TAG_REQUESTS"], [["no place"], ["{} {}"], ["{title}"], ["{0}"], ["{!r}"]]),
+    ("wrong template", ["TITLE_REQUESTS", "TAG_REQUESTS"], [["{"], ["}"], ["{} }"], ["{:>9}"], ["{}", ""], [3]]),
+    ("wrong template", ["REPLY_CONTEXT"], ["", "{}", "{}{}{}", "{0}{1}", "{}{", 3, None, ["{}{}"]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for _, names, values in WRONG_SETTINGS for name in names for value in values]
+)
+def test_a_setting_of_the_wrong_kind_is_a_sentence_with_the_right_form(name, value):
+    with pytest.raises(SystemExit) as stopped:
+        x.check_settings({name: value})
+    setting = x.SETTINGS[name]
+    assert f"{name} in extract_blog_data.py must be " in stopped.value.code
+    assert stopped.value.code.endswith(f": {name} = {setting.example}.")
+
+
+def settings_block() -> list[str]:
+    block = Path(x.__file__).read_text("utf-8").partition("- settings\n")[2].partition("\n# ---")[0]
+    return re.findall(r"^([A-Z_]+) =", block, re.MULTILINE)
+
+
+def test_every_setting_is_checked_and_its_example_is_right():
+    assert settings_block() == list(x.SETTINGS)
+    assert {name for _, names, _ in WRONG_SETTINGS for name in names} == x.SETTINGS.keys()
+    for name, setting in x.SETTINGS.items():
+        x.check_settings({name: ast.literal_eval(setting.example)})
+
+
+@pytest.mark.parametrize("value", ["{{}} {}", "Über {}: {{x}}"])
+def test_a_template_may_hold_braces_that_are_doubled(value):
+    x.check_settings({"TITLE_REQUESTS": (value,)})
+
+
+@pytest.mark.parametrize("deleted", ["AUTHORS", "DATA_DIR", "MIN_WORDS"])
+def test_a_setting_whose_line_is_gone_is_said(monkeypatch, deleted):
+    monkeypatch.delattr(x, deleted)
+    with pytest.raises(SystemExit, match=f"^{deleted} in extract_blog_data.py must be "):
+        x.main([])
+
+
+@pytest.mark.parametrize(
+    "flag", [setting.flag for setting in x.SETTINGS.values() if setting.flag not in ("", "--drafts")]
+)
+def test_a_flag_is_checked_as_its_setting_is(flag):
+    with pytest.raises(SystemExit, match=f"^{flag} must be .*--help"):
+        x.main([flag, " "])
 
 
 @pytest.mark.parametrize(
