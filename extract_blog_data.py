@@ -1560,6 +1560,18 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
+def read_key(data_dir: Path) -> bytes | None:
+    """The key of the fingerprints in a data folder; None where there is none."""
+    try:
+        return bytes.fromhex((data_dir / "redaction_key").read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def fingerprint(normalised: str, key: bytes) -> str:
+    return hashlib.scrypt(normalised.encode("utf-8", "replace"), salt=key, n=2**12, r=8, p=1, dklen=32).hex()
+
+
 def break_control_tokens(text: str) -> str:
     """Here for whatever model is trained later; training breaks those of its own tokenizer once more."""
     return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], text)
