@@ -671,21 +671,31 @@ def author_texts(conversations: list[dict]) -> list[str]:
     return [author_text(conversation) for conversation in conversations]
 
 
+def name_in(conversation: dict, key: str) -> str:
+    """What it says of itself; "" where that is no text."""
+    value = conversation.get(key)
+    return value if isinstance(value, str) else ""
+
+
 def title_of(conversation: dict) -> str:
-    return conversation.get("title") or "untitled"
+    return name_in(conversation, "title") or "untitled"
 
 
 def path_of(conversation: dict) -> str:
-    return conversation.get("path") or ""
+    return name_in(conversation, "path")
+
+
+def line_of(conversation: dict) -> int | None:
+    """Its line in the file that it was read from, from 1."""
+    return conversation.get(LINE)
 
 
 def tell_origin(copy: Copy) -> str:
     """The line under an answer."""
     source = ""
     if copy.post:
-        visibility = copy.post.get("visibility") or ""
-        title = copy.post.get("title") or ""
-        source = f', from the {visibility} post "{title}" {path_of(copy.post)}'
+        post = copy.post
+        source = f', from the {visibility_of(post)} post "{title_of(post)}" {path_of(post)}'
     return f"[longest run of words from the training data: {copy.words}{source}]"
 
 
@@ -868,6 +878,9 @@ FEWEST_WORDS = 20  # in an answer on average; a model that writes less is not as
 PUBLIC_TEXTS = 60  # that are read for the leak check, at full size; private and held-out ones are all read
 
 
+LINE = "line"  # key of a conversation, which `read_blog` adds: its line in the file, from 1
+
+
 @dataclass
 class BlogData:
     """What extract_blog_data.py left; empty where a file is missing."""
@@ -898,12 +911,11 @@ class Evidence:
     blog: BlogData = field(default_factory=BlogData)
     index: WordIndex | None = None  # of the training text
     control: list[dict] = field(default_factory=list)  # held-out conversations of OTHER_BLOGS
-    other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by folder
+    other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by `names_of_blogs`
     left_out: list[str] = field(default_factory=list)  # why others of OTHER_BLOGS are not among them, a sentence each
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones as the control
     requests: list[str] = field(default_factory=list)
     words: int = WORDS_TO_WRITE  # to be written by each model
-    log: list[dict] = field(default_factory=list)  # of the training run
     context_tokens: int = 512  # windows as in training
     overlap_tokens: int = 32
     precision: str = "fp32"
@@ -928,7 +940,6 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         index=WordIndex(blog.train) if blog.train else None,
         requests=requests or PROMPTS,
         words=max(1, round(size * WORDS_TO_WRITE)),
-        log=history.get("log", []),
         context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
         overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
         precision=precision,
@@ -952,6 +963,8 @@ def read_blog(folder: Path) -> BlogData:
         # Empty where the blog is too small for held-out posts.
         if path.is_file() and path.stat().st_size:
             conversations += training.read_conversations(path)
+        for number, conversation in enumerate(conversations, start=1):
+            conversation[LINE] = number
 
     with contextlib.suppress(OSError, ValueError, KeyError):
         report = json.loads((folder / "extraction_report.json").read_text("utf-8"))
@@ -961,8 +974,7 @@ def read_blog(folder: Path) -> BlogData:
 
 def add_other_blogs(evidence: Evidence) -> None:
     """What OTHER_BLOGS names; what cannot be compared with goes into `left_out`."""
-    for folder in OTHER_BLOGS:
-        name = str(folder)
+    for folder, name in zip(OTHER_BLOGS, names_of_blogs(OTHER_BLOGS), strict=True):
         other = read_blog(HERE / folder)
         texts = author_texts(other.train + other.held_out)
         problem = why_left_out(name, texts, evidence)
@@ -971,6 +983,25 @@ def add_other_blogs(evidence: Evidence) -> None:
             continue
         evidence.control += other.held_out
         evidence.other_texts[name] = texts
+
+
+def names_of_blogs(folders: list[str]) -> list[str]:
+    """As the report calls them: as they are written, or only the last part of a path that begins at the root.
+
+    voice_report.json may be shown to others, and a whole path names the user.
+    """
+    names = []
+    for folder in folders:
+        name = without_root(folder)
+        # Many blogs lie in a folder `data`.
+        same = sum(known.partition(" (")[0] == name for known in names)
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
+
+
+def without_root(path: str) -> str:
+    """Only the last part of a path that begins at the root, which names the user; another path as it is."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def why_left_out(name: str, texts: list[str], evidence: Evidence) -> str:
@@ -1141,7 +1172,7 @@ def spans_of_personal_data(tokenizer, conversation: dict, ids: list[int], begin:
 def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, end: int) -> Iterator[Span]:
     """What the context ids[begin:end] holds that is no template: a private post's title, or readers' comments."""
     group = "private titles"
-    wanted = [conversation.get("title") or ""] if visibility_of(conversation) == "private" else []
+    wanted = [name_in(conversation, "title")] if visibility_of(conversation) == "private" else []
     if conversation.get("kind") == "reply":
         group = "comments"
         wanted = comments_of(conversation)
@@ -1374,7 +1405,9 @@ DRAWS = 2_000  # bootstrap samples
 NATS_OF_A_BIT = math.log(2)
 Interval = tuple[float, float]  # 95 %: (low, high)
 
-PAGE_ONLY = {"page_only": True}  # metadata of fields that hold text, which voice_report.json does not
+# Metadata of fields that hold text, or the name of a post, which is its title again: voice_report.json has neither. A
+# post is a number there, that of its line in the data.
+PAGE_ONLY = {"page_only": True}
 
 
 class NotMeasured(Exception):
@@ -1412,7 +1445,7 @@ def bootstrap(statistic: Callable, *sizes: int) -> Interval:
 class PostGain:
     """A held-out post in bits per byte."""
 
-    path: str
+    post: int | None  # its line in val_data.jsonl
     base: float
     tuned: float
     title: str = field(metadata=PAGE_ONLY)
@@ -1491,7 +1524,7 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
     tuned_rates = (after / size).tolist()
     per_post = []
     for place, post in enumerate(posts):
-        entry = PostGain(path_of(post), base_rates[place], tuned_rates[place], title_of(post))
+        entry = PostGain(line_of(post), base_rates[place], tuned_rates[place], title_of(post))
         per_post.append(entry)
     return Gain(base, tuned, base - tuned, interval, per_post)
 
@@ -2227,7 +2260,8 @@ class LongCopy:
 
     words: int
     visibility: str
-    path: str
+    post: int | None  # its line in train_data.jsonl
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
     text: str = field(metadata=PAGE_ONLY)
 
@@ -2249,9 +2283,9 @@ def measure_copies(evidence: Evidence) -> Copies:
     for answer in evidence.tuned.answers:
         copy = evidence.index.longest_copy(answer.text)
         if copy.post:
-            visibility = copy.post.get("visibility") or ""
-            title = copy.post.get("title") or ""
-            longest.append(LongCopy(copy.words, visibility, path_of(copy.post), title, copy.text))
+            post = copy.post
+            entry = LongCopy(copy.words, visibility_of(post), line_of(post), path_of(post), title_of(post), copy.text)
+            longest.append(entry)
     longest.sort(key=lambda copy: -copy.words)
 
     tuned = copy_share(evidence.index, evidence.tuned.answers)
@@ -2325,11 +2359,12 @@ class Remembered:
     """A private passage that the tuned model remembers beyond the base model."""
 
     group: str
-    path: str
+    post: int | None  # its line in train_data.jsonl
     tokens: int
     log10_beyond_base: float | None  # times likelier than under the base model, without any cut-off
     own: Chance
     anyhow: Chance
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
     text: str = field(metadata=PAGE_ONLY)
 
@@ -2357,9 +2392,10 @@ class Membership:
 class PostMark:
     """A training post and how much the tuned model gained on it, in bits per byte."""
 
-    path: str
+    post: int | None  # its line in train_data.jsonl
     visibility: str
     gain: float
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
 
 
@@ -2576,11 +2612,12 @@ def describe_window(
     ids = text.ids[windows.begin[place] : windows.end[place]]
     return Remembered(
         group=str(windows.group[place]),
-        path=path_of(text.post),
+        post=line_of(text.post),
         tokens=len(ids),
         log10_beyond_base=float(beyond) / LN_10 if has_base else None,
         own=chance_of(tuned.own[[place]]),
         anyhow=chance_of(tuned.anyhow[[place]]),
+        path=path_of(text.post),
         title=title_of(text.post),
         text=evidence.tokenizer.decode(ids),
     )
@@ -2670,7 +2707,8 @@ def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:
     for text, gain in zip(evidence.texts, gains.tolist(), strict=True):
         if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
             continue
-        mark = PostMark(path_of(text.post), visibility_of(text.post), gain, title_of(text.post))
+        post = text.post
+        mark = PostMark(line_of(post), visibility_of(post), gain, path_of(post), title_of(post))
         marks.append(mark)
     marks.sort(key=lambda mark: mark.gain)
     return marks[:LEAST_GAINED]
@@ -3390,8 +3428,9 @@ class Report:
         return next(part for part in self.parts if part.key == key)
 
     def as_json(self) -> str:
-        """voice_report.json: numbers by question, and the verdicts; no text of posts or answers."""
-        content = {"model": self.model, "base": self.base, "seed": self.seed, "size": self.size}
+        """voice_report.json: numbers by question, and the verdicts; no post's text or name, and no answer."""
+        model = Path(self.model).resolve().name
+        content = {"model": model, "base": without_root(self.base), "seed": self.seed, "size": self.size}
         for key, numbers in self.numbers.items():
             content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.finding.verdict for part in self.parts}

@@ -558,7 +558,7 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["own"]["log10_tries"] != 0
     first = result["leaks"]["remembered"][0]  # its chance is near 1, and it is named first
-    assert first["path"] in ("_posts/0.md", "_posts/1.md") and first["own"]["log10_tries"] == 0
+    assert first["post"] in (1, 2) and first["own"]["log10_tries"] == 0
     assert first["own"]["log10_likeliest"] > -0.1
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
@@ -634,15 +634,71 @@ def test_a_private_copy_counts_beside_a_longer_public_one():
         assert test_model.count_private_copies(evidence) == count
 
 
-def test_the_report_file_holds_numbers_and_paths_but_no_text(overfitted, tmp_path, everything):
-    folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)
-    report(folder, tmp_path, "--max-new-tokens", "80")
-    numbers = (folder / "voice_report.json").read_text()
-    assert "_posts/0.md" in numbers and "gull" not in numbers and "secret 0" not in numbers
-    page = (folder / "voice_report.html").read_text()
-    assert "gull" in page and "secret 0" in page and "for their owner alone" in " ".join(page.split())
+def every_string(value: object) -> list[str]:
+    """All strings of what JSON is made of, names included."""
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in every_string(part)]
+    if isinstance(value, list):
+        return [text for item in value for text in every_string(item)]
+    return [value] if isinstance(value, str) else []
+
+
+# Words that stand nowhere else, by what could give them away; and whether the page shows them.
+PLANTED = {
+    "slug": ("zwetschgenpfad", True),
+    "title": ("Holunderstreit", True),
+    "tags": ("Kirchturmdohle", True),
+    "blog": ("geheimblog", False),
+    "text": ("gull", True),
+    "address": (SECRETS[0], True),
+    "number": (SECRETS[1], True),
+    "blocked word": ("Quittenallee", False),
+    "home folder": ("zuhause", False),
+}
+
+
+def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitted, tmp_path, everything, monkeypatch):
+    word = {what: planted for what, (planted, _) in PLANTED.items()}
+    folder, base, posts = overfitted
+    home = tmp_path / word["home folder"]
+    folder = Path(shutil.copytree(folder, home / "my-model"))
+    base = Path(shutil.copytree(base, home / "my-base"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+
+    planted = []
+    for number, post in enumerate(posts):
+        names = {"path": f"_posts/{word['slug']}-{number}.md", "title": f"{word['title']} {number}"}
+        planted.append(post | names | {"blog": word["blog"], "visibility": "private"})
+    request = {"role": "user", "content": f"Tell me something about {word['tags']}."}
+    tagged = planted[0] | {"messages": [request, planted[0]["messages"][1]]}
+    write_jsonl(tmp_path / "train_data.jsonl", [*planted, tagged])
+    write_jsonl(tmp_path / "val_data.jsonl", [*planted, tagged])
+    write_jsonl(home / "other" / "train_data.jsonl", [post | {"visibility": "public"} for post in planted])
+    write_jsonl(home / "other" / "val_data.jsonl", planted)
+    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(home / "other"), str(home / "gone")])
+    monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", [word["blocked word"]])
+    result = report(folder, tmp_path, "--max-new-tokens", "120")
+
+    # Every list that could hold one is there.
+    leaks = result["leaks"]
+    lists = (leaks["remembered"], leaks["least_gained"], leaks["personal"], leaks["blocked"], leaks["groups"])
+    assert all([*lists, result["copies"]["longest"], result["learned"]["held_out"]["posts"]])
+    assert (result["model"], result["base"]) == ("my-model", "my-base")
+    numbered = [*leaks["remembered"], *leaks["least_gained"], *result["copies"]["longest"]]
+    assert {entry["post"] for entry in numbered} <= {1, 2, 3, 4}
+
+    page = html.unescape((folder / "voice_report.html").read_text(encoding="utf-8"))
+    strings = "\n".join(every_string(result)).casefold()
+    for what, (planted, is_shown) in PLANTED.items():
+        assert planted.casefold() not in strings, what
+        assert (planted in page) >= is_shown, what
+    assert "for their owner alone" in " ".join(page.split())
+
+
+def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the_root():
+    folders = ["../baker/data", "../clerk/data", "/home/me/data", "/home/you/data", "data"]
+    names = ["../baker/data", "../clerk/data", "data", "data (2)", "data (3)"]
+    assert test_model.names_of_blogs(folders) == names
 
 
 def test_titles_and_comments_are_read_too(llama_folder):
@@ -707,7 +763,7 @@ def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfi
     write_jsonl(tmp_path / "val_data.jsonl", conversations(6, seed=9, words=200))
     leaks = report(folder, tmp_path)["leaks"]
     assert leaks["membership"]["share"] > 0.8 and leaks["membership"]["trained"] == 4
-    assert leaks["least_gained"][0]["path"] == "_posts/odd.md"
+    assert leaks["least_gained"][0]["post"] == 4
 
 
 @pytest.mark.parametrize(
@@ -732,7 +788,8 @@ def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     write_jsonl(tmp_path / "val_data.jsonl", posts)  # so that the report's prompts are those it knows
     result = report(folder, tmp_path, "--max-new-tokens", "80")
     assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
-    assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["path"].startswith("_posts")
+    longest = result["copies"]["longest"][0]
+    assert longest["words"] > 30 and longest["post"] in (1, 2, 3)
     learned = result["learned"]["held_out"]
     assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0
     assert "It learned" in result["verdicts"]["learned"]
@@ -764,7 +821,7 @@ def test_other_blogs_show_how_much_of_the_gain_is_voice(model_folder, data_folde
     assert "gain on other blogs" in out and "your voice alone" in out
     monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / "empty")])
     assert report(folder, data_folder)["learned"]["control"] is None
-    assert f"OTHER_BLOGS names {tmp_path / 'empty'}, where there is no train_data.jsonl" in capsys.readouterr().err
+    assert "OTHER_BLOGS names empty, where there is no train_data.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base", ["", "no/such-model"])
@@ -1009,10 +1066,10 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
 
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
     chance = test_model.Chance(-4.0, 4.0, 0.0)
-    passage = test_model.Remembered("private", "a.md", 50, 9.0, chance, chance, "the keys", "under the third pot")
+    passage = test_model.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
     came_out = test_model.PersonalData("phone", "private", "+1 555 867 5309")
-    odd = test_model.PostMark("b.md", "private", 0.01, "the quiet one")
-    copy = test_model.LongCopy(9, "private", "c.md", "the letter", "nine words of a letter to nobody at all")
+    odd = test_model.PostMark(2, "private", 0.01, "b.md", "the quiet one")
+    copy = test_model.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
     share = test_model.CopyShare(1, 5_000, 1 / 5_000)
     report = crafted_report(
         leaks=crafted_leaks(remembered=[passage], personal=[came_out], least_gained=[odd]),
