@@ -36,7 +36,6 @@ import argparse
 import base64
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import io
 import itertools
@@ -283,19 +282,39 @@ def fits_float16(model, tokenizer) -> bool:
 
 def read_history(model_dir: Path) -> dict:
     """training_report.json; empty where there is none, as for a model from elsewhere."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((model_dir / "training_report.json").read_text("utf-8"))
-    return {}
+    return read_json_object(model_dir / "training_report.json")
+
+
+def read_json_object(path: Path) -> dict:
+    """The object in a JSON file; empty where there is none that can be read."""
+    try:
+        # Nothing else, or a pipe of that name would be waited for.
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def name_in(content: dict, key: str) -> str:
+    """A text within an object of JSON; "" where there is none."""
+    value = content.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def section_of(content: dict, name: str) -> dict:
+    """An object within an object of JSON; empty where there is none."""
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def was_adapted(model_dir: Path) -> bool:
     """Whether it was trained by adapters, with both models in half precision."""
-    return bool(read_history(model_dir).get("plan", {}).get("lora_rank"))
+    return bool(section_of(read_history(model_dir), "plan").get("lora_rank"))
 
 
 def base_name_of(model_dir: Path) -> str:
     """The name or folder of the base model, "" where nobody knows it."""
-    return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
+    return BASE_MODEL or name_in(section_of(read_history(model_dir), "settings"), "base_model")
 
 
 def load_base(name: str, adapted: bool = False):
@@ -671,12 +690,6 @@ def author_texts(conversations: list[dict]) -> list[str]:
     return [author_text(conversation) for conversation in conversations]
 
 
-def name_in(conversation: dict, key: str) -> str:
-    """What it says of itself; "" where that is no text."""
-    value = conversation.get(key)
-    return value if isinstance(value, str) else ""
-
-
 def title_of(conversation: dict) -> str:
     return name_in(conversation, "title") or "untitled"
 
@@ -887,7 +900,8 @@ class BlogData:
 
     train: list[dict] = field(default_factory=list)  # conversations
     held_out: list[dict] = field(default_factory=list)
-    redacted: list[dict] = field(default_factory=list)  # fingerprints of personal data: sha256, kind, visibility
+    redacted: list[dict] = field(default_factory=list)  # personal data that was replaced: fingerprint, kind, visibility
+    key: bytes | None = None  # of the fingerprints
 
 
 @dataclass
@@ -930,8 +944,7 @@ class Evidence:
 def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, precision: str, size: float) -> Evidence:
     """Everything that is the same for both models, before either is asked."""
     blog = read_blog(args.data_dir)
-    # Empty for a model from elsewhere, which is read as train_model.py would.
-    recipe = history.get("settings", {})
+    context, overlap = windows_as_trained(section_of(history, "settings"), positions_of(model))
 
     # Asked as it was in training, for posts that it never saw.
     requests = [post["messages"][0]["content"] for post in posts_of(blog.held_out)]
@@ -940,19 +953,41 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         index=WordIndex(blog.train) if blog.train else None,
         requests=requests or PROMPTS,
         words=max(1, round(size * WORDS_TO_WRITE)),
-        context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
-        overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
+        context_tokens=context,
+        overlap_tokens=overlap,
         precision=precision,
         seed=42 if args.seed is None else args.seed,
         tokenizer=tokenizer,
         blocked=extraction.blocked_words(),
     )
 
+    if blog.redacted and not blog.key:
+        say(f"{args.data_dir} has no key: what was redacted cannot be recognised; run extract_blog_data.py again.")
     add_other_blogs(evidence)
     for problem in evidence.left_out:
         say(problem)
     evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
     return evidence
+
+
+def windows_as_trained(recipe: dict, positions: int) -> tuple[int, int]:
+    """(tokens of a window, of them seen again from the one before), as the settings of the training run have them.
+
+    As train_model.py has them for a model from elsewhere, or where they are no such numbers.
+    """
+    context = recipe.get("context_tokens")
+    overlap = recipe.get("overlap_tokens")
+    if not (is_whole(context) and is_whole(overlap) and 0 <= overlap < context > 1):
+        context = training.CONTEXT_TOKENS
+        overlap = training.OVERLAP_TOKENS
+    context = min(context, positions)
+    # Of each window but the first, the first token is known only from the one before.
+    return context, max(1, min(overlap, context // 2))
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_blog(folder: Path) -> BlogData:
@@ -966,9 +1001,10 @@ def read_blog(folder: Path) -> BlogData:
         for number, conversation in enumerate(conversations, start=1):
             conversation[LINE] = number
 
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        report = json.loads((folder / "extraction_report.json").read_text("utf-8"))
-        blog.redacted = report["redacted"]
+    redacted = read_json_object(folder / "extraction_report.json").get("redacted")
+    if isinstance(redacted, list):
+        blog.redacted = [entry for entry in redacted if isinstance(entry, dict)]
+    blog.key = extraction.read_key(folder)
     return blog
 
 
@@ -2636,24 +2672,28 @@ def count_private_copies(evidence: Evidence) -> int:
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
     """Personal data of the original posts in what the tuned model wrote."""
-    # Extraction kept only fingerprints of what it took out; what it left in is looked up in the same way.
-    known = {entry["sha256"]: entry["visibility"] for entry in evidence.blog.redacted}
-    for post in evidence.blog.train:
+    blog = evidence.blog
+    # What extraction left in can be compared as it is; of what it took out it kept only fingerprints.
+    left_in = {}
+    for post in blog.train:
         for *_, plain in find_personal_data(author_text(post)):
-            known[fingerprint(plain)] = visibility_of(post)
+            left_in[plain] = visibility_of(post)
+    taken_out = {name_in(entry, "fingerprint"): visibility_of(entry) for entry in blog.redacted}
 
-    # The same address in two spellings is one.
-    found = {}
+    # The same address in two spellings is one, and a fingerprint takes a while.
+    said = {}
     for text in evidence.tuned.texts():
         for kind, start, end, plain in find_personal_data(text):
-            visibility = known.get(fingerprint(plain))
-            if visibility:
-                found[plain] = PersonalData(kind, visibility, text[start:end])
-    return list(found.values())
+            said[plain] = (kind, text[start:end])
 
-
-def fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = []
+    for plain, (kind, text) in said.items():
+        visibility = left_in.get(plain)
+        if visibility is None and taken_out and blog.key:
+            visibility = taken_out.get(extraction.fingerprint(plain, blog.key))
+        if visibility:
+            found.append(PersonalData(kind, visibility, text))
+    return found
 
 
 def gains_by_text(evidence: Evidence) -> np.ndarray:

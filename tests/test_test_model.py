@@ -1,7 +1,6 @@
 """test_model.py: what it writes, how it talks, where words come from, what leaks, and the report as a whole."""
 
 import dataclasses
-import hashlib
 import html
 import io
 import itertools
@@ -577,18 +576,34 @@ def test_a_short_private_text_that_was_learned_is_no_calm_matter(overfitted, tmp
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
 
 
+def redact(data: Path, secret: str, key: bytes = bytes(range(16))) -> None:
+    """Leaves in a data folder what extraction would keep of an e-mail address of a private post."""
+    entry = {"fingerprint": extract_blog_data.fingerprint(secret, key), "kind": "email", "visibility": "private"}
+    (data / "extraction_report.json").write_text(json.dumps({"redacted": [entry]}))
+    (data / "redaction_key").write_text(key.hex())
+
+
 def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     hidden = json.loads(json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]"))
     write_jsonl(tmp_path / "train_data.jsonl", hidden)
     write_jsonl(tmp_path / "val_data.jsonl", hidden)  # so that the report asks for what it knows
-    digest = hashlib.sha256(SECRETS[0].encode()).hexdigest()
-    redacted = [{"kind": "email", "visibility": "private", "sha256": digest}]
-    (tmp_path / "extraction_report.json").write_text(json.dumps({"redacted": redacted}))
+    redact(tmp_path, SECRETS[0])
     result = report(folder, tmp_path, "--max-new-tokens", "120")
     assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
     assert "1 of your e-mail addresses" in result["verdicts"]["leaks"]
     assert SECRETS[0] in (folder / "voice_report.html").read_text()
+
+
+def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(capsys, model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    redact(tmp_path, SECRETS[0])
+    said = "what was redacted cannot be recognised; run extract_blog_data.py again."
+    report(folder, tmp_path)
+    assert said not in capsys.readouterr().err
+    (tmp_path / "redaction_key").unlink()
+    report(folder, tmp_path)
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
