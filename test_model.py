@@ -42,11 +42,12 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
 REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
-PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
+PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: what the model was trained in
 
 REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
@@ -185,17 +186,18 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     """Asks both models the same, one after the other; prints and writes what came of it."""
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
-    base_name = base_name_of(args.model_dir)
+    device = model.device
 
     # What is asked is settled before the first model is, so that the answers of both compare.
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
-    base = load_base(base_name, was_adapted(args.model_dir))
+    base = load_base_of(args.model_dir, device)
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
 
-    report = Report(str(args.model_dir), base_name or "an unknown model", evidence.seed, size)
+    base_name = base_name_of(args.model_dir) or "an unknown model"
+    report = Report(str(args.model_dir), base_name, evidence.seed, size)
     for question in QUESTIONS:
         report.add(question, evidence)
     report.samples = sample_answers(evidence)
@@ -214,7 +216,7 @@ NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
-def load_for_writing(folder: str | Path, adapted: bool = False):
+def load_for_writing(folder: str | Path, adapted: bool = False, device: torch.device | None = None):
     """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole.
 
     With `adapted`, in half precision as in training: a base model that takes adapters may be too large for float32.
@@ -230,13 +232,13 @@ def load_for_writing(folder: str | Path, adapted: bool = False):
     if info["missing_keys"]:
         raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or choose_device(cpu_wanted=False)
     if adapted:
         training.hold_in_half(model, training.precision_on(device, PRECISION or training.PRECISION))
     return model.to(device).eval()
 
 
-def load_tuned(folder: Path):
+def load_tuned(folder: Path, device: torch.device | None = None):
     """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
     # train_model.py may have been killed between two renames of the folder.
     training.recover(folder)
@@ -244,7 +246,7 @@ def load_tuned(folder: Path):
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
 
     try:
-        model = load_for_writing(folder, was_adapted(folder))
+        model = load_for_writing(folder, was_adapted(folder), device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # Where its files are gone, transformers makes an empty one.
         if not tokenizer.encode("x"):
@@ -287,12 +289,17 @@ def read_history(model_dir: Path) -> dict:
 
 def read_json_object(path: Path) -> dict:
     """The object in a JSON file; empty where there is none that can be read."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+def read_json(path: Path) -> object:
+    """What a JSON file holds; None where it cannot be read."""
     try:
         # Nothing else, or a pipe of that name would be waited for.
-        content = json.loads(path.read_bytes()) if path.is_file() else None
+        return json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return None
 
 
 def name_in(content: dict, key: str) -> str:
@@ -317,7 +324,7 @@ def base_name_of(model_dir: Path) -> str:
     return BASE_MODEL or name_in(section_of(read_history(model_dir), "settings"), "base_model")
 
 
-def load_base(name: str, adapted: bool = False):
+def load_base(name: str, adapted: bool = False, device: torch.device | None = None):
     """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
     if not name:
         say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
@@ -331,10 +338,32 @@ def load_base(name: str, adapted: bool = False):
             break
 
     try:
-        return load_for_writing(folder, adapted)
+        return load_for_writing(folder, adapted, device)
     except OSError as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
+
+
+def load_base_of(model_dir: Path, device: torch.device):
+    """The base model of that folder, or None where it is not at hand or no use, which is said."""
+    name = base_name_of(model_dir)
+    base = load_base(name, was_adapted(model_dir), device)
+    if base is not None and not is_finite(base):
+        say(f"The base model {name} holds weights that are no numbers: what needs it is left out.")
+        return None
+    return base
+
+
+def is_finite(model) -> bool:
+    """Whether all weights are numbers; with one that is none, nothing can be drawn or measured."""
+    return all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+
+def wanted_precision(model_dir: Path) -> str:
+    """To write with: the setting, or what the model was trained in."""
+    planned = section_of(read_history(model_dir), "plan").get("precision")
+    trained = planned if planned in training.PRECISIONS else training.PRECISION
+    return PRECISION or trained
 
 
 def brief(error: Exception) -> str:
@@ -356,20 +385,49 @@ class Answer(NamedTuple):
     ended: bool  # by itself, at an end-of-text token
 
 
+# Names in generation_config.json, and what transformers takes where the file says nothing.
+FILE_SETTINGS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
+LEAST_TEMPERATURE = 1e-6  # below it a division by it is too large for float32
+# Settings of the file that transformers reads for itself may be of the wrong kind too.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)
+
+
+def check_generation_config(path: Path) -> None:
+    """Ends the program where the model's own settings are none to write with; transformers would only warn."""
+    if not path.exists():
+        return
+
+    content = read_json(path)
+    remedy = "run train_model.py again, or correct the file"
+    if not isinstance(content, dict):
+        sys.exit(f"{path} holds no settings: {remedy}.")
+    check_settings({name: content.get(name) for name in FILE_SETTINGS}, str(path))
+
+    ends = content.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    if ends is not None and not all(is_whole(end) and end >= 0 for end in listed):
+        sys.exit(f"eos_token_id in {path} is {reprlib.repr(ends)}: it has to be a token's number, or a list of such.")
+
+    try:
+        GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except UNREADABLE as error:
+        sys.exit(f"transformers cannot use {path} ({brief(error)}): {remedy}.")
+
+
 def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | None) -> GenerationConfig:
     """The model's generation_config.json under the settings above; what neither says is as in transformers.
 
     Changes `config` and returns it.
     """
     settings = {
-        # name in the file: (what the user set, what transformers takes where the file says nothing)
-        "temperature": (TEMPERATURE, 1.0),
-        "top_k": (TOP_K, 50),
-        "top_p": (TOP_P, 1.0),
-        "repetition_penalty": (REPETITION_PENALTY, 1.0),
-        "max_new_tokens": (max_new_tokens, 200),
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "top_p": TOP_P,
+        "repetition_penalty": REPETITION_PENALTY,
+        "max_new_tokens": max_new_tokens,
     }
-    for name, (ours, usual) in settings.items():
+    for name, usual in FILE_SETTINGS.items():
+        ours = settings[name]
         if ours is not None:
             setattr(config, name, ours)
         elif getattr(config, name) is None:
@@ -377,11 +435,13 @@ def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | Non
 
     # Whoever sets a temperature wants to draw, whatever the file says.
     if TEMPERATURE is not None:
-        config.do_sample = TEMPERATURE != 0
+        config.do_sample = True
+    if config.temperature < LEAST_TEMPERATURE:
+        config.do_sample = False
 
-    # One token or several; from here on always a list.
+    # One token, several or none; from here on always a list.
     ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-    config.eos_token_id = [ends] if isinstance(ends, int) else ends
+    config.eos_token_id = [ends] if isinstance(ends, int) else ends or []
     return config
 
 
@@ -3559,6 +3619,107 @@ def replace_file(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+# ---------------------------------------------------------------------------- settings, checked
+class Setting(NamedTuple):
+    """What a setting has to be."""
+
+    kind: type  # float takes whole numbers too, list is one of texts
+    fits: Callable[[object], bool]  # asked about values of that kind
+    form: str  # the right form and what it is for, behind "it has to be"
+    is_optional: bool = True  # None is a value too
+
+    def takes(self, value: object) -> bool:
+        if value is None:
+            return self.is_optional
+        kind_fits = {
+            int: is_whole,
+            float: lambda number: is_whole(number) or isinstance(number, float),
+            str: is_text,
+            list: lambda texts: isinstance(texts, list | tuple) and all(map(is_text, texts)),
+        }
+        return kind_fits[self.kind](value) and self.fits(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold; what a shell hands over may be bytes of another kind."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
+def anything(value: object) -> bool:
+    return True
+
+
+def is_said(text: str) -> bool:
+    return bool(text.strip())
+
+
+SETTINGS = {
+    "MODEL_DIR": Setting(str, is_said, 'the folder that train_model.py wrote: "blog-model-final"', False),
+    "DATA_DIR": Setting(str, is_said, 'the folder that extract_blog_data.py wrote: "data"', False),
+    "PROMPTS": Setting(
+        list,
+        lambda texts: texts and all(map(is_said, texts)),
+        'a list of one prompt or more: ["What\'s on your mind today?", "Tell me about your day."]',
+        False,
+    ),
+    "MAX_NEW_TOKENS": Setting(
+        int,
+        lambda tokens: 1 <= tokens <= 1_000_000,
+        "a whole number from 1 to 1,000,000, the length of an answer at most: 200",
+    ),
+    "TEMPERATURE": Setting(
+        float, lambda heat: 0 <= heat <= 100, "a number from 0 (always the likeliest token) to 100: 0.8"
+    ),
+    "TOP_P": Setting(
+        float, lambda share: 0 < share <= 1, "a number above 0 and up to 1, the share of the likeliest tokens: 0.95"
+    ),
+    "TOP_K": Setting(int, lambda tokens: tokens >= 0, "a whole number from 0 (draws from all tokens) on: 50"),
+    "REPETITION_PENALTY": Setting(
+        float, lambda penalty: 0.1 <= penalty <= 10, "a number from 0.1 to 10, where 1 is no penalty: 1.05"
+    ),
+    "SEED": Setting(int, lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 4,294,967,295: 42"),
+    "PRECISION": Setting(
+        str, lambda name: name in ("auto", *training.PRECISIONS), '"auto", "bf16", "fp16", "fp32" or None'
+    ),
+    "REPORT_SIZE": Setting(float, lambda size: 0 < size <= 100, "a number above 0 and up to 100: 1.0", False),
+    "BASE_MODEL": Setting(str, anything, 'a name on the hub or a folder, "gpt2-medium", or ""', False),
+    "NOT_STRANGERS": Setting(list, anything, 'a list of names: ["kevquirk"], or []', False),
+    "OTHER_BLOGS": Setting(
+        list, lambda folders: all(map(is_said, folders)), 'a list of data folders: ["../other/data"], or []', False
+    ),
+}
+
+
+def check_settings(values: Mapping[str, object], place: str) -> None:
+    """Ends the program at the first of the values that is not as its row of SETTINGS wants it; names in any case."""
+    for name, value in values.items():
+        setting = SETTINGS[name.upper()]
+        if not setting.takes(value):
+            sys.exit(f"{name} in {place} is {reprlib.repr(value)}: it has to be {setting.form}.")
+
+
+def flag_of(name: str) -> Callable[[str], object]:
+    """What makes of a flag's text a value of this setting, for argparse."""
+    setting = SETTINGS[name]
+
+    def read(text: str) -> object:
+        value = text
+        with contextlib.suppress(ValueError):
+            value = setting.kind(text)
+        if not setting.takes(value):
+            raise argparse.ArgumentTypeError(f"it is {reprlib.repr(text)} and has to be {setting.form}")
+        return value
+
+    return read
+
+
+def prompt(text: str) -> str:
+    """The text of --prompt."""
+    if not SETTINGS["PROMPTS"].takes([text]):
+        raise argparse.ArgumentTypeError("the prompt is empty, or no text in UTF-8")
+    return text
+
+
 # ---------------------------------------------------------------------------- command line
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -3567,33 +3728,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-dir", type=Path, default=HERE / MODEL_DIR)
     parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="answer this instead of the prompts in the settings")
+    what.add_argument(
+        "--prompt", type=prompt, metavar="TEXT", help="answer this instead of the prompts in the settings"
+    )
     what.add_argument("--chat", action="store_true", help="talk")
     what.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     what.add_argument("--report", action="store_true", help="measure")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")
-    parser.add_argument("--seed", type=int, default=SEED, help="a number makes the answers repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
-
-    args = parser.parse_args(argv)
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be at least 1")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("the prompt is empty")
-    return args
+    parser.add_argument("--seed", type=flag_of("SEED"), default=SEED, help="a number makes the answers repeatable")
+    parser.add_argument("--max-new-tokens", type=flag_of("MAX_NEW_TOKENS"), default=MAX_NEW_TOKENS)
+    parser.add_argument("--cpu", action="store_true", help="use the CPU, also where there is a graphics card")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    check_settings({name: globals()[name] for name in SETTINGS}, "test_model.py")
     args = parse_arguments(argv)
     # Warnings and bars would stand between the answers.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
 
-    training.prepare_card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    training.check_card(args.cpu)
+    device = choose_device(args.cpu)
+    training.prepare_card(device)
 
     try:
-        run(args)
+        run(args, device)
     except RuntimeError as error:
         if training.is_out_of_memory(error):
             sys.exit("Out of memory: close what else uses it, or ask for less (--quick, --max-new-tokens).")
@@ -3603,11 +3764,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def choose_device(cpu_wanted: bool) -> torch.device:
+    has_card = torch.cuda.is_available() and not cpu_wanted
+    return torch.device("cuda" if has_card else "cpu")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Loads the model and does what the flags ask for."""
-    model, tokenizer = load_tuned(args.model_dir)
+    check_generation_config(args.model_dir / "generation_config.json")
+    model, tokenizer = load_tuned(args.model_dir, device)
+    if not is_finite(model):
+        sys.exit(f"{args.model_dir} holds weights that are no numbers: run train_model.py again.")
+
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
-    precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
+    precision = training.pick_precision(device, wanted_precision(args.model_dir))
     if precision == "fp16" and not fits_float16(model, tokenizer):
         say("What this model computes is too large for float16: it is asked in float32.")
         precision = "fp32"
@@ -3620,7 +3790,7 @@ def run(args: argparse.Namespace) -> None:
     model = model.to(NUMBERS[precision])
     dice = make_dice(args.seed)
     if args.chat:
-        chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, precision))
+        chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, device, precision))
         return
 
     blog = read_blog(args.data_dir)
@@ -3645,9 +3815,9 @@ def make_dice(seed: int | None) -> torch.Generator:
     return dice
 
 
-def load_base_as(model_dir: Path, precision: str):
+def load_base_as(model_dir: Path, device: torch.device, precision: str):
     """The base model of that folder in the precision of writing, or None where it is not at hand."""
-    base = load_base(base_name_of(model_dir), was_adapted(model_dir))
+    base = load_base_of(model_dir, device)
     return base and base.to(NUMBERS[precision])
 
 

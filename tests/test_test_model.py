@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1160,7 +1161,13 @@ def test_a_model_that_cannot_be_used_is_one_sentence(kind, sentence, model_folde
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--rep"], "unrecognized arguments: --rep"),
         (["--chat", "--report"], "not allowed with"),
-        (["--max-new-tokens", "0"], "at least 1"),
+        (["--prompt", "caf\udce9"], "the prompt is empty, or no text in UTF-8"),  # as a shell hands over Latin-1
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: it is '0' and has to be a whole number from 1 to"),
+        (["--max-new-tokens", "9" * 5_000], "has to be a whole number from 1 to 1,000,000"),
+        (["--seed", "1e30"], "argument --seed: it is '1e30' and has to be a whole number from 0 to 4,294,967,295"),
+        (["--seed", "-1"], "has to be a whole number from 0"),
+        (["--seed", str(2**32)], "has to be a whole number from 0"),
+        (["--seed", "nan"], "has to be a whole number from 0"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(flags, sentence, model_folder, data_folder):
@@ -1179,3 +1186,191 @@ def test_as_a_command_an_error_is_one_line_and_status_1(tmp_path):
     command = [sys.executable, str(SCRIPT), "--model-dir", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+# ---------------------------------------------------------------------------- settings, checked
+@pytest.mark.parametrize(
+    ("name", "wrong", "form"),
+    [
+        ("MODEL_DIR", [3, None, ["a"], "", b"model"], "the folder that train_model.py wrote"),
+        ("DATA_DIR", [3, None, ["a"], " "], "the folder that extract_blog_data.py wrote"),
+        ("PROMPTS", ["hi", [], [""], ["hi", 3], [" "], None, {"hi"}, ["\udce9"]], "a list of one prompt or more: "),
+        ("MAX_NEW_TOKENS", [0, -1, 1.5, "200", True, 10**9], "a whole number from 1 to 1,000,000"),
+        ("TEMPERATURE", [-0.1, math.nan, math.inf, "hot", True, [1], 101], "a number from 0 "),
+        ("TOP_P", [0, -1, 1.01, 2, math.nan, "0.9"], "a number above 0 and up to 1"),
+        ("TOP_K", [-5, 1.5, "50", math.nan], "a whole number from 0 "),
+        ("REPETITION_PENALTY", [0, -1, math.inf, math.nan, "1.1"], "a number from 0.1 to 10"),
+        ("SEED", [-1, 2**32, 1e30, "42"], "a whole number from 0 to 4,294,967,295"),
+        ("PRECISION", ["bfloat16", 16, ""], '"auto", "bf16", "fp16", "fp32" or None'),
+        ("REPORT_SIZE", [0, -1, math.nan, "1", None, 1e9], "a number above 0 and up to 100"),
+        ("BASE_MODEL", [None, 3, Path("base")], 'a name on the hub or a folder, "gpt2-medium", or ""'),
+        ("NOT_STRANGERS", ["kevquirk", [3], None], "a list of names"),
+        ("OTHER_BLOGS", ["../other/data", [""], [None], None], "a list of data folders"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_or_range_is_one_sentence_with_the_right_form(name, wrong, form, monkeypatch):
+    for value in wrong:
+        monkeypatch.setattr(test_model, name, value)
+        with pytest.raises(SystemExit) as stop:
+            test_model.main([])
+        assert stop.value.code.startswith(f"{name} in test_model.py is ") and "\n" not in stop.value.code
+        assert f": it has to be {form}" in stop.value.code
+
+
+def test_every_setting_is_checked_and_the_ones_that_come_along_are_right():
+    block = SCRIPT.read_text(encoding="utf-8").partition("-- settings\n")[2].partition("-- the run\n")[0]
+    assert list(test_model.SETTINGS) == re.findall(r"^([A-Z_]+) = ", block, re.M)
+    test_model.check_settings({name: getattr(test_model, name) for name in test_model.SETTINGS}, "test_model.py")
+
+
+# ---------------------------------------------------------------------------- odd JSON
+NO_OBJECTS = ["", "{", "[]", "3", "null", "NaN", '"text"', "[" * 100_000, '{"a": ' * 100_000]
+ODD_HISTORIES = [
+    {"settings": [], "plan": 3, "log": {}},
+    {"settings": "x", "plan": "x", "log": "x"},
+    {"settings": {"base_model": 3}, "plan": {"precision": [], "lora_rank": 0}},
+    {"settings": {"context_tokens": "512", "overlap_tokens": None}, "plan": {"precision": "fp64"}, "log": [3]},
+    {"settings": {"context_tokens": 0, "overlap_tokens": 0}},
+    {"settings": {"context_tokens": 32, "overlap_tokens": 32}},
+    {"settings": {"context_tokens": True, "overlap_tokens": -1}},
+]
+
+
+@pytest.mark.parametrize("text", [*NO_OBJECTS, *map(json.dumps, ODD_HISTORIES)])
+def test_an_odd_training_report_counts_as_none(text, tmp_path):
+    (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
+    history = test_model.read_history(tmp_path)
+    assert not test_model.was_adapted(tmp_path) and test_model.base_name_of(tmp_path) == ""
+    assert test_model.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
+    recipe = test_model.section_of(history, "settings")
+    assert test_model.windows_as_trained(recipe, 1024) == (512, 32)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "positions", "windows"),
+    [
+        ({"context_tokens": 64, "overlap_tokens": 8}, 128, (64, 8)),
+        ({"context_tokens": 512, "overlap_tokens": 32}, 128, (128, 32)),
+        ({"context_tokens": 512, "overlap_tokens": 32}, 16, (16, 8)),  # or no window would get on
+        ({"context_tokens": 64, "overlap_tokens": 0}, 128, (64, 1)),
+    ],
+)
+def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows, loaded):
+    assert test_model.windows_as_trained(recipe, positions) == windows
+    model, _ = loaded
+    reading = test_model.read_chances(model, list(range(5, 305)), sampling(), *windows)
+    assert (reading.plain[1:] < 0).all()
+
+
+def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    data = Path(shutil.copytree(data_folder, tmp_path / "data"))
+    (folder / "training_report.json").write_text(json.dumps(ODD_HISTORIES[0]))
+    (data / "extraction_report.json").write_text(json.dumps({"redacted": {}}))
+    assert report(folder, data)["learned"]["tuned"] > 0
+
+
+@pytest.mark.parametrize("redacted", [*NO_OBJECTS, "{}", '{"redacted": {}}', '{"redacted": [3, null, []]}'])
+def test_an_odd_extraction_report_has_redacted_nothing(redacted, tmp_path):
+    (tmp_path / "extraction_report.json").write_text(redacted, encoding="utf-8")
+    assert test_model.read_blog(tmp_path).redacted == []
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "training_report.json")
+    assert test_model.read_history(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        *[(text, "holds no settings: run train_model.py again, or correct the file.") for text in NO_OBJECTS],
+        ({"temperature": -1}, "temperature in .* is -1: it has to be a number from 0 "),
+        ({"temperature": "hot"}, "temperature in .* is 'hot': it has to be a number from 0 "),
+        ({"temperature": math.nan}, "temperature in .* is nan: it has to be a number from 0 "),
+        ({"top_k": -5}, "top_k in .* is -5: it has to be a whole number from 0 "),
+        ({"top_k": "50"}, "top_k in .* is '50': it has to be a whole number from 0 "),
+        ({"top_p": 0}, "top_p in .* is 0: it has to be a number above 0 and up to 1"),
+        ({"top_p": 2}, "top_p in .* is 2: it has to be a number above 0 and up to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty in .* is 0: it has to be a number from 0.1 to 10"),
+        ({"max_new_tokens": 0}, "max_new_tokens in .* is 0: it has to be a whole number from 1"),
+        ({"max_new_tokens": "x"}, "max_new_tokens in .* is 'x': it has to be a whole number from 1"),
+        ({"eos_token_id": "x"}, "eos_token_id in .* is 'x': it has to be a token's number, or a list of such"),
+        ({"eos_token_id": [1, None]}, "eos_token_id in .* has to be a token's number"),
+        ({"eos_token_id": -1}, "eos_token_id in .* has to be a token's number"),
+        ({"cache_implementation": 7}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+        ({"watermarking_config": 3}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+        ({"pad_token_id": "x"}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+    ],
+)
+def test_odd_settings_of_the_model_are_one_sentence_that_names_the_file(content, sentence, model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path, "--prompt", "hi")
+    assert re.search(sentence, stop.value.code) and str(file) in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-300, 1e-40])
+def test_a_temperature_of_0_takes_the_likeliest_token_wherever_it_stands(
+    temperature, model_folder, tmp_path, monkeypatch, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"do_sample": False}))
+    run(folder, tmp_path, "--prompt", "the kettle")
+    likeliest = capsys.readouterr().out
+    file.write_text(json.dumps(settings | {"temperature": temperature}))
+    run(folder, tmp_path, "--prompt", "the kettle")
+    assert capsys.readouterr().out == likeliest
+    monkeypatch.setattr(test_model, "TEMPERATURE", temperature)
+    run(model_folder, tmp_path, "--prompt", "the kettle")
+    assert capsys.readouterr().out == likeliest
+
+
+@pytest.mark.parametrize(("ends", "listed"), [(None, []), ([], []), (3, [3]), ([3, 4], [3, 4])])
+def test_the_end_tokens_are_a_list_also_where_there_is_none(ends, listed):
+    tokenizer = SimpleNamespace(eos_token_id=None)
+    read = test_model.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, None)
+    assert read.eos_token_id == listed
+
+
+# ---------------------------------------------------------------------------- weights, device, precision
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_one_sentence_and_no_base_model(
+    value, model_folder, data_folder, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    base = Path(shutil.copytree(model_folder, tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data[7, 7] = value
+    model.save_pretrained(base)
+    with pytest.raises(SystemExit, match="holds weights that are no numbers: run train_model.py again"):
+        run(base, data_folder, "--prompt", "hi")
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+    assert report(folder, data_folder)["learned"]["held_out"] is None
+    assert "weights that are no numbers: what needs it is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_the_device_is_chosen_once_by_the_flag(is_wanted, model_folder, tmp_path, monkeypatch):
+    """On a machine with a card; the run itself is left out."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_model, "check_card", lambda cpu_wanted: given.append(cpu_wanted))
+    monkeypatch.setattr(train_model, "prepare_card", lambda device: given.append(device.type))
+    monkeypatch.setattr(test_model, "run", lambda args, device: given.append(device.type))
+    run(model_folder, tmp_path, *["--cpu"] * is_wanted)
+    device = "cpu" if is_wanted else "cuda"
+    assert given == [is_wanted, device, device]
+
+
+def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder_then_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    assert test_model.wanted_precision(tmp_path) == "fp16"
+    (tmp_path / "training_report.json").write_text(json.dumps({"plan": {"precision": "bf16"}}))
+    assert test_model.wanted_precision(tmp_path) == "bf16"
+    monkeypatch.setattr(test_model, "PRECISION", "fp32")
+    assert test_model.wanted_precision(tmp_path) == "fp32"
