@@ -27,21 +27,46 @@ Each line is a section below; they stand in the order in which the run needs the
     report: words           tell_...                     verdict, rows and notes, for the terminal and the page
     report: page            PAGE, draw_...               the same with pictures and samples
     report: questions       QUESTIONS                    the table that ties the layers together
-    command line            main                         flags, and which mode they choose
+    settings, checked       SETTINGS, check_settings     what each has to be, also as a flag or in the model's own file
+    command line            main, as_command             flags, which mode they choose; streams that may be closed
 """
 
 from __future__ import annotations
+
+import os
+import signal
+
+# First of all, because what is imported below takes seconds.
+if __name__ == "__main__":
+    STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a request to end, a terminal that is closed
+
+    def stop(number, frame) -> None:
+        """Ends the program with one sentence. Nothing has to be tidied up: a file is whole at any moment."""
+        try:
+            os.write(2, b"\nStopped.\n")
+        finally:
+            os._exit(1)
+
+    # A closed stdin, stdout or stderr leaves its number to the next file that is opened: what is said would go there.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+    for number in STOPS:
+        # What nohup keeps away stays away.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 import argparse
 import base64
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import itertools
 import json
 import math
-import os
 import reprlib
 import sys
 import textwrap
@@ -108,18 +133,18 @@ def answer_prompts(
 
     began = time.monotonic()
     answers = []
-    print(f"> {texts[0]}\n")
+    show(f"> {texts[0]}\n")
     for piece, answer in stream(model, tokenizer, prompts, sampling, dice):
-        print(piece, end="", flush=True)
+        show(piece, end="")
         if answer is None:
             continue
 
         answers.append(answer)
-        print()
+        show()
         if index:
-            print(tell_origin(index.longest_copy(answer.text)))
+            show(tell_origin(index.longest_copy(answer.text)))
         is_last = len(answers) == len(texts)
-        print("" if is_last else f"\n> {texts[len(answers)]}\n", flush=True)
+        show("" if is_last else f"\n> {texts[len(answers)]}\n")
 
     seconds = time.monotonic() - began
     tokens = sum(len(answer.tokens) for answer in answers)
@@ -161,8 +186,8 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, fi
         with contextlib.suppress(KeyboardInterrupt):
             for piece, _ in stream(writer, tokenizer, [prompt], sampling, dice):
                 parts.append(piece)
-                print(piece, end="", flush=True)
-        print(flush=True)
+                show(piece, end="")
+        show()
         talk.remember("".join(parts))
 
 
@@ -179,7 +204,7 @@ def quiz(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, bl
             if is_right is None:
                 break
             guesses.append(is_right)
-    print(quiz_result(guesses, shown))
+    show(quiz_result(guesses, shown))
 
 
 def make_report(args: argparse.Namespace, model, tokenizer, sampling: GenerationConfig, precision: str) -> None:
@@ -187,6 +212,11 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
     device = model.device
+
+    for path in report_files(args.model_dir):
+        reason = why_unwritable(path)
+        if reason:
+            say(f"{path} cannot be written ({reason}): the report will be printed all the same.")
 
     # What is asked is settled before the first model is, so that the answers of both compare.
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
@@ -203,12 +233,10 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     report.samples = sample_answers(evidence)
 
     # Both files before the terminal, whose window may be gone by the time it is printed.
-    try:
-        replace_file(args.model_dir / "voice_report.json", report.as_json())
-        replace_file(args.model_dir / "voice_report.html", make_page(report, args.model_dir / "loss_curve.png"))
-    except OSError as error:
-        sys.exit(f"Cannot write {error.filename}: {error.strerror}.")
-    print(report.as_text())
+    failures = write_report(report, args.model_dir)
+    show(report.as_text())
+    if failures:
+        sys.exit(f"Cannot write {' and '.join(failures)}: what was measured is printed; mend that and run it again.")
 
 
 # ---------------------------------------------------------------------------- loading
@@ -780,10 +808,11 @@ COMMANDS = (
 
 
 def read_line() -> str:
-    """The next line that is typed; the end of the input is "/quit"."""
+    """The next line that is typed; "/quit" where there is none, or nothing that could be read from."""
     try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        is_typed = sys.stdin is not None and sys.stdin.isatty()
+        return input("\n> " if is_typed else "").strip()
+    except (EOFError, OSError, RuntimeError, ValueError):
         return "/quit"
 
 
@@ -924,7 +953,7 @@ def ask_which(own: str, other: str, dice: torch.Generator) -> bool | None:
         # The text's own line breaks would tell the two apart at a glance.
         flat = " ".join(text.split())
         lines = textwrap.wrap(flat, COLUMNS, initial_indent=f"{number}: ", subsequent_indent="   ")
-        print("\n" + "\n".join(lines), flush=True)
+        show("\n" + "\n".join(lines))
 
     while (line := read_line()) not in ("1", "2", "/quit"):
         say("1 or 2, /quit ends.")
@@ -3406,9 +3435,13 @@ class Picture(NamedTuple):
 def make_page(report: Report, curve: Path) -> str:
     """The report as one self-contained page; the template escapes every text that is put into it."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=keep_signs)
-    if curve.is_file():
+    # A model from elsewhere has none.
+    drawn = b""
+    with contextlib.suppress(OSError):
+        drawn = curve.read_bytes() if curve.is_file() else b""
+    if drawn:
         part = report.part("learned")
-        part.picture = Picture(curve.read_bytes(), f"Loss over the updates of training. {part.finding.verdict}")
+        part.picture = Picture(drawn, f"Loss over the updates of training. {part.finding.verdict}")
 
     # Post by post for the page only: in the terminal it would bury the rest.
     gains = []
@@ -3534,8 +3567,7 @@ class Report:
         for key, numbers in self.numbers.items():
             content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.finding.verdict for part in self.parts}
-        # NaN and Infinity are no JSON; an error is better than a file that other tools cannot read.
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(training.finite(content), indent=1, ensure_ascii=False, allow_nan=False)
 
     def as_text(self) -> str:
         """For the terminal: each verdict, under it its table, and what the table means; 80 columns at most."""
@@ -3607,16 +3639,65 @@ def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]
     return samples
 
 
+def report_files(folder: Path) -> tuple[Path, Path]:
+    """For programs, and for people."""
+    return folder / "voice_report.json", folder / "voice_report.html"
+
+
+def write_report(report: Report, folder: Path) -> list[str]:
+    """Writes both files, each also where the other cannot be; which could not, and why."""
+    numbers, page = report_files(folder)
+    contents = {numbers: report.as_json(), page: make_page(report, folder / "loss_curve.png")}
+    failures = []
+    for path, text in contents.items():
+        try:
+            replace_file(path, text)
+        except OSError as error:
+            failures.append(f"{path} ({error.strerror})")
+    return failures
+
+
+PROBE = 100_000  # bytes; a disk that is full still takes an empty file
+
+
+def why_unwritable(path: Path) -> str:
+    """What keeps a file from being written, as far as it can be seen beforehand; "" where nothing does."""
+    try:
+        if path.is_dir():
+            return os.strerror(errno.EISDIR)
+        with written_beside(path, " " * PROBE):
+            return ""
+    except OSError as error:
+        return error.strerror
+
+
 def replace_file(path: Path, text: str) -> None:
     """Writes a file beside its place, for its owner's eyes alone, and moves it there; raises OSError."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Closed to others before anything private stands in it.
-        beside.touch(0o600)
-        beside.write_text(text, encoding="utf-8")
+    with written_beside(path, text) as beside:
         beside.replace(path)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, text: str) -> Iterator[Path]:
+    """A file beside `path` that holds `text`, for its owner's eyes alone, as long as nobody moves it; raises OSError.
+
+    What a run that was killed has left there goes.
+    """
+    beside = path.with_name(f".{path.name}.unfinished")
+    beside.unlink(missing_ok=True)
+    try:
+        # New, so that nothing is followed that somebody else has put there. Closed to others from the first.
+        number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Titles may hold halves of characters.
+        with os.fdopen(number, "w", encoding="utf-8", errors="replace") as file:
+            os.fchmod(number, 0o600)  # whatever the umask takes away
+            file.write(text)
+            file.flush()
+            os.fsync(number)
+        yield beside
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- settings, checked
@@ -3759,9 +3840,63 @@ def main(argv: list[str] | None = None) -> int:
         if training.is_out_of_memory(error):
             sys.exit("Out of memory: close what else uses it, or ask for less (--quick, --max-new-tokens).")
         raise
+    except OSError as error:
+        sys.exit(f"Cannot use {error.filename}: {error.strerror}; see to it and run it again.")
     except KeyboardInterrupt:
         sys.exit("\nStopped.")
     return 0
+
+
+def show(text: str = "", end: str = "\n") -> None:
+    """Results go to stdout. Where it takes no more, the program ends."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        # Python would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who closes a pipe has read enough.
+        is_enough = isinstance(error, BrokenPipeError)
+        sys.exit(1 if is_enough else f"Cannot write to stdout: {error.strerror}; send it elsewhere and run it again.")
+
+
+@contextlib.contextmanager
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Makes Ctrl-C a KeyboardInterrupt, which chat and quiz know what to do with; a command otherwise ends at it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+class MayBeGone(io.FileIO):
+    """A terminal that may be closed by now: what it does not take is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def as_command(stops: tuple[int, ...]) -> None:
+    """main() as a process of its own, whatever stdin, stdout and stderr are; `stops` are the signals that end it."""
+    stderr = io.BufferedWriter(MayBeGone(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(stderr, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    if sys.stdout is None:
+        sys.exit("Cannot write to stdout: it is closed; send it elsewhere and run it again.")
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")
+
+    try:
+        sys.exit(main())
+    finally:
+        # It is over: neither a signal nor what is still to be written may end it with a traceback.
+        for number in stops:
+            signal.signal(number, signal.SIG_IGN)
+        show(end="")
 
 
 def choose_device(cpu_wanted: bool) -> torch.device:
@@ -3790,12 +3925,14 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     model = model.to(NUMBERS[precision])
     dice = make_dice(args.seed)
     if args.chat:
-        chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, device, precision))
+        with ctrl_c_interrupts():
+            chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, device, precision))
         return
 
     blog = read_blog(args.data_dir)
     if args.quiz:
-        quiz(model, tokenizer, sampling, dice, blog)
+        with ctrl_c_interrupts():
+            quiz(model, tokenizer, sampling, dice, blog)
         return
 
     if not blog.train:
@@ -3822,4 +3959,4 @@ def load_base_as(model_dir: Path, device: torch.device, precision: str):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(STOPS)

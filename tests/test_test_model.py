@@ -1,6 +1,7 @@
 """test_model.py: what it writes, how it talks, where words come from, what leaks, and the report as a whole."""
 
 import dataclasses
+import errno
 import html
 import io
 import itertools
@@ -9,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -930,6 +932,70 @@ def test_the_report_is_its_owners_alone_and_replaces_the_old_one(model_folder, d
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+@pytest.mark.parametrize("leftover", ["none", "file", "link"])
+def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run_left(umask, leftover, tmp_path):
+    path = tmp_path / "voice_report.json"
+    beside = tmp_path / ".voice_report.json.unfinished"
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    if leftover == "file":
+        beside.write_text("half of it")
+        beside.chmod(0o666)
+    if leftover == "link":
+        beside.symlink_to(mine)
+
+    usual = os.umask(umask)
+    try:
+        test_model.replace_file(path, "half a character: \udce9")
+    finally:
+        os.umask(usual)
+    assert path.read_text() == "half a character: ?" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert mine.read_text() == "mine" and not beside.exists() and not path.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "lost", [["voice_report.json"], ["voice_report.html"], ["voice_report.json", "voice_report.html"]]
+)
+def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_written(
+    lost, model_folder, data_folder, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name in lost:
+        (folder / name).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(folder, data_folder, "--report")
+
+    out, err = capsys.readouterr()
+    assert all(question.question in out for question in test_model.QUESTIONS)
+    assert stop.value.code.startswith("Cannot write ") and "\n" not in stop.value.code
+    said, _, measuring = err.partition("reading")  # the first thing that is measured
+    for name in ("voice_report.json", "voice_report.html"):
+        sentence = f"{folder / name} cannot be written (Is a directory): the report will be printed all the same.\n"
+        assert (sentence in said) == (f"{folder / name} (Is a directory)" in stop.value.code) == (name in lost)
+        assert (folder / name).is_file() != (name in lost)
+    assert measuring and ".unfinished" not in err + stop.value.code
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "voice_report.json").write_text("old")
+    assert test_model.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
+    failures = test_model.write_report(crafted_report(), tmp_path)
+    names = ("voice_report.json", "voice_report.html")
+    assert failures == [f"{tmp_path / name} (No space left on device)" for name in names]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("voice_report.json", "old")]
+
+
+def test_losses_that_are_no_numbers_are_null_in_the_json():
+    learned = test_model.Learned(math.nan)
+    assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
+
+
 def test_writing_has_a_precision_of_its_own(model_folder, data_folder, monkeypatch, capsys):
     monkeypatch.setattr(train_model, "PRECISION", "fp16")
     monkeypatch.setattr(test_model, "PRECISION", "fp32")
@@ -1374,3 +1440,128 @@ def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder_then_of_tr
     assert test_model.wanted_precision(tmp_path) == "bf16"
     monkeypatch.setattr(test_model, "PRECISION", "fp32")
     assert test_model.wanted_precision(tmp_path) == "fp32"
+
+
+# ---------------------------------------------------------------------------- streams and signals
+@pytest.mark.parametrize("stdin", [None, "closed", "ends", "write only"])
+def test_a_stdin_that_gives_nothing_is_the_end_of_the_input(stdin, model_folder, tmp_path, monkeypatch, capsys):
+    streams = {"closed": io.StringIO(), "ends": io.StringIO(), "write only": (tmp_path / "file").open("w")}
+    streams["closed"].close()
+    monkeypatch.setattr(sys, "stdin", streams.get(stdin))
+    assert run(model_folder, tmp_path, "--chat") == 0
+    assert run(model_folder, tmp_path, "--quiz") == 0
+    assert "Nothing was asked" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence(model_folder, tmp_path):
+    with pytest.raises(SystemExit, match="^Cannot use .*: File name too long; see to it and run it again.$"):
+        run(model_folder, tmp_path / ("a" * 300), "--prompt", "hi")
+
+
+NOWHERE = "Cannot write to stdout: {}; send it elsewhere and run it again."
+
+
+def full() -> io.TextIOWrapper:
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+def pipe_that_nobody_reads() -> io.TextIOWrapper:
+    out, into = os.pipe()
+    os.close(out)
+    return os.fdopen(into, "w")
+
+
+def closed() -> None:
+    """What Python has for a stream that is closed when it begins."""
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "hi", "--max-new-tokens", "3"], ["--help"]])
+@pytest.mark.parametrize(
+    ("stdout", "code"),
+    [
+        (full, NOWHERE.format("No space left on device")),
+        (closed, NOWHERE.format("it is closed")),
+        (pipe_that_nobody_reads, 1),  # as of `| head`, who has read enough
+    ],
+)
+def test_a_stdout_that_takes_nothing_ends_in_a_sentence(stdout, code, flags, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test_model.py", "--model-dir", str(model_folder), "--data-dir", "none", *flags])
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # so that it comes back
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    with pytest.raises(SystemExit) as stop:
+        test_model.as_command(())
+    assert stop.value.code == code
+    if sys.stdout is not None:
+        sys.stdout.close()  # nothing is left in it that would fail once more
+
+
+def test_what_a_terminal_does_not_take_any_more_is_dropped(monkeypatch):
+    stderr = io.BufferedWriter(test_model.MayBeGone("/dev/full", "w"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stderr, encoding="utf-8", line_buffering=True))
+    test_model.say("anything")
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("mode", ["--chat", "--quiz"])
+def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder, quiz_data, monkeypatch, capsys):
+    typed = io.BytesIO(b"caf\xe9\n/continue \xff\n1\n/post \xc3\n")
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(quiz_data)]
+    monkeypatch.setattr(sys, "argv", ["test_model.py", *folders, mode, "--max-new-tokens", "60"])
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    with pytest.raises(SystemExit) as stop:
+        test_model.as_command(())
+    assert stop.value.code == 0 and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&- | head -c 1"])
+def test_as_a_command_it_ends_quietly_where_nothing_is_open(streams, model_folder, tmp_path):
+    command = f"{sys.executable} {SCRIPT} --model-dir {model_folder} --data-dir {tmp_path} {streams}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (1, "") and len(done.stdout) < 2
+
+
+def start(*command: str, until: str) -> subprocess.Popen:
+    """A process, as soon as a line of its stderr matches `until`."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True)
+    for line in process.stderr:
+        if re.search(until, line):
+            break
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "flags"),
+    [
+        (signal.SIGINT, "import time: .* numpy$", []),
+        (signal.SIGTERM, "import time: .* torch$", []),
+        (signal.SIGHUP, "import time: .* numpy$", []),
+        (signal.SIGINT, ": reading", ["--report"]),
+        (signal.SIGTERM, "^/post TITLE", ["--chat"]),
+    ],
+)
+def test_a_signal_at_any_moment_even_twice_is_one_sentence_and_status_1(
+    number, moment, flags, model_folder, data_folder
+):
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(data_folder)]
+    with start(sys.executable, "-X", "importtime", str(SCRIPT), *folders, *flags, until=moment) as process:
+        process.send_signal(number)
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 1
+    said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
+    assert said[-1] == "Stopped." and said.count("Stopped.") == 1 and "Traceback" not in rest
+
+
+def test_a_signal_that_is_ignored_stays_so(model_folder, data_folder):
+    """As nohup starts a program, for a terminal that will be closed."""
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(data_folder)]
+    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", sys.executable, str(SCRIPT), *folders, "--chat"]
+    with start(*command, until="^/post TITLE") as process:
+        process.send_signal(signal.SIGHUP)
+        process.communicate("/quit\n")
+    assert process.returncode == 0
