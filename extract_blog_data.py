@@ -1654,8 +1654,8 @@ def fingerprint(normalised: str, key: bytes) -> str:
     """What stands in the report for an address, a number or a key that was replaced; 64 hexadecimal digits.
 
     There are so few telephone numbers that a plain hash of one can be undone by trying them all. Whoever has the report
-    and not the key cannot try any. Whoever has both needs 10 ms of a processor core and 4 MiB for each that is tried:
-    a million, all numbers of an area code, take three hours. So the key is worth as much as the numbers."""
+    and not the key cannot try any. Whoever has both needs 16 ms of a processor core and 4 MiB for each that is tried:
+    a million, all numbers of an area code, take four to five hours. So the key is worth as much as the numbers."""
     typed = normalised.encode("utf-8", "replace")
     return hashlib.scrypt(typed, salt=key, n=2**12, r=8, p=1, dklen=32).hex()
 

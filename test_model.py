@@ -27,27 +27,52 @@ Each line is a section below; they stand in the order in which the run needs the
     report: words           tell_...                     verdict, rows and notes, for the terminal and the page
     report: page            PAGE, draw_...               the same with pictures and samples
     report: questions       QUESTIONS                    the table that ties the layers together
-    command line            main                         flags, and which mode they choose
+    settings, checked       SETTINGS, check_settings     what each has to be, also as a flag or in the model's own file
+    command line            main, as_command             flags, which mode they choose; streams that may be closed
 """
 
 from __future__ import annotations
+
+import os
+import signal
+
+# First of all, because what is imported below takes seconds.
+if __name__ == "__main__":
+    STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a request to end, a terminal that is closed
+
+    def stop(number, frame) -> None:
+        """Ends the program with one sentence. Nothing has to be tidied up: a file is whole at any moment."""
+        try:
+            os.write(2, b"\nStopped.\n")
+        finally:
+            os._exit(1)
+
+    # A closed stdin, stdout or stderr leaves its number to the next file that is opened: what is said would go there.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+    for number in STOPS:
+        # What nohup keeps away stays away.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 import argparse
 import base64
 import contextlib
 import dataclasses
-import hashlib
+import errno
 import inspect
 import io
 import itertools
 import json
 import math
-import os
+import reprlib
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -57,13 +82,12 @@ import torch
 import transformers
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 import extract_blog_data as extraction
 import train_model as training
 from extract_blog_data import REPLY_CONTEXT, TITLE_REQUESTS, WORD, find_personal_data
-from train_model import break_control_tokens, conversation_tokens, render, say
+from train_model import CannotLoad, break_control_tokens, brief, conversation_tokens, render, say
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,7 +110,7 @@ TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers takes 50 when the file says nothing
 REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
-PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: the PRECISION of train_model.py
+PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: what the model was trained in
 
 REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
@@ -108,18 +132,18 @@ def answer_prompts(
 
     began = time.monotonic()
     answers = []
-    print(f"> {texts[0]}\n")
+    show(f"> {texts[0]}\n")
     for piece, answer in stream(model, tokenizer, prompts, sampling, dice):
-        print(piece, end="", flush=True)
+        show(piece, end="")
         if answer is None:
             continue
 
         answers.append(answer)
-        print()
+        show()
         if index:
-            print(tell_origin(index.longest_copy(answer.text)))
+            show(tell_origin(index.longest_copy(answer.text)))
         is_last = len(answers) == len(texts)
-        print("" if is_last else f"\n> {texts[len(answers)]}\n", flush=True)
+        show("" if is_last else f"\n> {texts[len(answers)]}\n")
 
     seconds = time.monotonic() - began
     tokens = sum(len(answer.tokens) for answer in answers)
@@ -161,8 +185,8 @@ def chat(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, fi
         with contextlib.suppress(KeyboardInterrupt):
             for piece, _ in stream(writer, tokenizer, [prompt], sampling, dice):
                 parts.append(piece)
-                print(piece, end="", flush=True)
-        print(flush=True)
+                show(piece, end="")
+        show()
         talk.remember("".join(parts))
 
 
@@ -179,35 +203,39 @@ def quiz(model, tokenizer, sampling: GenerationConfig, dice: torch.Generator, bl
             if is_right is None:
                 break
             guesses.append(is_right)
-    print(quiz_result(guesses, shown))
+    show(quiz_result(guesses, shown))
 
 
 def make_report(args: argparse.Namespace, model, tokenizer, sampling: GenerationConfig, precision: str) -> None:
     """Asks both models the same, one after the other; prints and writes what came of it."""
     size = REPORT_SIZE / 10 if args.quick else REPORT_SIZE
     history = read_history(args.model_dir)
-    base_name = base_name_of(args.model_dir)
+    device = model.device
+
+    for path in report_files(args.model_dir):
+        reason = why_unwritable(path)
+        if reason:
+            say(f"{path} cannot be written ({reason}): the report will be printed all the same.")
 
     # What is asked is settled before the first model is, so that the answers of both compare.
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
-    base = load_base(base_name, was_adapted(args.model_dir))
+    base = load_base_of(args.model_dir, device)
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
 
-    report = Report(str(args.model_dir), base_name or "an unknown model", evidence.seed, size)
+    base_name = base_name_of(args.model_dir) or "an unknown model"
+    report = Report(str(args.model_dir), base_name, evidence.seed, size)
     for question in QUESTIONS:
         report.add(question, evidence)
     report.samples = sample_answers(evidence)
 
     # Both files before the terminal, whose window may be gone by the time it is printed.
-    try:
-        replace_file(args.model_dir / "voice_report.json", report.as_json())
-        replace_file(args.model_dir / "voice_report.html", make_page(report, args.model_dir / "loss_curve.png"))
-    except OSError as error:
-        sys.exit(f"Cannot write {error.filename}: {error.strerror}.")
-    print(report.as_text())
+    failures = write_report(report, args.model_dir)
+    show(report.as_text())
+    if failures:
+        sys.exit(f"Cannot write {' and '.join(failures)}: what was measured is printed; mend that and run it again.")
 
 
 # ---------------------------------------------------------------------------- loading
@@ -215,47 +243,36 @@ NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
-def load_for_writing(folder: str | Path, adapted: bool = False):
-    """A causal model in float32 from safetensors; asks no hub; raises OSError if it is not there as a whole.
+def load_for_writing(folder: str | Path, adapted: bool = False, device: torch.device | None = None):
+    """A causal model in float32; asks no hub; raises CannotLoad if it is not there as a whole.
 
     With `adapted`, in half precision as in training: a base model that takes adapters may be too large for float32.
     """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise OSError(str(error)) from error
-
-    # transformers fills what is missing with random numbers and only warns.
-    if info["missing_keys"]:
-        raise OSError(f"{len(info['missing_keys'])} of its tensors are missing")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = training.load_model(folder, only_local=True)
+    device = device or choose_device(cpu_wanted=False)
     if adapted:
         training.hold_in_half(model, training.precision_on(device, PRECISION or training.PRECISION))
     return model.to(device).eval()
 
 
-def load_tuned(folder: Path):
+def load_tuned(folder: Path, device: torch.device | None = None):
     """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
-    # train_model.py may have been killed between two renames of the folder.
-    training.recover(folder)
     if not (folder / "config.json").is_file():
+        # train_model.py may have been killed between two renames. It alone moves folders.
+        previous = training.Places(folder.resolve()).previous
+        if (previous / "config.json").is_file():
+            sys.exit(
+                f"{folder} is half replaced: run train_model.py again, which ends that at once, or read the model of "
+                f"before with --model-dir {previous}."
+            )
         sys.exit(f"There is no model in {folder}: run train_model.py first.")
 
     try:
-        model = load_for_writing(folder, was_adapted(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # Where its files are gone, transformers makes an empty one.
-        if not tokenizer.encode("x"):
-            raise OSError("its tokenizer is missing")
-    except (OSError, ValueError) as error:
+        vocabulary = training.vocabulary_of(training.load_config(folder, only_local=True))
+        tokenizer = training.load_tokenizer(folder, vocabulary, only_local=True, is_tuned=True)
+        return load_for_writing(folder, was_adapted(folder), device), tokenizer
+    except CannotLoad as error:
         sys.exit(f"{folder} holds half a model ({brief(error)}): run train_model.py again.")
-
-    if tokenizer.chat_template is None:
-        sys.exit(f"The tokenizer in {folder} has no chat template: run train_model.py again, it writes one.")
-    return model, tokenizer
 
 
 @torch.inference_mode()
@@ -283,44 +300,52 @@ def fits_float16(model, tokenizer) -> bool:
 
 def read_history(model_dir: Path) -> dict:
     """training_report.json; empty where there is none, as for a model from elsewhere."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((model_dir / "training_report.json").read_text("utf-8"))
-    return {}
+    return training.read_json_object(model_dir / "training_report.json")
+
+
+def name_in(content: dict, key: str) -> str:
+    """A text within an object of JSON; "" where there is none."""
+    value = content.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def section_of(content: dict, name: str) -> dict:
+    """An object within an object of JSON; empty where there is none."""
+    section = content.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def was_adapted(model_dir: Path) -> bool:
     """Whether it was trained by adapters, with both models in half precision."""
-    return bool(read_history(model_dir).get("plan", {}).get("lora_rank"))
+    return bool(section_of(read_history(model_dir), "plan").get("lora_rank"))
 
 
 def base_name_of(model_dir: Path) -> str:
     """The name or folder of the base model, "" where nobody knows it."""
-    return BASE_MODEL or read_history(model_dir).get("settings", {}).get("base_model", "")
+    return BASE_MODEL or name_in(section_of(read_history(model_dir), "settings"), "base_model")
 
 
-def load_base(name: str, adapted: bool = False):
-    """The base model, or None where it is not at hand, which is said. `name` is one on the hub, or a folder."""
+def load_base_of(model_dir: Path, device: torch.device):
+    """The base model of that folder, or None where it is not at hand or no use, which is said."""
+    name = base_name_of(model_dir)
     if not name:
         say("Nobody knows the base model (BASE_MODEL can name it): what needs it is left out.")
         return None
 
-    # A relative folder may be meant from where training ran, or from beside this script.
-    folder = name
-    for path in (Path(name), HERE / name):
-        if path.is_dir():
-            folder = str(path)
-            break
-
+    # A relative folder is meant from where training ran, from beside this script, or from the tuned model.
+    folders = [path for path in (Path(name), HERE / name, model_dir.resolve() / name) if path.is_dir()]
     try:
-        return load_for_writing(folder, adapted)
-    except OSError as error:
+        return load_for_writing(str(folders[0]) if folders else name, was_adapted(model_dir), device)
+    except CannotLoad as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
 
 
-def brief(error: Exception) -> str:
-    """The first line of an error's message, to be put into a sentence."""
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def wanted_precision(model_dir: Path) -> str:
+    """To write with: the setting, or what the model was trained in."""
+    planned = section_of(read_history(model_dir), "plan").get("precision")
+    trained = planned if planned in training.PRECISIONS else training.PRECISION
+    return PRECISION or trained
 
 
 def positions_of(model) -> int:
@@ -337,20 +362,49 @@ class Answer(NamedTuple):
     ended: bool  # by itself, at an end-of-text token
 
 
+# Names in generation_config.json, and what transformers takes where the file says nothing.
+FILE_SETTINGS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
+LEAST_TEMPERATURE = 1e-6  # below it a division by it is too large for float32
+# Settings of the file that transformers reads for itself may be of the wrong kind too.
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)
+
+
+def check_generation_config(path: Path) -> None:
+    """Ends the program where the model's own settings are none to write with; transformers would only warn."""
+    if not path.is_file():
+        return
+
+    remedy = "run train_model.py again, or correct the file"
+    if training.damage_of(path):
+        sys.exit(f"{path} holds no settings: {remedy}.")
+    content = training.read_json_object(path)
+    check_settings({name: content.get(name) for name in FILE_SETTINGS}, str(path))
+
+    ends = content.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    if ends is not None and not all(is_whole(end) and end >= 0 for end in listed):
+        sys.exit(f"eos_token_id in {path} is {reprlib.repr(ends)}: it has to be a token's number, or a list of such.")
+
+    try:
+        GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except UNREADABLE as error:
+        sys.exit(f"transformers cannot use {path} ({brief(error)}): {remedy}.")
+
+
 def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | None) -> GenerationConfig:
     """The model's generation_config.json under the settings above; what neither says is as in transformers.
 
     Changes `config` and returns it.
     """
     settings = {
-        # name in the file: (what the user set, what transformers takes where the file says nothing)
-        "temperature": (TEMPERATURE, 1.0),
-        "top_k": (TOP_K, 50),
-        "top_p": (TOP_P, 1.0),
-        "repetition_penalty": (REPETITION_PENALTY, 1.0),
-        "max_new_tokens": (max_new_tokens, 200),
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "top_p": TOP_P,
+        "repetition_penalty": REPETITION_PENALTY,
+        "max_new_tokens": max_new_tokens,
     }
-    for name, (ours, usual) in settings.items():
+    for name, usual in FILE_SETTINGS.items():
+        ours = settings[name]
         if ours is not None:
             setattr(config, name, ours)
         elif getattr(config, name) is None:
@@ -358,11 +412,13 @@ def read_sampling(config: GenerationConfig, tokenizer, max_new_tokens: int | Non
 
     # Whoever sets a temperature wants to draw, whatever the file says.
     if TEMPERATURE is not None:
-        config.do_sample = TEMPERATURE != 0
+        config.do_sample = True
+    if config.temperature < LEAST_TEMPERATURE:
+        config.do_sample = False
 
-    # One token or several; from here on always a list.
+    # One token, several or none; from here on always a list.
     ends = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
-    config.eos_token_id = [ends] if isinstance(ends, int) else ends
+    config.eos_token_id = [ends] if isinstance(ends, int) else ends or []
     return config
 
 
@@ -672,20 +728,24 @@ def author_texts(conversations: list[dict]) -> list[str]:
 
 
 def title_of(conversation: dict) -> str:
-    return conversation.get("title") or "untitled"
+    return name_in(conversation, "title") or "untitled"
 
 
 def path_of(conversation: dict) -> str:
-    return conversation.get("path") or ""
+    return name_in(conversation, "path")
+
+
+def line_of(conversation: dict) -> int | None:
+    """Its line in the file that it was read from, from 1."""
+    return conversation.get(LINE)
 
 
 def tell_origin(copy: Copy) -> str:
     """The line under an answer."""
     source = ""
     if copy.post:
-        visibility = copy.post.get("visibility") or ""
-        title = copy.post.get("title") or ""
-        source = f', from the {visibility} post "{title}" {path_of(copy.post)}'
+        post = copy.post
+        source = f', from the {visibility_of(post)} post "{title_of(post)}" {path_of(post)}'
     return f"[longest run of words from the training data: {copy.words}{source}]"
 
 
@@ -697,10 +757,11 @@ COMMANDS = (
 
 
 def read_line() -> str:
-    """The next line that is typed; the end of the input is "/quit"."""
+    """The next line that is typed; "/quit" where there is none, or nothing that could be read from."""
     try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        is_typed = sys.stdin is not None and sys.stdin.isatty()
+        return input("\n> " if is_typed else "").strip()
+    except (EOFError, OSError, RuntimeError, ValueError):
         return "/quit"
 
 
@@ -841,7 +902,7 @@ def ask_which(own: str, other: str, dice: torch.Generator) -> bool | None:
         # The text's own line breaks would tell the two apart at a glance.
         flat = " ".join(text.split())
         lines = textwrap.wrap(flat, COLUMNS, initial_indent=f"{number}: ", subsequent_indent="   ")
-        print("\n" + "\n".join(lines), flush=True)
+        show("\n" + "\n".join(lines))
 
     while (line := read_line()) not in ("1", "2", "/quit"):
         say("1 or 2, /quit ends.")
@@ -868,13 +929,17 @@ FEWEST_WORDS = 20  # in an answer on average; a model that writes less is not as
 PUBLIC_TEXTS = 60  # that are read for the leak check, at full size; private and held-out ones are all read
 
 
+LINE = "line"  # key of a conversation, which `read_blog` adds: its line in the file, from 1
+
+
 @dataclass
 class BlogData:
     """What extract_blog_data.py left; empty where a file is missing."""
 
     train: list[dict] = field(default_factory=list)  # conversations
     held_out: list[dict] = field(default_factory=list)
-    redacted: list[dict] = field(default_factory=list)  # fingerprints of personal data: sha256, kind, visibility
+    redacted: list[dict] = field(default_factory=list)  # personal data that was replaced: fingerprint, kind, visibility
+    key: bytes | None = None  # of the fingerprints
 
 
 @dataclass
@@ -898,12 +963,11 @@ class Evidence:
     blog: BlogData = field(default_factory=BlogData)
     index: WordIndex | None = None  # of the training text
     control: list[dict] = field(default_factory=list)  # held-out conversations of OTHER_BLOGS
-    other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by folder
+    other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by `names_of_blogs`
     left_out: list[str] = field(default_factory=list)  # why others of OTHER_BLOGS are not among them, a sentence each
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones as the control
     requests: list[str] = field(default_factory=list)
     words: int = WORDS_TO_WRITE  # to be written by each model
-    log: list[dict] = field(default_factory=list)  # of the training run
     context_tokens: int = 512  # windows as in training
     overlap_tokens: int = 32
     precision: str = "fp32"
@@ -918,8 +982,7 @@ class Evidence:
 def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, precision: str, size: float) -> Evidence:
     """Everything that is the same for both models, before either is asked."""
     blog = read_blog(args.data_dir)
-    # Empty for a model from elsewhere, which is read as train_model.py would.
-    recipe = history.get("settings", {})
+    context, overlap = windows_as_trained(section_of(history, "settings"), positions_of(model))
 
     # Asked as it was in training, for posts that it never saw.
     requests = [post["messages"][0]["content"] for post in posts_of(blog.held_out)]
@@ -928,20 +991,41 @@ def gather_evidence(args: argparse.Namespace, history: dict, model, tokenizer, p
         index=WordIndex(blog.train) if blog.train else None,
         requests=requests or PROMPTS,
         words=max(1, round(size * WORDS_TO_WRITE)),
-        log=history.get("log", []),
-        context_tokens=min(recipe.get("context_tokens", 512), positions_of(model)),
-        overlap_tokens=recipe.get("overlap_tokens", training.OVERLAP_TOKENS),
+        context_tokens=context,
+        overlap_tokens=overlap,
         precision=precision,
         seed=42 if args.seed is None else args.seed,
         tokenizer=tokenizer,
         blocked=extraction.blocked_words(),
     )
 
+    if blog.redacted and not blog.key:
+        say(f"{args.data_dir} has no key: what was redacted cannot be recognised; run extract_blog_data.py again.")
     add_other_blogs(evidence)
     for problem in evidence.left_out:
         say(problem)
     evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * size)))
     return evidence
+
+
+def windows_as_trained(recipe: dict, positions: int) -> tuple[int, int]:
+    """(tokens of a window, of them seen again from the one before), as the settings of the training run have them.
+
+    As train_model.py has them for a model from elsewhere, or where they are no such numbers.
+    """
+    context = recipe.get("context_tokens")
+    overlap = recipe.get("overlap_tokens")
+    if not (is_whole(context) and is_whole(overlap) and 0 <= overlap < context > 1):
+        context = training.CONTEXT_TOKENS
+        overlap = training.OVERLAP_TOKENS
+    context = min(context, positions)
+    # Of each window but the first, the first token is known only from the one before.
+    return context, max(1, min(overlap, context // 2))
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_blog(folder: Path) -> BlogData:
@@ -952,17 +1036,19 @@ def read_blog(folder: Path) -> BlogData:
         # Empty where the blog is too small for held-out posts.
         if path.is_file() and path.stat().st_size:
             conversations += training.read_conversations(path)
+        for number, conversation in enumerate(conversations, start=1):
+            conversation[LINE] = number
 
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        report = json.loads((folder / "extraction_report.json").read_text("utf-8"))
-        blog.redacted = report["redacted"]
+    redacted = training.read_json_object(folder / "extraction_report.json").get("redacted")
+    if isinstance(redacted, list):
+        blog.redacted = [entry for entry in redacted if isinstance(entry, dict)]
+    blog.key = extraction.read_key(folder)
     return blog
 
 
 def add_other_blogs(evidence: Evidence) -> None:
     """What OTHER_BLOGS names; what cannot be compared with goes into `left_out`."""
-    for folder in OTHER_BLOGS:
-        name = str(folder)
+    for folder, name in zip(OTHER_BLOGS, names_of_blogs(OTHER_BLOGS), strict=True):
         other = read_blog(HERE / folder)
         texts = author_texts(other.train + other.held_out)
         problem = why_left_out(name, texts, evidence)
@@ -971,6 +1057,25 @@ def add_other_blogs(evidence: Evidence) -> None:
             continue
         evidence.control += other.held_out
         evidence.other_texts[name] = texts
+
+
+def names_of_blogs(folders: list[str]) -> list[str]:
+    """As the report calls them: as they are written, or only the last part of a path that begins at the root.
+
+    voice_report.json may be shown to others, and a whole path names the user.
+    """
+    names = []
+    for folder in folders:
+        name = without_root(folder)
+        # Many blogs lie in a folder `data`.
+        same = sum(known.partition(" (")[0] == name for known in names)
+        names.append(f"{name} ({same + 1})" if same else name)
+    return names
+
+
+def without_root(path: str) -> str:
+    """Only the last part of a path that begins at the root, which names the user; another path as it is."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def why_left_out(name: str, texts: list[str], evidence: Evidence) -> str:
@@ -1141,7 +1246,7 @@ def spans_of_personal_data(tokenizer, conversation: dict, ids: list[int], begin:
 def spans_of_others(tokenizer, conversation: dict, ids: list[int], begin: int, end: int) -> Iterator[Span]:
     """What the context ids[begin:end] holds that is no template: a private post's title, or readers' comments."""
     group = "private titles"
-    wanted = [conversation.get("title") or ""] if visibility_of(conversation) == "private" else []
+    wanted = [name_in(conversation, "title")] if visibility_of(conversation) == "private" else []
     if conversation.get("kind") == "reply":
         group = "comments"
         wanted = comments_of(conversation)
@@ -1374,7 +1479,9 @@ DRAWS = 2_000  # bootstrap samples
 NATS_OF_A_BIT = math.log(2)
 Interval = tuple[float, float]  # 95 %: (low, high)
 
-PAGE_ONLY = {"page_only": True}  # metadata of fields that hold text, which voice_report.json does not
+# Metadata of fields that hold text, or the name of a post, which is its title again: voice_report.json has neither. A
+# post is a number there, that of its line in the data.
+PAGE_ONLY = {"page_only": True}
 
 
 class NotMeasured(Exception):
@@ -1412,7 +1519,7 @@ def bootstrap(statistic: Callable, *sizes: int) -> Interval:
 class PostGain:
     """A held-out post in bits per byte."""
 
-    path: str
+    post: int | None  # its line in val_data.jsonl
     base: float
     tuned: float
     title: str = field(metadata=PAGE_ONLY)
@@ -1491,7 +1598,7 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
     tuned_rates = (after / size).tolist()
     per_post = []
     for place, post in enumerate(posts):
-        entry = PostGain(path_of(post), base_rates[place], tuned_rates[place], title_of(post))
+        entry = PostGain(line_of(post), base_rates[place], tuned_rates[place], title_of(post))
         per_post.append(entry)
     return Gain(base, tuned, base - tuned, interval, per_post)
 
@@ -2227,7 +2334,8 @@ class LongCopy:
 
     words: int
     visibility: str
-    path: str
+    post: int | None  # its line in train_data.jsonl
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
     text: str = field(metadata=PAGE_ONLY)
 
@@ -2249,9 +2357,9 @@ def measure_copies(evidence: Evidence) -> Copies:
     for answer in evidence.tuned.answers:
         copy = evidence.index.longest_copy(answer.text)
         if copy.post:
-            visibility = copy.post.get("visibility") or ""
-            title = copy.post.get("title") or ""
-            longest.append(LongCopy(copy.words, visibility, path_of(copy.post), title, copy.text))
+            post = copy.post
+            entry = LongCopy(copy.words, visibility_of(post), line_of(post), path_of(post), title_of(post), copy.text)
+            longest.append(entry)
     longest.sort(key=lambda copy: -copy.words)
 
     tuned = copy_share(evidence.index, evidence.tuned.answers)
@@ -2325,11 +2433,12 @@ class Remembered:
     """A private passage that the tuned model remembers beyond the base model."""
 
     group: str
-    path: str
+    post: int | None  # its line in train_data.jsonl
     tokens: int
     log10_beyond_base: float | None  # times likelier than under the base model, without any cut-off
     own: Chance
     anyhow: Chance
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
     text: str = field(metadata=PAGE_ONLY)
 
@@ -2357,9 +2466,10 @@ class Membership:
 class PostMark:
     """A training post and how much the tuned model gained on it, in bits per byte."""
 
-    path: str
+    post: int | None  # its line in train_data.jsonl
     visibility: str
     gain: float
+    path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
 
 
@@ -2576,11 +2686,12 @@ def describe_window(
     ids = text.ids[windows.begin[place] : windows.end[place]]
     return Remembered(
         group=str(windows.group[place]),
-        path=path_of(text.post),
+        post=line_of(text.post),
         tokens=len(ids),
         log10_beyond_base=float(beyond) / LN_10 if has_base else None,
         own=chance_of(tuned.own[[place]]),
         anyhow=chance_of(tuned.anyhow[[place]]),
+        path=path_of(text.post),
         title=title_of(text.post),
         text=evidence.tokenizer.decode(ids),
     )
@@ -2599,24 +2710,28 @@ def count_private_copies(evidence: Evidence) -> int:
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
     """Personal data of the original posts in what the tuned model wrote."""
-    # Extraction kept only fingerprints of what it took out; what it left in is looked up in the same way.
-    known = {entry["sha256"]: entry["visibility"] for entry in evidence.blog.redacted}
-    for post in evidence.blog.train:
+    blog = evidence.blog
+    # What extraction left in can be compared as it is; of what it took out it kept only fingerprints.
+    left_in = {}
+    for post in blog.train:
         for *_, plain in find_personal_data(author_text(post)):
-            known[fingerprint(plain)] = visibility_of(post)
+            left_in[plain] = visibility_of(post)
+    taken_out = {name_in(entry, "fingerprint"): visibility_of(entry) for entry in blog.redacted}
 
-    # The same address in two spellings is one.
-    found = {}
+    # The same address in two spellings is one, and a fingerprint takes a while.
+    said = {}
     for text in evidence.tuned.texts():
         for kind, start, end, plain in find_personal_data(text):
-            visibility = known.get(fingerprint(plain))
-            if visibility:
-                found[plain] = PersonalData(kind, visibility, text[start:end])
-    return list(found.values())
+            said[plain] = (kind, text[start:end])
 
-
-def fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    found = []
+    for plain, (kind, text) in said.items():
+        visibility = left_in.get(plain)
+        if visibility is None and taken_out and blog.key:
+            visibility = taken_out.get(extraction.fingerprint(plain, blog.key))
+        if visibility:
+            found.append(PersonalData(kind, visibility, text))
+    return found
 
 
 def gains_by_text(evidence: Evidence) -> np.ndarray:
@@ -2670,7 +2785,8 @@ def least_gained(evidence: Evidence, gains: np.ndarray) -> list[PostMark]:
     for text, gain in zip(evidence.texts, gains.tolist(), strict=True):
         if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
             continue
-        mark = PostMark(path_of(text.post), visibility_of(text.post), gain, title_of(text.post))
+        post = text.post
+        mark = PostMark(line_of(post), visibility_of(post), gain, path_of(post), title_of(post))
         marks.append(mark)
     marks.sort(key=lambda mark: mark.gain)
     return marks[:LEAST_GAINED]
@@ -3268,9 +3384,13 @@ class Picture(NamedTuple):
 def make_page(report: Report, curve: Path) -> str:
     """The report as one self-contained page; the template escapes every text that is put into it."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=keep_signs)
-    if curve.is_file():
+    # A model from elsewhere has none.
+    drawn = b""
+    with contextlib.suppress(OSError):
+        drawn = curve.read_bytes() if curve.is_file() else b""
+    if drawn:
         part = report.part("learned")
-        part.picture = Picture(curve.read_bytes(), f"Loss over the updates of training. {part.finding.verdict}")
+        part.picture = Picture(drawn, f"Loss over the updates of training. {part.finding.verdict}")
 
     # Post by post for the page only: in the terminal it would bury the rest.
     gains = []
@@ -3390,13 +3510,13 @@ class Report:
         return next(part for part in self.parts if part.key == key)
 
     def as_json(self) -> str:
-        """voice_report.json: numbers by question, and the verdicts; no text of posts or answers."""
-        content = {"model": self.model, "base": self.base, "seed": self.seed, "size": self.size}
+        """voice_report.json: numbers by question, and the verdicts; no post's text or name, and no answer."""
+        model = Path(self.model).resolve().name
+        content = {"model": model, "base": without_root(self.base), "seed": self.seed, "size": self.size}
         for key, numbers in self.numbers.items():
             content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.finding.verdict for part in self.parts}
-        # NaN and Infinity are no JSON; an error is better than a file that other tools cannot read.
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(training.finite(content), indent=1, ensure_ascii=False, allow_nan=False)
 
     def as_text(self) -> str:
         """For the terminal: each verdict, under it its table, and what the table means; 80 columns at most."""
@@ -3468,16 +3588,166 @@ def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]
     return samples
 
 
+def report_files(folder: Path) -> tuple[Path, Path]:
+    """For programs, and for people."""
+    return folder / "voice_report.json", folder / "voice_report.html"
+
+
+def write_report(report: Report, folder: Path) -> list[str]:
+    """Writes both files, each also where the other cannot be; which could not, and why."""
+    numbers, page = report_files(folder)
+    contents = {numbers: report.as_json(), page: make_page(report, folder / "loss_curve.png")}
+    failures = []
+    for path, text in contents.items():
+        try:
+            replace_file(path, text)
+        except OSError as error:
+            failures.append(f"{path} ({error.strerror})")
+    return failures
+
+
+PROBE = 100_000  # bytes; a disk that is full still takes an empty file
+
+
+def why_unwritable(path: Path) -> str:
+    """What keeps a file from being written, as far as it can be seen beforehand; "" where nothing does."""
+    try:
+        if path.is_dir():
+            return os.strerror(errno.EISDIR)
+        with written_beside(path, " " * PROBE):
+            return ""
+    except OSError as error:
+        return error.strerror
+
+
 def replace_file(path: Path, text: str) -> None:
     """Writes a file beside its place, for its owner's eyes alone, and moves it there; raises OSError."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Closed to others before anything private stands in it.
-        beside.touch(0o600)
-        beside.write_text(text, encoding="utf-8")
+    with written_beside(path, text) as beside:
         beside.replace(path)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, text: str) -> Iterator[Path]:
+    """A file beside `path` that holds `text`, for its owner's eyes alone, as long as nobody moves it; raises OSError.
+
+    What a run that was killed has left there goes.
+    """
+    beside = path.with_name(f".{path.name}.unfinished")
+    beside.unlink(missing_ok=True)
+    try:
+        # New, so that nothing is followed that somebody else has put there. Closed to others from the first.
+        number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Titles may hold halves of characters.
+        with os.fdopen(number, "w", encoding="utf-8", errors="replace") as file:
+            os.fchmod(number, 0o600)  # whatever the umask takes away
+            file.write(text)
+            file.flush()
+            os.fsync(number)
+        yield beside
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------- settings, checked
+class Setting(NamedTuple):
+    """What a setting has to be."""
+
+    kind: type  # float takes whole numbers too, list is one of texts
+    fits: Callable[[object], bool]  # asked about values of that kind
+    form: str  # the right form and what it is for, behind "it has to be"
+    is_optional: bool = True  # None is a value too
+
+    def takes(self, value: object) -> bool:
+        if value is None:
+            return self.is_optional
+        kind_fits = {
+            int: is_whole,
+            float: lambda number: is_whole(number) or isinstance(number, float),
+            str: is_text,
+            list: lambda texts: isinstance(texts, list | tuple) and all(map(is_text, texts)),
+        }
+        return kind_fits[self.kind](value) and self.fits(value)
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold; what a shell hands over may be bytes of another kind."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
+def anything(value: object) -> bool:
+    return True
+
+
+def is_said(text: str) -> bool:
+    return bool(text.strip())
+
+
+SETTINGS = {
+    "MODEL_DIR": Setting(str, is_said, 'the folder that train_model.py wrote: "blog-model-final"', False),
+    "DATA_DIR": Setting(str, is_said, 'the folder that extract_blog_data.py wrote: "data"', False),
+    "PROMPTS": Setting(
+        list,
+        lambda texts: texts and all(map(is_said, texts)),
+        'a list of one prompt or more: ["What\'s on your mind today?", "Tell me about your day."]',
+        False,
+    ),
+    "MAX_NEW_TOKENS": Setting(
+        int,
+        lambda tokens: 1 <= tokens <= 1_000_000,
+        "a whole number from 1 to 1,000,000, the length of an answer at most: 200",
+    ),
+    "TEMPERATURE": Setting(
+        float, lambda heat: 0 <= heat <= 100, "a number from 0 (always the likeliest token) to 100: 0.8"
+    ),
+    "TOP_P": Setting(
+        float, lambda share: 0 < share <= 1, "a number above 0 and up to 1, the share of the likeliest tokens: 0.95"
+    ),
+    "TOP_K": Setting(int, lambda tokens: tokens >= 0, "a whole number from 0 (draws from all tokens) on: 50"),
+    "REPETITION_PENALTY": Setting(
+        float, lambda penalty: 0.1 <= penalty <= 10, "a number from 0.1 to 10, where 1 is no penalty: 1.05"
+    ),
+    "SEED": Setting(int, lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 4,294,967,295: 42"),
+    "PRECISION": Setting(
+        str, lambda name: name in ("auto", *training.PRECISIONS), '"auto", "bf16", "fp16", "fp32" or None'
+    ),
+    "REPORT_SIZE": Setting(float, lambda size: 0 < size <= 100, "a number above 0 and up to 100: 1.0", False),
+    "BASE_MODEL": Setting(str, anything, 'a name on the hub or a folder, "gpt2-medium", or ""', False),
+    "NOT_STRANGERS": Setting(list, anything, 'a list of names: ["kevquirk"], or []', False),
+    "OTHER_BLOGS": Setting(
+        list, lambda folders: all(map(is_said, folders)), 'a list of data folders: ["../other/data"], or []', False
+    ),
+}
+
+
+def check_settings(values: Mapping[str, object], place: str) -> None:
+    """Ends the program at the first of the values that is not as its row of SETTINGS wants it; names in any case."""
+    for name, value in values.items():
+        setting = SETTINGS[name.upper()]
+        if not setting.takes(value):
+            sys.exit(f"{name} in {place} is {reprlib.repr(value)}: it has to be {setting.form}.")
+
+
+def flag_of(name: str) -> Callable[[str], object]:
+    """What makes of a flag's text a value of this setting, for argparse."""
+    setting = SETTINGS[name]
+
+    def read(text: str) -> object:
+        value = text
+        with contextlib.suppress(ValueError):
+            value = setting.kind(text)
+        if not setting.takes(value):
+            raise argparse.ArgumentTypeError(f"it is {reprlib.repr(text)} and has to be {setting.form}")
+        return value
+
+    return read
+
+
+def prompt(text: str) -> str:
+    """The text of --prompt."""
+    if not SETTINGS["PROMPTS"].takes([text]):
+        raise argparse.ArgumentTypeError("the prompt is empty, or no text in UTF-8")
+    return text
 
 
 # ---------------------------------------------------------------------------- command line
@@ -3488,47 +3758,107 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-dir", type=Path, default=HERE / MODEL_DIR)
     parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="answer this instead of the prompts in the settings")
+    what.add_argument(
+        "--prompt", type=prompt, metavar="TEXT", help="answer this instead of the prompts in the settings"
+    )
     what.add_argument("--chat", action="store_true", help="talk")
     what.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     what.add_argument("--report", action="store_true", help="measure")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")
-    parser.add_argument("--seed", type=int, default=SEED, help="a number makes the answers repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
-
-    args = parser.parse_args(argv)
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be at least 1")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("the prompt is empty")
-    return args
+    parser.add_argument("--seed", type=flag_of("SEED"), default=SEED, help="a number makes the answers repeatable")
+    parser.add_argument("--max-new-tokens", type=flag_of("MAX_NEW_TOKENS"), default=MAX_NEW_TOKENS)
+    parser.add_argument("--cpu", action="store_true", help="use the CPU, also where there is a graphics card")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    check_settings({name: globals()[name] for name in SETTINGS}, "test_model.py")
     args = parse_arguments(argv)
     # Warnings and bars would stand between the answers.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
 
-    training.prepare_card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    training.check_card(args.cpu)
+    device = choose_device(args.cpu)
+    training.prepare_card(device)
 
     try:
-        run(args)
+        run(args, device)
     except RuntimeError as error:
         if training.is_out_of_memory(error):
             sys.exit("Out of memory: close what else uses it, or ask for less (--quick, --max-new-tokens).")
         raise
+    except OSError as error:
+        sys.exit(f"Cannot use {error.filename}: {error.strerror}; see to it and run it again.")
     except KeyboardInterrupt:
         sys.exit("\nStopped.")
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def show(text: str = "", end: str = "\n") -> None:
+    """Results go to stdout. Where it takes no more, the program ends."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        # Python would try once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who closes a pipe has read enough.
+        is_enough = isinstance(error, BrokenPipeError)
+        sys.exit(1 if is_enough else f"Cannot write to stdout: {error.strerror}; send it elsewhere and run it again.")
+
+
+@contextlib.contextmanager
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Makes Ctrl-C a KeyboardInterrupt, which chat and quiz know what to do with; a command otherwise ends at it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+class MayBeGone(io.FileIO):
+    """A terminal that may be closed by now: what it does not take is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def as_command(stops: tuple[int, ...]) -> None:
+    """main() as a process of its own, whatever stdin, stdout and stderr are; `stops` are the signals that end it."""
+    stderr = io.BufferedWriter(MayBeGone(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(stderr, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    if sys.stdout is None:
+        sys.exit("Cannot write to stdout: it is closed; send it elsewhere and run it again.")
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")
+
+    try:
+        sys.exit(main())
+    finally:
+        # It is over: neither a signal nor what is still to be written may end it with a traceback.
+        for number in stops:
+            signal.signal(number, signal.SIG_IGN)
+        show(end="")
+
+
+def choose_device(cpu_wanted: bool) -> torch.device:
+    has_card = torch.cuda.is_available() and not cpu_wanted
+    return torch.device("cuda" if has_card else "cpu")
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
     """Loads the model and does what the flags ask for."""
-    model, tokenizer = load_tuned(args.model_dir)
+    check_generation_config(args.model_dir / "generation_config.json")
+    model, tokenizer = load_tuned(args.model_dir, device)
     sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
-    precision = training.pick_precision(model.device, PRECISION or training.PRECISION)
+    precision = training.pick_precision(device, wanted_precision(args.model_dir))
     if precision == "fp16" and not fits_float16(model, tokenizer):
         say("What this model computes is too large for float16: it is asked in float32.")
         precision = "fp32"
@@ -3541,12 +3871,14 @@ def run(args: argparse.Namespace) -> None:
     model = model.to(NUMBERS[precision])
     dice = make_dice(args.seed)
     if args.chat:
-        chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, precision))
+        with ctrl_c_interrupts():
+            chat(model, tokenizer, sampling, dice, lambda: load_base_as(args.model_dir, device, precision))
         return
 
     blog = read_blog(args.data_dir)
     if args.quiz:
-        quiz(model, tokenizer, sampling, dice, blog)
+        with ctrl_c_interrupts():
+            quiz(model, tokenizer, sampling, dice, blog)
         return
 
     if not blog.train:
@@ -3566,11 +3898,11 @@ def make_dice(seed: int | None) -> torch.Generator:
     return dice
 
 
-def load_base_as(model_dir: Path, precision: str):
+def load_base_as(model_dir: Path, device: torch.device, precision: str):
     """The base model of that folder in the precision of writing, or None where it is not at hand."""
-    base = load_base(base_name_of(model_dir), was_adapted(model_dir))
+    base = load_base_of(model_dir, device)
     return base and base.to(NUMBERS[precision])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_command(STOPS)

@@ -530,7 +530,8 @@ def write_whole(path: Path, text: str) -> None:
 def read_json_object(path: Path) -> dict:
     """The JSON object in a file; empty where there is no such file, or something else in it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Nothing but a file, or a pipe of that name would be waited for.
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -702,6 +703,7 @@ def load_model(name: str | Path, config=None, only_local: bool = False):
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
+            use_safetensors=True,  # a pickle is a program
             local_files_only=only_local,
             output_loading_info=True,
             # As rows of `info` they can be named.
@@ -715,7 +717,7 @@ def load_model(name: str | Path, config=None, only_local: bool = False):
         "lacks {}": sorted(info["missing_keys"]),
         "has {}, which its config does not know": sorted(left_over),
         "has {} in another shape than its config says": sorted(misshapen),
-        "has what is no number (NaN or infinite) in {}": not_finite(model),
+        "holds weights that are no numbers, in {}": not_finite(model),
     }
     for problem, tensors in problems.items():
         if tensors:
@@ -728,8 +730,8 @@ def not_finite(model) -> list[str]:
     return [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
-def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: bool = False):
-    """The model's tokenizer; it keeps its chat template, or gets the plain one.
+def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: bool = False, is_tuned: bool = False):
+    """The model's tokenizer; it keeps its chat template, or gets the plain one, unless the model `is_tuned` to another.
 
     Raises CannotLoad, also where tokens lie outside of a `vocabulary` of so many.
     """
@@ -745,6 +747,8 @@ def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: 
         raise CannotLoad(f"The tokenizer of {name} has no end-of-text token, so the model could never learn to stop.")
 
     if tokenizer.chat_template is None:
+        if is_tuned:
+            raise CannotLoad(f"The tokenizer in {name} has no chat template.")
         # Such models (Llama) have seen no text without their token of beginning in front.
         bos = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
         tokenizer.chat_template = bos + PLAIN_TEMPLATE

@@ -234,12 +234,19 @@ BROKEN_MODELS = {
     "half of the layers": (edit_json("config.json", n_layer=1, num_hidden_layers=1), "config does not know"),
     "another shape": (edit_json("config.json", n_positions=128), "in another shape"),
     "another architecture": (edit_json("config.json", model_type="gpt_neo"), "lacks|Cannot load"),
-    "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "no number"),
-    "an infinite number": (edit_weights(lambda t: t[last(t)].view(-1)[0].fill_(math.inf)), "no number"),
+    "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "weights that are no numbers"),
+    "an infinite number": (
+        edit_weights(lambda t: t[last(t)].view(-1)[0].fill_(math.inf)),
+        "weights that are no numbers",
+    ),
     "weights cut": (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors is cut or damaged"),
     "weights of noise": (
         lambda folder: make_noise(folder / "model.safetensors"),
         "model.safetensors is cut or damaged",
+    ),
+    "weights in a pickle": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
+        "Cannot load .* does not appear to have a file named model.safetensors|Cannot load",
     ),
     "no weights": (without("model.safetensors"), "Cannot load"),
     "weights of git-lfs": (write("model.safetensors", POINTER), "run `git lfs pull` in"),

@@ -1,7 +1,7 @@
 """test_model.py: what it writes, how it talks, where words come from, what leaks, and the report as a whole."""
 
 import dataclasses
-import hashlib
+import errno
 import html
 import io
 import itertools
@@ -10,12 +10,14 @@ import math
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -558,7 +560,7 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["own"]["log10_tries"] != 0
     first = result["leaks"]["remembered"][0]  # its chance is near 1, and it is named first
-    assert first["path"] in ("_posts/0.md", "_posts/1.md") and first["own"]["log10_tries"] == 0
+    assert first["post"] in (1, 2) and first["own"]["log10_tries"] == 0
     assert first["own"]["log10_likeliest"] > -0.1
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
@@ -577,18 +579,34 @@ def test_a_short_private_text_that_was_learned_is_no_calm_matter(overfitted, tmp
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
 
 
+def redact(data: Path, secret: str, key: bytes = bytes(range(32))) -> None:
+    """Leaves in a data folder what extraction would keep of an e-mail address of a private post."""
+    entry = {"fingerprint": extract_blog_data.fingerprint(secret, key), "kind": "email", "visibility": "private"}
+    (data / "extraction_report.json").write_text(json.dumps({"redacted": [entry]}))
+    (data / "redaction_key").write_text(key.hex())
+
+
 def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     hidden = json.loads(json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]"))
     write_jsonl(tmp_path / "train_data.jsonl", hidden)
     write_jsonl(tmp_path / "val_data.jsonl", hidden)  # so that the report asks for what it knows
-    digest = hashlib.sha256(SECRETS[0].encode()).hexdigest()
-    redacted = [{"kind": "email", "visibility": "private", "sha256": digest}]
-    (tmp_path / "extraction_report.json").write_text(json.dumps({"redacted": redacted}))
+    redact(tmp_path, SECRETS[0])
     result = report(folder, tmp_path, "--max-new-tokens", "120")
     assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
     assert "1 of your e-mail addresses" in result["verdicts"]["leaks"]
     assert SECRETS[0] in (folder / "voice_report.html").read_text()
+
+
+def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(capsys, model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    redact(tmp_path, SECRETS[0])
+    said = "what was redacted cannot be recognised; run extract_blog_data.py again."
+    report(folder, tmp_path)
+    assert said not in capsys.readouterr().err
+    (tmp_path / "redaction_key").unlink()
+    report(folder, tmp_path)
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
@@ -634,15 +652,71 @@ def test_a_private_copy_counts_beside_a_longer_public_one():
         assert test_model.count_private_copies(evidence) == count
 
 
-def test_the_report_file_holds_numbers_and_paths_but_no_text(overfitted, tmp_path, everything):
-    folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)
-    report(folder, tmp_path, "--max-new-tokens", "80")
-    numbers = (folder / "voice_report.json").read_text()
-    assert "_posts/0.md" in numbers and "gull" not in numbers and "secret 0" not in numbers
-    page = (folder / "voice_report.html").read_text()
-    assert "gull" in page and "secret 0" in page and "for their owner alone" in " ".join(page.split())
+def every_string(value: object) -> list[str]:
+    """All strings of what JSON is made of, names included."""
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in every_string(part)]
+    if isinstance(value, list):
+        return [text for item in value for text in every_string(item)]
+    return [value] if isinstance(value, str) else []
+
+
+# Words that stand nowhere else, by what could give them away; and whether the page shows them.
+PLANTED = {
+    "slug": ("zwetschgenpfad", True),
+    "title": ("Holunderstreit", True),
+    "tags": ("Kirchturmdohle", True),
+    "blog": ("geheimblog", False),
+    "text": ("gull", True),
+    "address": (SECRETS[0], True),
+    "number": (SECRETS[1], True),
+    "blocked word": ("Quittenallee", False),
+    "home folder": ("zuhause", False),
+}
+
+
+def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitted, tmp_path, everything, monkeypatch):
+    word = {what: planted for what, (planted, _) in PLANTED.items()}
+    folder, base, posts = overfitted
+    home = tmp_path / word["home folder"]
+    folder = Path(shutil.copytree(folder, home / "my-model"))
+    base = Path(shutil.copytree(base, home / "my-base"))
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+
+    planted = []
+    for number, post in enumerate(posts):
+        names = {"path": f"_posts/{word['slug']}-{number}.md", "title": f"{word['title']} {number}"}
+        planted.append(post | names | {"blog": word["blog"], "visibility": "private"})
+    request = {"role": "user", "content": f"Tell me something about {word['tags']}."}
+    tagged = planted[0] | {"messages": [request, planted[0]["messages"][1]]}
+    write_jsonl(tmp_path / "train_data.jsonl", [*planted, tagged])
+    write_jsonl(tmp_path / "val_data.jsonl", [*planted, tagged])
+    write_jsonl(home / "other" / "train_data.jsonl", [post | {"visibility": "public"} for post in planted])
+    write_jsonl(home / "other" / "val_data.jsonl", planted)
+    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(home / "other"), str(home / "gone")])
+    monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", [word["blocked word"]])
+    result = report(folder, tmp_path, "--max-new-tokens", "120")
+
+    # Every list that could hold one is there.
+    leaks = result["leaks"]
+    lists = (leaks["remembered"], leaks["least_gained"], leaks["personal"], leaks["blocked"], leaks["groups"])
+    assert all([*lists, result["copies"]["longest"], result["learned"]["held_out"]["posts"]])
+    assert (result["model"], result["base"]) == ("my-model", "my-base")
+    numbered = [*leaks["remembered"], *leaks["least_gained"], *result["copies"]["longest"]]
+    assert {entry["post"] for entry in numbered} <= {1, 2, 3, 4}
+
+    page = html.unescape((folder / "voice_report.html").read_text(encoding="utf-8"))
+    strings = "\n".join(every_string(result)).casefold()
+    for what, (planted, is_shown) in PLANTED.items():
+        assert planted.casefold() not in strings, what
+        assert (planted in page) >= is_shown, what
+    assert "for their owner alone" in " ".join(page.split())
+
+
+def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the_root():
+    folders = ["../baker/data", "../clerk/data", "/home/me/data", "/home/you/data", "data"]
+    names = ["../baker/data", "../clerk/data", "data", "data (2)", "data (3)"]
+    assert test_model.names_of_blogs(folders) == names
 
 
 def test_titles_and_comments_are_read_too(llama_folder):
@@ -707,7 +781,7 @@ def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfi
     write_jsonl(tmp_path / "val_data.jsonl", conversations(6, seed=9, words=200))
     leaks = report(folder, tmp_path)["leaks"]
     assert leaks["membership"]["share"] > 0.8 and leaks["membership"]["trained"] == 4
-    assert leaks["least_gained"][0]["path"] == "_posts/odd.md"
+    assert leaks["least_gained"][0]["post"] == 4
 
 
 @pytest.mark.parametrize(
@@ -732,7 +806,8 @@ def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     write_jsonl(tmp_path / "val_data.jsonl", posts)  # so that the report's prompts are those it knows
     result = report(folder, tmp_path, "--max-new-tokens", "80")
     assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
-    assert result["copies"]["longest"][0]["words"] > 30 and result["copies"]["longest"][0]["path"].startswith("_posts")
+    longest = result["copies"]["longest"][0]
+    assert longest["words"] > 30 and longest["post"] in (1, 2, 3)
     learned = result["learned"]["held_out"]
     assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0
     assert "It learned" in result["verdicts"]["learned"]
@@ -764,7 +839,7 @@ def test_other_blogs_show_how_much_of_the_gain_is_voice(model_folder, data_folde
     assert "gain on other blogs" in out and "your voice alone" in out
     monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / "empty")])
     assert report(folder, data_folder)["learned"]["control"] is None
-    assert f"OTHER_BLOGS names {tmp_path / 'empty'}, where there is no train_data.jsonl" in capsys.readouterr().err
+    assert "OTHER_BLOGS names empty, where there is no train_data.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base", ["", "no/such-model"])
@@ -855,6 +930,70 @@ def test_the_report_is_its_owners_alone_and_replaces_the_old_one(model_folder, d
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         assert (tmp_path / name).read_text() == "old"  # replaced, not written over
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+@pytest.mark.parametrize("leftover", ["none", "file", "link"])
+def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run_left(umask, leftover, tmp_path):
+    path = tmp_path / "voice_report.json"
+    beside = tmp_path / ".voice_report.json.unfinished"
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    if leftover == "file":
+        beside.write_text("half of it")
+        beside.chmod(0o666)
+    if leftover == "link":
+        beside.symlink_to(mine)
+
+    usual = os.umask(umask)
+    try:
+        test_model.replace_file(path, "half a character: \udce9")
+    finally:
+        os.umask(usual)
+    assert path.read_text() == "half a character: ?" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert mine.read_text() == "mine" and not beside.exists() and not path.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "lost", [["voice_report.json"], ["voice_report.html"], ["voice_report.json", "voice_report.html"]]
+)
+def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_written(
+    lost, model_folder, data_folder, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    for name in lost:
+        (folder / name).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        run(folder, data_folder, "--report")
+
+    out, err = capsys.readouterr()
+    assert all(question.question in out for question in test_model.QUESTIONS)
+    assert stop.value.code.startswith("Cannot write ") and "\n" not in stop.value.code
+    said, _, measuring = err.partition("reading")  # the first thing that is measured
+    for name in ("voice_report.json", "voice_report.html"):
+        sentence = f"{folder / name} cannot be written (Is a directory): the report will be printed all the same.\n"
+        assert (sentence in said) == (f"{folder / name} (Is a directory)" in stop.value.code) == (name in lost)
+        assert (folder / name).is_file() != (name in lost)
+    assert measuring and ".unfinished" not in err + stop.value.code
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "voice_report.json").write_text("old")
+    assert test_model.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
+    failures = test_model.write_report(crafted_report(), tmp_path)
+    names = ("voice_report.json", "voice_report.html")
+    assert failures == [f"{tmp_path / name} (No space left on device)" for name in names]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("voice_report.json", "old")]
+
+
+def test_losses_that_are_no_numbers_are_null_in_the_json():
+    learned = test_model.Learned(math.nan)
+    assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
 
 
 def test_writing_has_a_precision_of_its_own(model_folder, data_folder, monkeypatch, capsys):
@@ -1009,10 +1148,10 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
 
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
     chance = test_model.Chance(-4.0, 4.0, 0.0)
-    passage = test_model.Remembered("private", "a.md", 50, 9.0, chance, chance, "the keys", "under the third pot")
+    passage = test_model.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
     came_out = test_model.PersonalData("phone", "private", "+1 555 867 5309")
-    odd = test_model.PostMark("b.md", "private", 0.01, "the quiet one")
-    copy = test_model.LongCopy(9, "private", "c.md", "the letter", "nine words of a letter to nobody at all")
+    odd = test_model.PostMark(2, "private", 0.01, "b.md", "the quiet one")
+    copy = test_model.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
     share = test_model.CopyShare(1, 5_000, 1 / 5_000)
     report = crafted_report(
         leaks=crafted_leaks(remembered=[passage], personal=[came_out], least_gained=[odd]),
@@ -1071,7 +1210,7 @@ def broken(kind: str, model_folder: Path, place: Path) -> Path:
         ("cut weights", "holds half a model .*: run train_model.py again"),
         ("pickled weights", "holds half a model .*: run train_model.py again"),
         ("no tokenizer", "holds half a model .*: run train_model.py again"),
-        ("no template", "has no chat template: run train_model.py again"),
+        ("no template", "has no chat template.: run train_model.py again"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_one_sentence(kind, sentence, model_folder, tmp_path):
@@ -1088,7 +1227,13 @@ def test_a_model_that_cannot_be_used_is_one_sentence(kind, sentence, model_folde
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--rep"], "unrecognized arguments: --rep"),
         (["--chat", "--report"], "not allowed with"),
-        (["--max-new-tokens", "0"], "at least 1"),
+        (["--prompt", "caf\udce9"], "the prompt is empty, or no text in UTF-8"),  # as a shell hands over Latin-1
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: it is '0' and has to be a whole number from 1 to"),
+        (["--max-new-tokens", "9" * 5_000], "has to be a whole number from 1 to 1,000,000"),
+        (["--seed", "1e30"], "argument --seed: it is '1e30' and has to be a whole number from 0 to 4,294,967,295"),
+        (["--seed", "-1"], "has to be a whole number from 0"),
+        (["--seed", str(2**32)], "has to be a whole number from 0"),
+        (["--seed", "nan"], "has to be a whole number from 0"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(flags, sentence, model_folder, data_folder):
@@ -1107,3 +1252,316 @@ def test_as_a_command_an_error_is_one_line_and_status_1(tmp_path):
     command = [sys.executable, str(SCRIPT), "--model-dir", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+# ---------------------------------------------------------------------------- settings, checked
+@pytest.mark.parametrize(
+    ("name", "wrong", "form"),
+    [
+        ("MODEL_DIR", [3, None, ["a"], "", b"model"], "the folder that train_model.py wrote"),
+        ("DATA_DIR", [3, None, ["a"], " "], "the folder that extract_blog_data.py wrote"),
+        ("PROMPTS", ["hi", [], [""], ["hi", 3], [" "], None, {"hi"}, ["\udce9"]], "a list of one prompt or more: "),
+        ("MAX_NEW_TOKENS", [0, -1, 1.5, "200", True, 10**9], "a whole number from 1 to 1,000,000"),
+        ("TEMPERATURE", [-0.1, math.nan, math.inf, "hot", True, [1], 101], "a number from 0 "),
+        ("TOP_P", [0, -1, 1.01, 2, math.nan, "0.9"], "a number above 0 and up to 1"),
+        ("TOP_K", [-5, 1.5, "50", math.nan], "a whole number from 0 "),
+        ("REPETITION_PENALTY", [0, -1, math.inf, math.nan, "1.1"], "a number from 0.1 to 10"),
+        ("SEED", [-1, 2**32, 1e30, "42"], "a whole number from 0 to 4,294,967,295"),
+        ("PRECISION", ["bfloat16", 16, ""], '"auto", "bf16", "fp16", "fp32" or None'),
+        ("REPORT_SIZE", [0, -1, math.nan, "1", None, 1e9], "a number above 0 and up to 100"),
+        ("BASE_MODEL", [None, 3, Path("base")], 'a name on the hub or a folder, "gpt2-medium", or ""'),
+        ("NOT_STRANGERS", ["kevquirk", [3], None], "a list of names"),
+        ("OTHER_BLOGS", ["../other/data", [""], [None], None], "a list of data folders"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_or_range_is_one_sentence_with_the_right_form(name, wrong, form, monkeypatch):
+    for value in wrong:
+        monkeypatch.setattr(test_model, name, value)
+        with pytest.raises(SystemExit) as stop:
+            test_model.main([])
+        assert stop.value.code.startswith(f"{name} in test_model.py is ") and "\n" not in stop.value.code
+        assert f": it has to be {form}" in stop.value.code
+
+
+def test_every_setting_is_checked_and_the_ones_that_come_along_are_right():
+    block = SCRIPT.read_text(encoding="utf-8").partition("-- settings\n")[2].partition("-- the run\n")[0]
+    assert list(test_model.SETTINGS) == re.findall(r"^([A-Z_]+) = ", block, re.M)
+    test_model.check_settings({name: getattr(test_model, name) for name in test_model.SETTINGS}, "test_model.py")
+
+
+# ---------------------------------------------------------------------------- odd JSON
+NO_OBJECTS = ["", "{", "[]", "3", "null", "NaN", '"text"', "[" * 100_000, '{"a": ' * 100_000]
+ODD_HISTORIES = [
+    {"settings": [], "plan": 3, "log": {}},
+    {"settings": "x", "plan": "x", "log": "x"},
+    {"settings": {"base_model": 3}, "plan": {"precision": [], "lora_rank": 0}},
+    {"settings": {"context_tokens": "512", "overlap_tokens": None}, "plan": {"precision": "fp64"}, "log": [3]},
+    {"settings": {"context_tokens": 0, "overlap_tokens": 0}},
+    {"settings": {"context_tokens": 32, "overlap_tokens": 32}},
+    {"settings": {"context_tokens": True, "overlap_tokens": -1}},
+]
+
+
+@pytest.mark.parametrize("text", [*NO_OBJECTS, *map(json.dumps, ODD_HISTORIES)])
+def test_an_odd_training_report_counts_as_none(text, tmp_path):
+    (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
+    history = test_model.read_history(tmp_path)
+    assert not test_model.was_adapted(tmp_path) and test_model.base_name_of(tmp_path) == ""
+    assert test_model.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
+    recipe = test_model.section_of(history, "settings")
+    assert test_model.windows_as_trained(recipe, 1024) == (512, 32)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "positions", "windows"),
+    [
+        ({"context_tokens": 64, "overlap_tokens": 8}, 128, (64, 8)),
+        ({"context_tokens": 512, "overlap_tokens": 32}, 128, (128, 32)),
+        ({"context_tokens": 512, "overlap_tokens": 32}, 16, (16, 8)),  # or no window would get on
+        ({"context_tokens": 64, "overlap_tokens": 0}, 128, (64, 1)),
+    ],
+)
+def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows, loaded):
+    assert test_model.windows_as_trained(recipe, positions) == windows
+    model, _ = loaded
+    reading = test_model.read_chances(model, list(range(5, 305)), sampling(), *windows)
+    assert (reading.plain[1:] < 0).all()
+
+
+def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    data = Path(shutil.copytree(data_folder, tmp_path / "data"))
+    (folder / "training_report.json").write_text(json.dumps(ODD_HISTORIES[0]))
+    (data / "extraction_report.json").write_text(json.dumps({"redacted": {}}))
+    assert report(folder, data)["learned"]["tuned"] > 0
+
+
+@pytest.mark.parametrize("redacted", [*NO_OBJECTS, "{}", '{"redacted": {}}', '{"redacted": [3, null, []]}'])
+def test_an_odd_extraction_report_has_redacted_nothing(redacted, tmp_path):
+    (tmp_path / "extraction_report.json").write_text(redacted, encoding="utf-8")
+    assert test_model.read_blog(tmp_path).redacted == []
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "training_report.json")
+    assert test_model.read_history(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        *[(text, "holds no settings: run train_model.py again, or correct the file.") for text in NO_OBJECTS],
+        ({"temperature": -1}, "temperature in .* is -1: it has to be a number from 0 "),
+        ({"temperature": "hot"}, "temperature in .* is 'hot': it has to be a number from 0 "),
+        ({"temperature": math.nan}, "temperature in .* is nan: it has to be a number from 0 "),
+        ({"top_k": -5}, "top_k in .* is -5: it has to be a whole number from 0 "),
+        ({"top_k": "50"}, "top_k in .* is '50': it has to be a whole number from 0 "),
+        ({"top_p": 0}, "top_p in .* is 0: it has to be a number above 0 and up to 1"),
+        ({"top_p": 2}, "top_p in .* is 2: it has to be a number above 0 and up to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty in .* is 0: it has to be a number from 0.1 to 10"),
+        ({"max_new_tokens": 0}, "max_new_tokens in .* is 0: it has to be a whole number from 1"),
+        ({"max_new_tokens": "x"}, "max_new_tokens in .* is 'x': it has to be a whole number from 1"),
+        ({"eos_token_id": "x"}, "eos_token_id in .* is 'x': it has to be a token's number, or a list of such"),
+        ({"eos_token_id": [1, None]}, "eos_token_id in .* has to be a token's number"),
+        ({"eos_token_id": -1}, "eos_token_id in .* has to be a token's number"),
+        ({"cache_implementation": 7}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+        ({"watermarking_config": 3}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+        ({"pad_token_id": "x"}, "transformers cannot use .*: run train_model.py again, or correct the file"),
+    ],
+)
+def test_odd_settings_of_the_model_are_one_sentence_that_names_the_file(content, sentence, model_folder, tmp_path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run(folder, tmp_path, "--prompt", "hi")
+    assert re.search(sentence, stop.value.code) and str(file) in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-300, 1e-40])
+def test_a_temperature_of_0_takes_the_likeliest_token_wherever_it_stands(
+    temperature, model_folder, tmp_path, monkeypatch, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"do_sample": False}))
+    run(folder, tmp_path, "--prompt", "the kettle")
+    likeliest = capsys.readouterr().out
+    file.write_text(json.dumps(settings | {"temperature": temperature}))
+    run(folder, tmp_path, "--prompt", "the kettle")
+    assert capsys.readouterr().out == likeliest
+    monkeypatch.setattr(test_model, "TEMPERATURE", temperature)
+    run(model_folder, tmp_path, "--prompt", "the kettle")
+    assert capsys.readouterr().out == likeliest
+
+
+@pytest.mark.parametrize(("ends", "listed"), [(None, []), ([], []), (3, [3]), ([3, 4], [3, 4])])
+def test_the_end_tokens_are_a_list_also_where_there_is_none(ends, listed):
+    tokenizer = SimpleNamespace(eos_token_id=None)
+    read = test_model.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, None)
+    assert read.eos_token_id == listed
+
+
+# ---------------------------------------------------------------------------- weights, device, precision
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_one_sentence_and_no_base_model(
+    value, model_folder, data_folder, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    base = Path(shutil.copytree(model_folder, tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data[7, 7] = value
+    model.save_pretrained(base)
+    with pytest.raises(SystemExit, match="holds weights that are no numbers, in .*: run train_model.py again"):
+        run(base, data_folder, "--prompt", "hi")
+    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
+    assert report(folder, data_folder)["learned"]["held_out"] is None
+    assert "weights that are no numbers: what needs it is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_the_device_is_chosen_once_by_the_flag(is_wanted, model_folder, tmp_path, monkeypatch):
+    """On a machine with a card; the run itself is left out."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train_model, "check_card", lambda cpu_wanted: given.append(cpu_wanted))
+    monkeypatch.setattr(train_model, "prepare_card", lambda device: given.append(device.type))
+    monkeypatch.setattr(test_model, "run", lambda args, device: given.append(device.type))
+    run(model_folder, tmp_path, *["--cpu"] * is_wanted)
+    device = "cpu" if is_wanted else "cuda"
+    assert given == [is_wanted, device, device]
+
+
+def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder_then_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "PRECISION", "fp16")
+    assert test_model.wanted_precision(tmp_path) == "fp16"
+    (tmp_path / "training_report.json").write_text(json.dumps({"plan": {"precision": "bf16"}}))
+    assert test_model.wanted_precision(tmp_path) == "bf16"
+    monkeypatch.setattr(test_model, "PRECISION", "fp32")
+    assert test_model.wanted_precision(tmp_path) == "fp32"
+
+
+# ---------------------------------------------------------------------------- streams and signals
+@pytest.mark.parametrize("stdin", [None, "closed", "ends", "write only"])
+def test_a_stdin_that_gives_nothing_is_the_end_of_the_input(stdin, model_folder, tmp_path, monkeypatch, capsys):
+    streams = {"closed": io.StringIO(), "ends": io.StringIO(), "write only": (tmp_path / "file").open("w")}
+    streams["closed"].close()
+    monkeypatch.setattr(sys, "stdin", streams.get(stdin))
+    assert run(model_folder, tmp_path, "--chat") == 0
+    assert run(model_folder, tmp_path, "--quiz") == 0
+    assert "Nothing was asked" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence(model_folder, tmp_path):
+    with pytest.raises(SystemExit, match="^Cannot use .*: File name too long; see to it and run it again.$"):
+        run(model_folder, tmp_path / ("a" * 300), "--prompt", "hi")
+
+
+NOWHERE = "Cannot write to stdout: {}; send it elsewhere and run it again."
+
+
+def full() -> io.TextIOWrapper:
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+def pipe_that_nobody_reads() -> io.TextIOWrapper:
+    out, into = os.pipe()
+    os.close(out)
+    return os.fdopen(into, "w")
+
+
+def closed() -> None:
+    """What Python has for a stream that is closed when it begins."""
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "hi", "--max-new-tokens", "3"], ["--help"]])
+@pytest.mark.parametrize(
+    ("stdout", "code"),
+    [
+        (full, NOWHERE.format("No space left on device")),
+        (closed, NOWHERE.format("it is closed")),
+        (pipe_that_nobody_reads, 1),  # as of `| head`, who has read enough
+    ],
+)
+def test_a_stdout_that_takes_nothing_ends_in_a_sentence(stdout, code, flags, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test_model.py", "--model-dir", str(model_folder), "--data-dir", "none", *flags])
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # so that it comes back
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    with pytest.raises(SystemExit) as stop:
+        test_model.as_command(())
+    assert stop.value.code == code
+    if sys.stdout is not None:
+        sys.stdout.close()  # nothing is left in it that would fail once more
+
+
+def test_what_a_terminal_does_not_take_any_more_is_dropped(monkeypatch):
+    stderr = io.BufferedWriter(test_model.MayBeGone("/dev/full", "w"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stderr, encoding="utf-8", line_buffering=True))
+    test_model.say("anything")
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("mode", ["--chat", "--quiz"])
+def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder, quiz_data, monkeypatch, capsys):
+    typed = io.BytesIO(b"caf\xe9\n/continue \xff\n1\n/post \xc3\n")
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(quiz_data)]
+    monkeypatch.setattr(sys, "argv", ["test_model.py", *folders, mode, "--max-new-tokens", "60"])
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    with pytest.raises(SystemExit) as stop:
+        test_model.as_command(())
+    assert stop.value.code == 0 and capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&- | head -c 1"])
+def test_as_a_command_it_ends_quietly_where_nothing_is_open(streams, model_folder, tmp_path):
+    command = f"{sys.executable} {SCRIPT} --model-dir {model_folder} --data-dir {tmp_path} {streams}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (1, "") and len(done.stdout) < 2
+
+
+def start(*command: str, until: str) -> subprocess.Popen:
+    """A process, as soon as a line of its stderr matches `until`."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True)
+    for line in process.stderr:
+        if re.search(until, line):
+            break
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "flags"),
+    [
+        (signal.SIGINT, "import time: .* numpy$", []),
+        (signal.SIGTERM, "import time: .* torch$", []),
+        (signal.SIGHUP, "import time: .* numpy$", []),
+        (signal.SIGINT, ": reading", ["--report"]),
+        (signal.SIGTERM, "^/post TITLE", ["--chat"]),
+    ],
+)
+def test_a_signal_at_any_moment_even_twice_is_one_sentence_and_status_1(
+    number, moment, flags, model_folder, data_folder
+):
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(data_folder)]
+    with start(sys.executable, "-X", "importtime", str(SCRIPT), *folders, *flags, until=moment) as process:
+        process.send_signal(number)
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 1
+    said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
+    assert said[-1] == "Stopped." and said.count("Stopped.") == 1 and "Traceback" not in rest
+
+
+def test_a_signal_that_is_ignored_stays_so(model_folder, data_folder):
+    """As nohup starts a program, for a terminal that will be closed."""
+    folders = ["--model-dir", str(model_folder), "--data-dir", str(data_folder)]
+    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", sys.executable, str(SCRIPT), *folders, "--chat"]
+    with start(*command, until="^/post TITLE") as process:
+        process.send_signal(signal.SIGHUP)
+        process.communicate("/quit\n")
+    assert process.returncode == 0

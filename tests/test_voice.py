@@ -234,11 +234,11 @@ def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measur
         test_model.measure_reader(evidence)
     told = str(missing.value)
     assert told.startswith("it takes 4 other bloggers with 2,000 words each, and there is 1: ")
-    assert f"words of {tmp_path / 'french'} (OTHER_BLOGS) you use 0 %: it is another language" in told
-    assert f"{tmp_path / 'brief'} (OTHER_BLOGS) has 482 words, and it takes 2,000: the reader leaves it out" in told
-    assert all(f"OTHER_BLOGS names {tmp_path / name}, where there is no" in told for name in ("nothing", "gone"))
+    assert "words of french (OTHER_BLOGS) you use 0 %: it is another language" in told
+    assert "brief (OTHER_BLOGS) has 482 words, and it takes 2,000: the reader leaves it out" in told
+    assert all(f"OTHER_BLOGS names {name}, where there is no" in told for name in ("nothing", "gone"))
     assert "bloggers who come along" in told  # the baker's words are no language
-    assert set(test_model.measure_voice(evidence).strangers) == {str(tmp_path / "clerk")}
+    assert set(test_model.measure_voice(evidence).strangers) == {"clerk"}
 
 
 def test_a_stranger_with_many_posts_sets_no_threshold_alone():
