@@ -221,7 +221,7 @@ def make_report(args: argparse.Namespace, model, tokenizer, sampling: Generation
     evidence = gather_evidence(args, history, model, tokenizer, precision, size)
     evidence.tuned = try_out(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
-    base = load_base_of(args.model_dir, device)
+    base = load_base_of(args.model_dir, device, precision)
     if base is not None:
         evidence.base = try_out(base, tokenizer, evidence, sampling, "base")
 
@@ -243,19 +243,19 @@ NUMBERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 USUAL_POSITIONS = 2048  # of a model that has no limit (Mamba), so that an answer ends at all
 
 
-def load_for_writing(folder: str | Path, adapted: bool = False, device: torch.device | None = None):
+def load_for_writing(folder: str | Path, held_in: str = "fp32", device: torch.device | None = None):
     """A causal model in float32; asks no hub; raises CannotLoad if it is not there as a whole.
 
-    With `adapted`, in half precision as in training: a base model that takes adapters may be too large for float32.
+    With `held_in` "fp16" or "bf16" its matrices are in that precision, as those that adapters were trained beside: it
+    may be too large for float32. Such a model runs under autocast alone, until it is in half precision as a whole.
     """
     model = training.load_model(folder, only_local=True)
     device = device or choose_device(cpu_wanted=False)
-    if adapted:
-        training.hold_in_half(model, training.precision_on(device, PRECISION or training.PRECISION))
+    training.hold_in_half(model, held_in)
     return model.to(device).eval()
 
 
-def load_tuned(folder: Path, device: torch.device | None = None):
+def load_tuned(folder: Path, device: torch.device | None = None, held_in: str = "fp32"):
     """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
     if not (folder / "config.json").is_file():
         # train_model.py may have been killed between two renames. It alone moves folders.
@@ -270,7 +270,7 @@ def load_tuned(folder: Path, device: torch.device | None = None):
     try:
         vocabulary = training.vocabulary_of(training.load_config(folder, only_local=True))
         tokenizer = training.load_tokenizer(folder, vocabulary, only_local=True, is_tuned=True)
-        return load_for_writing(folder, was_adapted(folder), device), tokenizer
+        return load_for_writing(folder, held_in, device), tokenizer
     except CannotLoad as error:
         sys.exit(f"{folder} holds half a model ({brief(error)}): run train_model.py again.")
 
@@ -292,7 +292,9 @@ def fits_float16(model, tokenizer) -> bool:
 
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
     ids = request_tokens(tokenizer, PROMPTS[0])
-    model(input_ids=torch.tensor([ids], device=model.device))
+    # Under autocast, because a model whose matrices alone are held in half precision runs in no other way.
+    with training.autocast(model.device, "fp16"):
+        model(input_ids=torch.tensor([ids], device=model.device))
     for hook in hooks:
         hook.remove()
     return all(fits)
@@ -315,9 +317,10 @@ def section_of(content: dict, name: str) -> dict:
     return section if isinstance(section, dict) else {}
 
 
-def was_adapted(model_dir: Path) -> bool:
-    """Whether it was trained by adapters, with both models in half precision."""
-    return bool(section_of(read_history(model_dir), "plan").get("lora_rank"))
+def held_in(model_dir: Path, precision: str) -> str:
+    """What both models are held in while their losses are read: `precision` if adapters were trained, else float32."""
+    is_adapted = bool(section_of(read_history(model_dir), "plan").get("lora_rank"))
+    return precision if is_adapted else "fp32"
 
 
 def base_name_of(model_dir: Path) -> str:
@@ -325,7 +328,7 @@ def base_name_of(model_dir: Path) -> str:
     return BASE_MODEL or name_in(section_of(read_history(model_dir), "settings"), "base_model")
 
 
-def load_base_of(model_dir: Path, device: torch.device):
+def load_base_of(model_dir: Path, device: torch.device, precision: str):
     """The base model of that folder, or None where it is not at hand or no use, which is said."""
     name = base_name_of(model_dir)
     if not name:
@@ -335,7 +338,8 @@ def load_base_of(model_dir: Path, device: torch.device):
     # A relative folder is meant from where training ran, from beside this script, or from the tuned model.
     folders = [path for path in (Path(name), HERE / name, model_dir.resolve() / name) if path.is_dir()]
     try:
-        return load_for_writing(str(folders[0]) if folders else name, was_adapted(model_dir), device)
+        place = str(folders[0]) if folders else name
+        return load_for_writing(place, held_in(model_dir, precision), device)
     except CannotLoad as error:
         say(f"The base model {name} is not at hand ({brief(error)}): what needs it is left out.")
         return None
@@ -3856,12 +3860,13 @@ def choose_device(cpu_wanted: bool) -> torch.device:
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Loads the model and does what the flags ask for."""
     check_generation_config(args.model_dir / "generation_config.json")
-    model, tokenizer = load_tuned(args.model_dir, device)
-    sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     precision = training.pick_precision(device, wanted_precision(args.model_dir))
+    model, tokenizer = load_tuned(args.model_dir, device, held_in(args.model_dir, precision))
+    sampling = read_sampling(model.generation_config, tokenizer, args.max_new_tokens)
     if precision == "fp16" and not fits_float16(model, tokenizer):
         say("What this model computes is too large for float16: it is asked in float32.")
         precision = "fp32"
+        model = model.float()  # also where it was held in half precision
 
     # The report reads losses in float32 before it writes, so it changes the weights itself.
     if args.report:
@@ -3900,7 +3905,7 @@ def make_dice(seed: int | None) -> torch.Generator:
 
 def load_base_as(model_dir: Path, device: torch.device, precision: str):
     """The base model of that folder in the precision of writing, or None where it is not at hand."""
-    base = load_base_of(model_dir, device)
+    base = load_base_of(model_dir, device, precision)
     return base and base.to(NUMBERS[precision])
 
 

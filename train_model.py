@@ -37,6 +37,7 @@ import errno
 import functools
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -107,6 +108,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import sdpa_attention
 from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- settings
@@ -185,8 +187,9 @@ def train_in(places: Places, args: argparse.Namespace, process: PartialState) ->
     say_lines(data_lines(tokenized, rows_of))
 
     # What cannot fit is said here, before minutes are spent on loading weights.
+    begun = None if args.fresh else begun_with(places.unfinished)
     machine = look_at_machine(process)
-    plan, forecast = make_plan(args, config, rows_of["train"], machine)
+    plan, forecast = make_plan(args, config, rows_of["train"], machine, begun)
     say_lines(plan.lines(forecast))
     say(f"disk     {check_disk(places, plan)}")
 
@@ -194,7 +197,7 @@ def train_in(places: Places, args: argparse.Namespace, process: PartialState) ->
     identity = identity_of_run(args, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
-            open_unfinished(places.unfinished, identity, args.fresh)
+            open_unfinished(places.unfinished, identity, args.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
     # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
@@ -203,7 +206,7 @@ def train_in(places: Places, args: argparse.Namespace, process: PartialState) ->
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
-        plan, forecast = make_plan(args, config, rows_of["train"], machine)
+        plan, forecast = make_plan(args, config, rows_of["train"], machine, begun)
         say_lines(plan.lines(forecast))
 
     # Each rate that is tried has a model of its own, so this one makes room.
@@ -1279,7 +1282,8 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     # Trainer has switched off the cache in the model's config.
     settings = {**SAMPLING, "max_new_tokens": max_new_tokens, "do_sample": True, "use_cache": True}
 
-    with torch.random.fork_rng():
+    cards = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cards):
         torch.manual_seed(SEED)
         output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
     prompt_length = inputs["input_ids"].shape[1]
@@ -1367,21 +1371,37 @@ class Machine(NamedTuple):
 
 
 def look_at_machine(process: PartialState) -> Machine:
-    return Machine(
-        device=process.device,
-        processes=process.num_processes,
-        precision=pick_precision(process.device, PRECISION),
-        free_memory=free_memory(process.device),
-    )
+    free = free_memory(process.device)
+    if process.num_processes > 1:
+        # All have to make the same plan, also the one whose card has the desktop.
+        free = min(gather_object([free]))
+
+    precision = pick_precision(process.device, PRECISION)
+    if process.device.type == "cuda" and precision == "bf16" != fastest_precision(process.device):
+        sys.exit('Training with emulated bfloat16 takes memory that no plan counts: set PRECISION = "auto".')
+    return Machine(process.device, process.num_processes, precision, free)
 
 
-def make_plan(args: argparse.Namespace, config, rows: Dataset, machine: Machine) -> tuple[Plan, Forecast]:
-    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it."""
+class Begun(NamedTuple):
+    """How an unfinished run was begun: its checkpoint holds the averages of this optimizer, and of no other."""
+
+    optimizer: str
+    free_memory: int  # bytes
+
+
+def make_plan(
+    args: argparse.Namespace, config, rows: Dataset, machine: Machine, begun: Begun | None = None
+) -> tuple[Plan, Forecast]:
+    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it.
+
+    A run that was `begun` keeps its optimizer; how many rows go through at once, and what is recomputed, may change.
+    """
     shape = shape_of(config, LORA_RANK)
+    check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
     # An update has the same rows, however many processes share them, and however many go through at once.
     rows_of_process = max(1, ROWS_PER_UPDATE // machine.processes)
-    way, memory = fit_into_memory(shape, longest, rows_of_process, machine)
+    way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
 
     updates_per_epoch = math.ceil(len(rows) / ROWS_PER_UPDATE)
     updates = args.max_steps or math.ceil(updates_per_epoch * args.epochs)
@@ -1536,8 +1556,13 @@ def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width
 
 
-def memory_needed(shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu") -> dict[str, int]:
-    """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights but for "fp32"."""
+def memory_needed(
+    shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu", processes: int = 1
+) -> dict[str, int]:
+    """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights but for "fp32".
+
+    Of several `processes` each has the gradients twice: its own, and in the pieces in which they are sent around.
+    """
     # Frozen weights are held in the precision that they are computed in, so that autocast needs no copy of them.
     mixed = precision != "fp32"
     low_precision = 2 if mixed else 0
@@ -1576,20 +1601,29 @@ def memory_needed(shape: Shape, tokens: int, precision: str, way: WayToTrain, de
         activations = max(activations, frozen)
     return {
         "weights": frozen + trained * (4 + low_precision),
-        "gradients": trained * 4,
+        "gradients": trained * (8 if processes > 1 else 4),
         "optimizer": averages,
         "activations": activations,
     }
 
 
-def fit_into_memory(shape: Shape, tokens: int, rows: int, machine: Machine) -> tuple[WayToTrain, dict[str, int]]:
+def fit_into_memory(
+    shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
+) -> tuple[WayToTrain, dict[str, int]]:
     """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it then has room for.
 
     Returns it with its bytes by purpose; ends the program when there is none.
     """
-    fitting = first_that_fits(shape, tokens, rows, machine)
+    fitting = first_that_fits(shape, tokens, rows, machine, begun)
     if fitting:
         return fitting
+
+    free = tell_bytes(machine.free_memory)
+    if begun and first_that_fits(shape, tokens, rows, machine):
+        sys.exit(
+            f"The unfinished run was begun with {begun.optimizer}, when {tell_bytes(begun.free_memory)} of memory were "
+            f"free, and {free} are now: close what else takes memory to continue it, or throw it away with --fresh."
+        )
 
     way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
     if not shape.lora_rank:
@@ -1600,19 +1634,28 @@ def fit_into_memory(shape: Shape, tokens: int, rows: int, machine: Machine) -> t
             way_out = f"set {adapters}, which takes {size:.1f} GB, {way_out}"
 
     # The last way is the thriftiest.
-    way = WayToTrain(*ways_to_train(shape)[-1], rows_at_once=1)
-    needed = sum(memory_needed(shape, tokens, machine.precision, way, machine.device.type).values())
+    way = WayToTrain(*ways_to_train(shape, machine.device)[-1], rows_at_once=1)
+    needed = sum(memory_of_machine(shape, tokens, machine, way).values())
     sys.exit(
         f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
         f"{machine.free_memory / 1e9:.1f} GB are free: {way_out}"
     )
 
 
-def ways_to_train(shape: Shape) -> tuple[tuple[str, bool], ...]:
-    return OPTIMIZERS_OF_ADAPTERS if shape.lora_rank else OPTIMIZERS
+def memory_of_machine(shape: Shape, tokens: int, machine: Machine, way: WayToTrain) -> dict[str, int]:
+    return memory_needed(shape, tokens, machine.precision, way, machine.device.type, machine.processes)
 
 
-def first_that_fits(shape: Shape, tokens: int, rows: int, machine: Machine) -> tuple[WayToTrain, dict[str, int]] | None:
+def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
+    """As OPTIMIZERS, without those of bitsandbytes where that is not installed (macOS) or has no kernels (MPS)."""
+    ways = OPTIMIZERS_OF_ADAPTERS if shape.lora_rank else OPTIMIZERS
+    has_8_bit = device.type != "mps" and importlib.util.find_spec("bitsandbytes") is not None
+    return [way for way in ways if has_8_bit or "8bit" not in way[0]]
+
+
+def first_that_fits(
+    shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
+) -> tuple[WayToTrain, dict[str, int]] | None:
     """As `fit_into_memory`; None when there is no way."""
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
@@ -1620,13 +1663,26 @@ def first_that_fits(shape: Shape, tokens: int, rows: int, machine: Machine) -> t
         sizes = [size for size in (8, 4, 2, 1) if rows % size == 0]
 
     # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
-    for optimizer, checkpointing in ways_to_train(shape):
+    for optimizer, checkpointing in ways_to_train(shape, machine.device):
+        if begun and optimizer != begun.optimizer:
+            continue
         for size in sizes:
             way = WayToTrain(optimizer, checkpointing, size)
-            memory = memory_needed(shape, tokens, machine.precision, way, machine.device.type)
+            memory = memory_of_machine(shape, tokens, machine, way)
             if sum(memory.values()) + 1e9 <= machine.free_memory:
                 return way, memory
     return None
+
+
+def check_host_memory(shape: Shape, machine: Machine) -> None:
+    """Ends a run on a card whose weights the computer's own memory cannot hold: in float32 they are loaded there."""
+    needed = 4 * shape.parameters + 1e9
+    free = psutil.virtual_memory().available
+    if machine.device.type == "cuda" and needed > free:
+        sys.exit(
+            f"The model is loaded into the computer's memory first, which takes {tell_bytes(needed)}, and "
+            f"{tell_bytes(free)} are free: choose a smaller BASE_MODEL, or under WSL set memory= in .wslconfig."
+        )
 
 
 def free_memory(device: torch.device) -> int:
@@ -1829,12 +1885,12 @@ def find_rates(
             trial = with_flags(args, learning_rate=rate, max_steps=few)
             tried[rate] = try_rate(trial, folder, plan, rows_of, data)
             keep_rates(folder, tried)
-            gc.collect()
-            give_back_memory()
+            forget_trial(plan.optimizer)
         say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
     if all(math.isinf(tried[rate]) for rate in rates):
         sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
-    say(f"rate     {best_rate(tried):g} is the best of them, and the run's rate")
+    how = "the middle one of rates that are all alike" if is_tie(tried) else "the best of them"
+    say(f"rate     {best_rate(tried):g} is {how}, and the run's rate")
     return tried
 
 
@@ -1844,7 +1900,7 @@ def try_rate(args: argparse.Namespace, folder: Path, plan: Plan, rows_of: dict[s
 
     # Measured once, at its end.
     plan = replace(plan, evaluate_every=args.max_steps)
-    trainer = trainer_with([CastWeightsOnce(model.device)], args, folder, plan, model, rows_of, data)
+    trainer = trainer_with([CastWeightsOnce(model.device), SaySkipped()], args, folder, plan, model, rows_of, data)
     trainer.train()
 
     [measured] = evaluations(trainer.state.log_history)
@@ -1856,8 +1912,29 @@ def tell_bits(bits: float) -> str:
     return f"{bits:.4f} bits per byte on posts it never saw" if math.isfinite(bits) else "the loss became no number"
 
 
+def is_tie(tried: dict[float, float]) -> bool:
+    """Whether no rate made a difference, as where float16 skipped the updates of all trials."""
+    return len(tried) > 1 and len(set(tried.values())) == 1
+
+
 def best_rate(tried: dict[float, float]) -> float:
+    if is_tie(tried):
+        return sorted(tried)[len(tried) // 2]
     return min(tried, key=tried.get)
+
+
+def forget_trial(optimizer: str) -> None:
+    """Give back what a trial has left: its model waits for Python's collector, and bitsandbytes keeps its embeddings.
+
+    bitsandbytes notes for which layers Trainer wants averages in 32 bits, and never forgets one: 0.2 GB a trial of
+    GPT2-medium.
+    """
+    if "8bit" in optimizer:
+        from bitsandbytes.optim import GlobalOptimManager
+
+        GlobalOptimManager.get_instance().initialize()
+    gc.collect()
+    give_back_memory()
 
 
 def known_rates(folder: Path) -> dict[float, float]:
@@ -1977,6 +2054,9 @@ def trainer_with(
 
     # It would print the whole log entry to stdout.
     trainer.remove_callback(PrinterCallback)
+    scaler = trainer.accelerator.scaler
+    if scaler:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": FIRST_SCALE})
     return trainer
 
 
@@ -1997,6 +2077,7 @@ def training_arguments(args: argparse.Namespace, folder: Path, plan: Plan) -> Tr
         "use_cpu": plan.device == "cpu",
         "fp16": plan.precision == "fp16",  # for its scaling of the loss; see BlogTrainer for the rest
         "activation_checkpointing": plan.checkpointing,
+        "dataloader_pin_memory": plan.device == "cuda",
     }
 
     # Early stopping and `KeepBest` compare by the loss; when to save is for `Checkpoints` to say.
@@ -2056,10 +2137,15 @@ class StopAtNaN(TrainerCallback):
             )
 
 
+# Of the loss in float16, at first. torch's 65,536 overflows in the first updates of larger models, and a skipped update
+# is one of a trial's eight; at 4,096 a gradient of 2e-11 is still a number. A guess: no card has been at hand.
+FIRST_SCALE = 4096.0
+
+
 class SaySkipped(TrainerCallback):
     """Says which updates float16's loss scaling skipped, and keeps their gradient norm, no number, out of the log.
 
-    The scale begins at 65,536 and is halved whenever a gradient overflows, so the first updates may go this way.
+    The scale is halved whenever a gradient overflows.
     """
 
     def on_log(self, args, state, control, logs, **_):
@@ -2235,13 +2321,25 @@ def identity_of_run(args: argparse.Namespace, precision: str) -> dict:
     return identity
 
 
-def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
+def begun_with(folder: Path) -> Begun | None:
+    """How the run in `folder` was begun, if it has a checkpoint."""
+    begun = read_json_object(folder / "run.json").get(BEGUN_WITH)
+    if last_checkpoint(folder) is None or not isinstance(begun, dict):
+        return None
+    return Begun(**begun) if set(begun) == set(Begun._fields) else None
+
+
+BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
+
+
+def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> None:
     """Leave `folder` as it is if it holds a checkpoint of the same run; else make it that of a run that begins.
 
     Ends the program when it holds another run: only `fresh` throws that away.
     """
     restore_best(folder)
     earlier = {} if fresh else read_json_object(folder / "run.json")
+    earlier.pop(BEGUN_WITH, None)
     checkpoint = None if fresh else last_checkpoint(folder, say)
     rates = {} if fresh else known_rates(folder)
 
@@ -2261,7 +2359,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool) -> None:
 
     remove_run(folder)
     folder.mkdir(mode=0o700, exist_ok=True)
-    write_whole(folder / "run.json", json.dumps(identity, indent=1))
+    write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: begun._asdict()}, indent=1))
     # A run that was killed before its first checkpoint need not look for its learning rate again.
     if rates and earlier == identity:
         keep_rates(folder, rates)
@@ -2626,6 +2724,11 @@ def prepare_card(device: torch.device) -> None:
     # half a second each (https://github.com/modelscope/FunASR/issues/3704); not measured here.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
+    # Before sm_80 no kernel but the plainest takes fewer keys than queries (SmolLM2, Qwen, Llama 3), and that one keeps
+    # the weight of every token for the backward pass; with repeated keys the efficient kernel is right.
+    if torch.cuda.get_device_capability(device) < FIRST_CARDS["bf16"]:
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+
     # WSL puts what the card cannot hold into the computer's memory, many times slower, instead of failing.
     # 0.3 GB is a guess at what CUDA takes beside PyTorch's tensors.
     free, total = torch.cuda.mem_get_info()
@@ -2635,7 +2738,7 @@ def prepare_card(device: torch.device) -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """PyTorch raises a kind of its own only for its own tensors; cuBLAS and the CPU are told by their words."""
-    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
@@ -3065,7 +3168,10 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         # The kinds of RuntimeError that a user can do something about are only told apart by their words.
         if is_out_of_memory(error):
-            sys.exit("Out of memory: lower CONTEXT_TOKENS or choose a smaller BASE_MODEL; the last checkpoint stands.")
+            sys.exit(
+                "Out of memory: close what else takes memory and run the same command again, which plans anew and "
+                "continues; lower CONTEXT_TOKENS or a smaller BASE_MODEL take less, and start over with --fresh."
+            )
         if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
             sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); what was there before still is.")
         raise
