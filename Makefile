@@ -16,7 +16,7 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make install   Python packages into .venv/ (2 GB), nothing else'
+	@echo 'make install   Python packages into .venv/ (2 GB, with CUDA about 7), nothing else'
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make check     ruff, and the tests that take seconds'
 	@echo 'make test      ruff, and all tests: about eight minutes; .ci/run is this'
@@ -40,7 +40,7 @@ INSTALL_FAILED := { echo "Cannot install the packages: is there a network connec
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 2 GB on the disk, one to ten minutes.'
+	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 2 GB on the disk, with CUDA about 7; minutes.'
 	@$(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@$(PIP) install -r requirements.txt || $(INSTALL_FAILED)
 	@touch $@

@@ -130,7 +130,7 @@ def test_a_stopped_run_in_float16_ends_as_if_nothing_had_happened(
 # ---------------------------------------------------------------------------- trials
 @pytest.mark.parametrize(("optimizer", "rank"), [(FUSED, 0), (FUSED, 4), (EIGHT_BIT, 0)])
 def test_nothing_keeps_a_parameter_of_a_trial(optimizer, rank, gpt2_folder, data_folder, tmp_path, monkeypatch):
-    """A card need not hold two models. Python's collector would come at some time of its own, and bitsandbytes notes the
+    """A card need not hold two models. Python's collector would come at some time of its own, and bitsandbytes kept the
     embeddings of each for good: 0.6 GB of a card when the run itself began."""
     monkeypatch.setattr(train_model, "LORA_RANK", rank)
     train_this_way(monkeypatch, optimizer)
