@@ -65,12 +65,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
+    # A closed stdin, stdout or stderr leaves its number to the next file that is opened: what is said would go there.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
     # The libraries take seconds to load; nothing is begun by then.
     def stop_while_loading(*_):
-        os.write(2, b"Stopped before anything was begun.\n")
-        os._exit(1)
+        try:
+            os.write(2, b"Stopped before anything was begun.\n")
+        finally:
+            os._exit(1)
 
-    signal.signal(signal.SIGINT, stop_while_loading)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What nohup keeps away stays away.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop_while_loading)
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["USE_HUB_KERNELS"] = "NO"  # transformers would run code from the hub in place of its own
@@ -308,6 +318,8 @@ def say_lines(lines: list[str]) -> None:
 
 def print_result(text: str) -> None:
     """On stdout; where that is full or gone, in the sentence that ends the program."""
+    if sys.stdout is None:
+        sys.exit(f"The model is in place; stdout is closed: {text}")
     try:
         print(text, flush=True)
     except OSError as error:
