@@ -2439,8 +2439,8 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
     if something_left and not fresh and not earlier:
         say(f"{folder / 'run.json'} cannot be read, so nothing there can be continued: this run starts over.")
 
-    remove_run(folder)
     folder.mkdir(mode=0o700, exist_ok=True)
+    remove_run(folder)
     write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: begun._asdict()}, indent=1))
     # A run that was killed before its first checkpoint need not look for its learning rate again.
     if rates and earlier == identity:

@@ -176,7 +176,8 @@ def test_what_comes_to_lie_at_the_place_during_a_run_is_left_alone(home, monkeyp
 
 
 def test_the_second_run_in_a_folder_names_the_first(home):
-    lock = "import filelock; held = filelock.FileLock('mine-unfinished/train_model.lock'); held.acquire(); print(flush=True); input()"
+    hold = "held = filelock.FileLock('mine-unfinished/train_model.lock'); held.acquire(); print(flush=True); input()"
+    lock = f"import filelock; {hold}"
     Path("mine-unfinished").mkdir()
     Path("mine-unfinished/train_model.lock").write_text("process 4711, since 09:30 on 27 November", encoding="utf-8")
     first = subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
