@@ -2807,6 +2807,10 @@ def what_keeps_from_cuda() -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if "No CUDA GPUs" in reason and visible != "0":
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the cards: set it to 0"
+
     needed = DRIVER_NEEDED.get(built_with.split(".")[0], "of the same age")
     return (
         f"PyTorch {torch.__version__} cannot use it ({reason}): CUDA {built_with} needs the driver {needed} or newer; "

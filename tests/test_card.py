@@ -246,6 +246,17 @@ def test_grouped_queries_give_the_same_with_repeated_keys(llama_folder, monkeypa
         assert torch.allclose(model(input_ids=ids).logits, usual, atol=1e-5)
 
 
+def test_a_number_that_no_card_has_is_not_taken_for_an_old_driver(monkeypatch):
+    def none_of_them():
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", none_of_them)
+    for number, reason in {"7": "CUDA_VISIBLE_DEVICES is '7', which names none of the cards", "0": "newer"}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", number)
+        assert reason in train_model.what_keeps_from_cuda()
+
+
 def test_emulated_bfloat16_is_refused_for_training(monkeypatch):
     monkeypatch.setattr(train_model, "PRECISION", "bf16")
     monkeypatch.setattr(train_model, "free_memory", lambda device: 0)
