@@ -3259,6 +3259,7 @@ def stop_at_once(number, frame):
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o077)  # whatever is written can repeat what is private
     on_stop_signals(stop)
+
     try:
         args = parse_arguments(argv)
         transformers.logging.set_verbosity_error()
@@ -3266,6 +3267,7 @@ def main(argv: list[str] | None = None) -> int:
             transformers.logging.disable_progress_bar()
         keep_freed_memory()
         train(args)
+
     except KeyboardInterrupt:
         sys.exit("Stopped: run the same command again; it continues from the last checkpoint, if there is one.")
     except RuntimeError as error:
@@ -3278,6 +3280,7 @@ def main(argv: list[str] | None = None) -> int:
         if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
             sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); what was there before still is.")
         raise
+
     except pickle.UnpicklingError as error:  # which is refused, and not run
         sys.exit(f"The checkpoint holds what is none of train_model.py's ({brief(error)}): start over with --fresh.")
     except SafetensorError as error:  # of a model that is saved; one that is loaded has its own sentence
