@@ -255,18 +255,24 @@ def load_for_writing(folder: str | Path, held_in: str = "fp32", device: torch.de
     return model.to(device).eval()
 
 
+def check_place(folder: Path) -> None:
+    """Ends the program where there is no model in the folder."""
+    if (folder / "config.json").is_file():
+        return
+
+    # train_model.py may have been killed between two renames. It alone moves folders.
+    previous = training.Places(folder.resolve()).previous
+    if (previous / "config.json").is_file():
+        sys.exit(
+            f"{folder} is half replaced: run train_model.py again, which ends that at once, or read the model of "
+            f"before with --model-dir {previous}."
+        )
+    sys.exit(f"There is no model in {folder}: run train_model.py first.")
+
+
 def load_tuned(folder: Path, device: torch.device | None = None, held_in: str = "fp32"):
     """(model, tokenizer) of a folder that train_model.py wrote; ends the program if it is not whole."""
-    if not (folder / "config.json").is_file():
-        # train_model.py may have been killed between two renames. It alone moves folders.
-        previous = training.Places(folder.resolve()).previous
-        if (previous / "config.json").is_file():
-            sys.exit(
-                f"{folder} is half replaced: run train_model.py again, which ends that at once, or read the model of "
-                f"before with --model-dir {previous}."
-            )
-        sys.exit(f"There is no model in {folder}: run train_model.py first.")
-
+    check_place(folder)
     try:
         vocabulary = training.vocabulary_of(training.load_config(folder, only_local=True))
         tokenizer = training.load_tokenizer(folder, vocabulary, only_local=True, is_tuned=True)
@@ -3859,6 +3865,7 @@ def choose_device(cpu_wanted: bool) -> torch.device:
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """Loads the model and does what the flags ask for."""
+    check_place(args.model_dir)
     check_generation_config(args.model_dir / "generation_config.json")
     precision = training.pick_precision(device, wanted_precision(args.model_dir))
     model, tokenizer = load_tuned(args.model_dir, device, held_in(args.model_dir, precision))

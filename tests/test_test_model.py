@@ -1306,7 +1306,7 @@ ODD_HISTORIES = [
 def test_an_odd_training_report_counts_as_none(text, tmp_path):
     (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
     history = test_model.read_history(tmp_path)
-    assert not test_model.was_adapted(tmp_path) and test_model.base_name_of(tmp_path) == ""
+    assert test_model.held_in(tmp_path, "bf16") == "fp32" and test_model.base_name_of(tmp_path) == ""
     assert test_model.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
     recipe = test_model.section_of(history, "settings")
     assert test_model.windows_as_trained(recipe, 1024) == (512, 32)
