@@ -28,7 +28,7 @@ help:
 ifneq ($(wildcard $(VENV)/installed),)
 ifneq ($(shell $(BIN)/python -c 'print("works")' 2>/dev/null),works)
 $(info The Python that $(VENV)/ was made with is gone: its packages are installed anew.)
-$(shell rm -f $(VENV)/installed*)
+$(shell rm -f $(VENV)/installed* $(BIN)/python*)
 endif
 endif
 
