@@ -19,7 +19,7 @@ help:
 	@echo 'make install   Python packages into .venv/ (2 GB, with CUDA about 7), nothing else'
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make check     ruff, and the tests that take seconds'
-	@echo 'make test      ruff, and all tests: about eight minutes; .ci/run is this'
+	@echo 'make test      ruff, and all tests: up to 22 minutes on two cores; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
 	@echo 'make test-ollama   the Modelfile, read by the template language of Ollama (needs Go: apt install golang-go)'
