@@ -289,8 +289,8 @@ BROKEN_MODELS = {
         "model.safetensors is cut or damaged",
     ),
     "weights in a pickle": (
-        lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
-        "Cannot load .* does not appear to have a file named model.safetensors|Cannot load",
+        lambda folder: pickle_weights(folder),
+        "Cannot load .*model.safetensors",
     ),
     "no weights": (without("model.safetensors"), "Cannot load"),
     "weights of git-lfs": (write("model.safetensors", POINTER), "run `git lfs pull` in"),
@@ -366,6 +366,13 @@ BROKEN_MODELS = {
         "chat template of .* fails",
     ),
 }
+
+
+def pickle_weights(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
 
 
 def shrink_vocabulary(folder: Path) -> None:
