@@ -52,6 +52,7 @@ import json
 import math
 import multiprocessing
 import re
+import reprlib
 import secrets
 import stat
 import string
@@ -1697,7 +1698,7 @@ BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in the name of a file, in a li
 
 def blocked_words() -> tuple[str, ...]:
     """BLOCKED_WORDS as it is now, without blanks around them. Exits with a sentence if one of them is no word."""
-    check_settings({"BLOCKED_WORDS": BLOCKED_WORDS})
+    check_settings({"BLOCKED_WORDS": BLOCKED_WORDS}, SETTINGS, "extract_blog_data.py")
     return tuple(word.strip() for word in BLOCKED_WORDS)
 
 
@@ -2361,16 +2362,16 @@ def say(text: str, end: str = "\n"):
         sys.stderr = None  # Python would try again at the end
 
 
-def print_or_exit(text: str, remedy: str):
-    """Prints on stdout. Exits with a sentence if it is closed or full, without one if its reader has gone (head)."""
+def print_or_exit(text: str, remedy: str, end: str = "\n"):
+    """Prints on stdout. Exits with a sentence if it is closed or full, without one if its reader is gone (head)."""
     if sys.stdout is None:
         sys.exit(f"Cannot print on stdout, which is closed: {remedy}.")
     try:
-        # The name of a folder need not be UTF-8, and a terminal need not know every letter.
+        # A folder's name need not be UTF-8, and a terminal may lack a character.
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except BrokenPipeError:
-        sys.stdout = None  # Python would try again at the end
+        sys.stdout = None  # or Python would try again at exit
         sys.exit(1)
     except OSError as error:
         sys.stdout = None
@@ -2422,32 +2423,64 @@ def stop_at_once(*_, calls: Iterator[int] = count()):  # noqa: B008, one count f
 
 # ---------------------------------------------------------------- checked settings
 class Kind(NamedTuple):
-    """What a setting must be, in words and as a test."""
+    """What a value must be."""
 
-    words: str
+    words: str  # "must be ..."
     allows: Callable[[object], bool]
+    read: Callable[[str], object] = str  # the value of a flag's text; raises ValueError
+
+
+class Setting(NamedTuple):
+    """A row of a script's table of settings."""
+
+    kind: Kind
+    example: str  # a right value, as it is typed
+    least: int | None = None  # for a list of this kind: how many entries it needs; None: the setting is no list
+    flag: str = ""  # the flag for the same value
 
 
 def whole(low: int, high: int) -> Kind:
     def allows(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
-    return Kind(f"a whole number from {low:,} to {high:,}", allows)
+    return Kind(f"a whole number from {low:,} to {high:,}", allows, int)
 
 
 def number(low: float, high: float) -> Kind:
-    # A NaN is in no range.
+    # NaN is in no range.
     def allows(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
-    return Kind(f"a number from {low:,} to {high:,}", allows)
+    return Kind(f"a number from {low:,} to {high:,}", allows, float)
+
+
+def above(low: float, high: float) -> Kind:
+    within = number(low, high)
+    words = f"a number above {low:,} and up to {high:,}"
+    return Kind(words, lambda value: within.allows(value) and value != low, float)
+
+
+def one_of(*names: str) -> Kind:
+    *first, last = [f'"{name}"' for name in names]
+    words = f"{', '.join(first)} or {last}" if first else last
+    return Kind(words, lambda value: isinstance(value, str) and value in names)
+
+
+def either(one: Kind, other: Kind) -> Kind:
+    """Of the two kinds, a flag's text is read as the second; if that fails, it stays text."""
+    words = f"{one.words} or {other.words}"
+    return Kind(words, lambda value: one.allows(value) or other.allows(value), other.read)
+
+
+def optional(kind: Kind) -> Kind:
+    return either(Kind("None", lambda value: value is None), kind)
 
 
 def template(places: int) -> Kind:
-    """A text with so many {}, and no other braces that str.format would look at."""
+    """A text with this many {}, and no other braces that str.format would read."""
 
     def allows(value: object) -> bool:
-        if not is_text(value):
+        if not is_filled(value):
             return False
         try:
             parts = list(string.Formatter().parse(value))
@@ -2460,32 +2493,64 @@ def template(places: int) -> Kind:
 
 
 def is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Whether it is a text that UTF-8 can hold; a shell may pass bytes of another encoding."""
+    return isinstance(value, str) and "\0" not in value and value == value.encode("utf-8", "ignore").decode()
+
+
+def is_filled(value: object) -> bool:
+    return is_text(value) and bool(value.strip())
 
 
 def is_path(value: object) -> bool:
     return isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value)
 
 
-def is_word(value: object) -> bool:
-    return isinstance(value, str) and any(map(str.isalnum, value))
-
-
+TEXT = Kind("a text in UTF-8", is_text)  # may be empty
+NAME = Kind("a name that is not empty, in UTF-8", is_filled)
+SENTENCE = Kind("a sentence in quotation marks, in UTF-8", is_filled)
+WORD_OR_WORDS = Kind("a word in quotation marks", lambda value: is_text(value) and any(map(str.isalnum, value)))
 FOLDER = Kind("the name of a folder, not empty", is_path)
-NAME = Kind("a name that is not empty", is_text)
-WORD_OR_WORDS = Kind("a word in quotation marks", is_word)
-SENTENCE = Kind("a sentence in quotation marks", is_text)
 YES_OR_NO = Kind("True or False", lambda value: isinstance(value, bool))
-LINE_BREAK_WORDS = Kind('"auto", "keep" or "join"', lambda value: value in ("auto", "keep", "join"))
 
 
-class Setting(NamedTuple):
-    """A row of SETTINGS."""
+def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], script: str):
+    """Exits with a sentence at the first value that the row of its name does not allow; `script` holds the settings."""
+    for name, value in values.items():
+        setting = rows[name]
+        example = f"{name} = {setting.example}"
+        if setting.least is None:
+            if not setting.kind.allows(value):
+                sys.exit(f"{name} in {script} must be {setting.kind.words}: {example}.")
+            continue
 
-    kind: Kind
-    example: str  # the right form, as it is typed
-    least: int | None = None  # of a list of this kind: how many there must be; None: it is no list
-    flag: str = ""  # sets the same
+        if not isinstance(value, list | tuple) or len(value) < setting.least:
+            at_least = " with something in it" if setting.least else ""
+            sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
+        for place, entry in enumerate(value, 1):
+            if not setting.kind.allows(entry):
+                sys.exit(f"Number {place} of {name} in {script} must be {setting.kind.words}: {example}.")
+
+
+def flag_type(setting: Setting) -> Callable[[str], object]:
+    """For argparse's type=: the value of a flag's text, which must be one that the setting allows."""
+
+    def read(text: str) -> object:
+        value = text
+        with contextlib.suppress(ValueError):
+            value = setting.kind.read(text)
+        if not setting.kind.allows(value):
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} must be {setting.kind.words}")
+        return value
+
+    return read
+
+
+def parser_of(script: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose every error is one sentence and exit status 1."""
+    parser = argparse.ArgumentParser(prog=script, description=description, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"{script}: {message} (--help lists the flags)")
+    parser.print_help = lambda: print_or_exit(parser.format_help(), f"the flags are at the end of {script}", end="")
+    return parser
 
 
 # Every setting of the settings block.
@@ -2496,7 +2561,7 @@ SETTINGS = {
     "DATA_DIR": Setting(FOLDER, '"data"', flag="--data-dir"),
     "INCLUDE_DRAFTS": Setting(YES_OR_NO, "False", flag="--drafts"),
     "MIN_WORDS": Setting(whole(1, 1000), "4"),
-    "LINE_BREAKS": Setting(LINE_BREAK_WORDS, '"auto"'),
+    "LINE_BREAKS": Setting(one_of("auto", "keep", "join"), '"auto"'),
     "REDACT": Setting(YES_OR_NO, "True"),
     "BLOCKED_WORDS": Setting(WORD_OR_WORDS, '["Anna", "12 Elm Street"]', 0),
     "REPLY_DEPTH": Setting(whole(1, 100), "4"),
@@ -2511,57 +2576,29 @@ SETTINGS = {
 }
 
 
-def check_settings(values: Mapping[str, object]):
-    """Exits with a sentence at the first value, by the name of its setting, that its row of SETTINGS does not allow."""
-    for name, value in values.items():
-        setting = SETTINGS[name]
-        example = f"{name} = {setting.example}"
-        if setting.least is None:
-            if not setting.kind.allows(value):
-                sys.exit(f"{name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
-            continue
-
-        if not isinstance(value, list | tuple) or len(value) < setting.least:
-            at_least = " with something in it" if setting.least else ""
-            sys.exit(f"{name} in extract_blog_data.py must be a list{at_least}: {example}.")
-        for place, entry in enumerate(value, 1):
-            if not setting.kind.allows(entry):
-                sys.exit(f"Number {place} of {name} in extract_blog_data.py must be {setting.kind.words}: {example}.")
-
-
-def check_flags(args: argparse.Namespace):
-    """Exits with a sentence at the first flag with a value that its setting could not have."""
-    for setting in SETTINGS.values():
-        if not setting.flag:
-            continue
-        given = getattr(args, setting.flag.removeprefix("--").replace("-", "_"))
-        values = [given] if setting.least is None else given
-        if not all(map(setting.kind.allows, values)):
-            sys.exit(f"{setting.flag} must be {setting.kind.words} (--help lists the flags).")
-
-
 # ---------------------------------------------------------------- command line
 def make_parser(here: Path) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"extract_blog_data.py: {message} (--help lists the flags)")
-    parser.print_help = lambda: print_or_exit(parser.format_help(), "the flags are in the script's last section")
-    several = {"action": "append", "default": []}
+    parser = parser_of("extract_blog_data.py", __doc__.splitlines()[0])
     shown = str(DATA_DIR).replace("%", "%%")
-    parser.add_argument("--public", **several, metavar="DIR", help="a public repository (repeatable)")
-    parser.add_argument("--private", **several, metavar="DIR", help="a private repository (repeatable)")
-    parser.add_argument("--author", **several, metavar="NAME", help="a name you write under (repeatable)")
-    parser.add_argument("--data-dir", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
+
+    def add(flag: str, name: str, **how):
+        parser.add_argument(flag, type=flag_type(SETTINGS[name]), **how)
+
+    several = {"action": "append", "default": []}
+    add("--public", "PUBLIC_BLOGS", **several, metavar="DIR", help="a public repository (repeatable)")
+    add("--private", "PRIVATE_BLOGS", **several, metavar="DIR", help="a private repository (repeatable)")
+    add("--author", "AUTHORS", **several, metavar="NAME", help="a name you write under (repeatable)")
+    add("--data-dir", "DATA_DIR", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
     parser.add_argument("--drafts", action="store_true", default=INCLUDE_DRAFTS, help="read _drafts/ too")
     return parser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags, and the settings where there is none. Exits with a sentence if one of them is wrong."""
-    # A line that somebody has deleted is a wrong setting, too.
-    check_settings({name: globals().get(name) for name in SETTINGS})
+    # A setting whose line is gone is wrong, too.
+    check_settings({name: globals().get(name) for name in SETTINGS}, SETTINGS, "extract_blog_data.py")
     here = Path(__file__).resolve().parent
     args = make_parser(here).parse_args(argv)
-    check_flags(args)
 
     # A repository that is named takes the place of all those in the settings, also of the other kind.
     if not args.public + args.private:

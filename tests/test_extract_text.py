@@ -563,7 +563,7 @@ WRONG_SETTINGS = [
     ("no list", ["TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], ["Write {}.", None, {"{}"}]),
     ("empty list", ["AUTHORS", "TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], [[], ()]),
     ("wrong entry", ["PUBLIC_BLOGS", "PRIVATE_BLOGS"], [[""], ["a", " "], [3], [["a"]], ["a\0b"]]),
-    ("wrong entry", ["AUTHORS", "GENERAL_REQUESTS"], [[""], ["a", " "], [3], [None]]),
+    ("wrong entry", ["AUTHORS", "GENERAL_REQUESTS"], [[""], ["a", " "], [3], [None], ["\udce9"]]),
     ("no folder", ["DATA_DIR"], ["", " ", None, 3, ["data"], "a\0b"]),
     ("no yes or no", ["INCLUDE_DRAFTS", "REDACT"], ["no", "", 0, 1, None]),
     ("no whole number", ["MIN_WORDS", "REPLY_DEPTH", "MAX_BYTES"], [0, -1, 1.5, "4", True, None, 10**12]),
@@ -582,7 +582,7 @@ WRONG_SETTINGS = [
 )
 def test_a_setting_of_the_wrong_kind_is_a_sentence_with_the_right_form(name, value):
     with pytest.raises(SystemExit) as stopped:
-        x.check_settings({name: value})
+        x.check_settings({name: value}, x.SETTINGS, "extract_blog_data.py")
     setting = x.SETTINGS[name]
     assert f"{name} in extract_blog_data.py must be " in stopped.value.code
     assert stopped.value.code.endswith(f": {name} = {setting.example}.")
@@ -597,12 +597,12 @@ def test_every_setting_is_checked_and_its_example_is_right():
     assert settings_block() == list(x.SETTINGS)
     assert {name for _, names, _ in WRONG_SETTINGS for name in names} == x.SETTINGS.keys()
     for name, setting in x.SETTINGS.items():
-        x.check_settings({name: ast.literal_eval(setting.example)})
+        x.check_settings({name: ast.literal_eval(setting.example)}, x.SETTINGS, "x.py")
 
 
 @pytest.mark.parametrize("value", ["{{}} {}", "Über {}: {{x}}"])
 def test_a_template_may_hold_braces_that_are_doubled(value):
-    x.check_settings({"TITLE_REQUESTS": (value,)})
+    x.check_settings({"TITLE_REQUESTS": (value,)}, x.SETTINGS, "x.py")
 
 
 @pytest.mark.parametrize("deleted", ["AUTHORS", "DATA_DIR", "MIN_WORDS"])
@@ -616,8 +616,40 @@ def test_a_setting_whose_line_is_gone_is_said(monkeypatch, deleted):
     "flag", [setting.flag for setting in x.SETTINGS.values() if setting.flag not in ("", "--drafts")]
 )
 def test_a_flag_is_checked_as_its_setting_is(flag):
-    with pytest.raises(SystemExit, match=f"^{flag} must be .*--help"):
+    with pytest.raises(SystemExit, match=f"argument {flag}: ' ' must be .*--help"):
         x.main([flag, " "])
+
+
+KINDS = [
+    # kind, what it allows, what it does not, a flag's text and its value
+    (x.whole(0, 2**32 - 1), [0, 2**32 - 1], [-1, 2**32, True, 1.0, float("nan"), "1", None], "7", 7),
+    (x.number(0, 1), [0, 1, 0.5], [-0.1, 1.1, True, float("nan"), float("inf"), "1"], "1e-4", 1e-4),
+    (x.above(0, 1), [0.1, 1], [0, 0.0, 1.1, float("nan")], "0.5", 0.5),
+    (x.one_of("auto", "bf16"), ["auto", "bf16"], ["Auto", "", None, ["auto"]], "auto", "auto"),
+    (x.either(x.one_of("auto"), x.above(0, 1)), ["auto", 0.1], ["bf16", 0, None], "auto", "auto"),
+    (x.either(x.one_of("auto"), x.above(0, 1)), [], [], "1e-4", 1e-4),
+    (x.optional(x.whole(1, 9)), [None, 9], [0, "None"], "9", 9),
+    (x.TEXT, ["", "Zo\u00eb"], ["caf\udce9", "a\0", b"a", None], "", ""),
+    (x.NAME, ["Zo\u00eb"], ["", " ", "caf\udce9", "a\0", 3], "a b", "a b"),
+    (x.FOLDER, ["a", Path("a"), "caf\udce9"], ["", " ", "a\0", b"a", None], "../a", "../a"),
+]
+
+
+@pytest.mark.parametrize(("kind", "allowed", "refused", "text", "value"), KINDS)
+def test_a_kind_allows_what_its_words_say(kind, allowed, refused, text, value):
+    assert all(map(kind.allows, allowed))
+    assert not any(map(kind.allows, refused))
+    assert x.flag_type(x.Setting(kind, ""))(text) == value
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "9" * 5000, "", "x"])
+def test_a_flag_that_its_kind_does_not_allow_is_one_sentence(text):
+    parser = x.parser_of("some.py", "does something")
+    parser.add_argument("--seed", type=x.flag_type(x.Setting(x.whole(0, 2**32 - 1), "42")))
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--seed", text])
+    said = r"some\.py: argument --seed: '\S*' must be a whole number from 0 to 4,294,967,295 \(--help lists the flags\)"
+    assert re.fullmatch(said, stopped.value.code)
 
 
 @pytest.mark.parametrize(
