@@ -1447,7 +1447,7 @@ class Found(NamedTuple):
 def real_card(found: re.Match) -> str:
     from stdnum import luhn  # here, since it takes 0.1 s and hardly any blog has such a number
 
-    return longest_valid(found[0], luhn.is_valid)
+    return longest_valid(found[0], lambda number: len(number) > 13 and luhn.is_valid(number))
 
 
 def real_iban(found: re.Match) -> str:
@@ -2073,31 +2073,40 @@ def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
     """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly."""
-    sizes = np.array([hashes.size for hashes in sets])
-    texts = np.repeat(np.arange(len(sets)), sizes)
-    _, ids, times = np.unique(np.concatenate([np.zeros(0, np.uint64), *sets]), return_inverse=True, return_counts=True)
-
-    # Most shingles are in one text only and need no index.
-    is_shared = times[ids] > 1
-    shared = ids[is_shared]
-    owners = texts[is_shared]
-    order = np.argsort(shared, kind="stable")
-    starts = np.flatnonzero(np.diff(shared[order], prepend=-1))
-    index = dict(zip(shared[order][starts].tolist(), np.split(owners[order], starts[1:]), strict=False))
-
+    sizes = np.array([hashes.size for hashes in sets], dtype=np.int64)
+    own, texts = index_shared(sets)
     near: dict[int, int] = {}
     is_kept = np.ones(len(sets), dtype=bool)
-    for number, own in enumerate(np.split(shared, np.searchsorted(owners, np.arange(1, len(sets))))):
-        others = [index[key] for key in own.tolist()]
-        others, common = np.unique(np.concatenate([np.zeros(0, np.int64), *others]), return_counts=True)
+    for number, shingles in enumerate(own):
+        if not shingles:
+            continue
 
-        # A text that is near a dropped one alone stays.
-        is_near = common >= threshold * (sizes[number] + sizes[others] - common)
-        matches = others[is_near & is_kept[others] & (others < number)]
+        # Of the earlier texts only kept ones count: a text that is near a dropped one alone stays.
+        members = np.concatenate([texts[shingle] for shingle in shingles])
+        common = np.bincount(members[members < number], minlength=number)
+        is_near = common >= threshold * (sizes[number] + sizes[:number] - common)
+        matches = np.flatnonzero(is_near & is_kept[:number])
         if matches.size:
             near[number] = int(matches[0])
             is_kept[number] = False
     return near
+
+
+def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.ndarray]]:
+    """(for each text the shingles that another text has too, for each of these shingles its texts)."""
+    if not sets:
+        return [], {}
+    texts = np.repeat(np.arange(len(sets)), [hashes.size for hashes in sets])
+    _, shingles, times = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+
+    # Most shingles are in one text only; an index of them would need most of the time and memory.
+    is_shared = times[shingles] > 1
+    own: list[list[int]] = [[] for _ in sets]
+    index: dict[int, list[int]] = defaultdict(list)
+    for shingle, text in zip(shingles[is_shared].tolist(), texts[is_shared].tolist(), strict=True):
+        own[text].append(shingle)
+        index[shingle].append(text)
+    return own, {shingle: np.array(members) for shingle, members in index.items()}
 
 
 # ---------------------------------------------------------------- split
