@@ -98,7 +98,7 @@ INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
 REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
-PHONE_COUNTRIES = ["US", "GB", "FR", "DE", "KR"]  # whose numbers are also found without +NN; 0.3 ms a post each
+PHONE_COUNTRIES = ["US", "GB", "FR", "DE", "KR"]  # whose numbers are also found without +NN
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
 VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
@@ -240,6 +240,7 @@ def out_of_time(*_):
 
 def fill_post(post: Post, settings: Settings) -> str:
     """Reads the file into the post; returns the reason why it cannot be used, "" if it can."""
+    # Bytes to front matter and body.
     data = read_regular(post.file, settings.max_bytes)
     if len(data) > settings.max_bytes:
         return "too large"
@@ -626,6 +627,7 @@ def read_sites(settings: Settings) -> list[Site]:
 
 
 def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
+    # A broken config is a problem to report, not a reason to stop.
     paths = [repository / name for name in CONFIG_NAMES]
     file = next(filter(os.path.lexists, paths), paths[0])
     config, problem = read_config(file, max_bytes)
@@ -641,6 +643,7 @@ def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
         else:
             problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
 
+    # Patterns of paths to leave out, and names that are read although Jekyll would ignore them.
     excluded = excluded_paths(strings(config.get("exclude")))
     included = {*POST_FOLDERS, *strings(config.get("include")), *strings(config.get("collections_dir"))}
     return Site(repository, visibility, root, excluded, included, file, problem)
@@ -1276,6 +1279,7 @@ def to_text(markup: str, is_html: bool, title: str = "", line_breaks: str = "kee
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
         del blocks[0]
 
+    # Items of a list are on consecutive lines, other blocks have a blank line between them.
     out = []
     last = ""
     for kind, text in blocks:
@@ -1929,6 +1933,7 @@ def read_comments(comments: object) -> dict[str, Comment]:
             if parent in ("", "0", "null", "~"):
                 parent = above
 
+            # Some importers name the author and the text differently.
             author = first_of(item, "author", "name").casefold()
             found[key] = Comment(parent, author, first_of(item, "content", "message", "body", "text"))
             waiting += [(item[name], key) for name in ("replies", "children") if name in item]
@@ -2154,12 +2159,14 @@ ANOTHER = "name another data folder with --data-dir"
 
 def check_data_folder(folder: Path, repositories: list[Path]):
     """Exits with a sentence if data cannot or must not be written there; says who could read it."""
+    # The folder, or the nearest one above it in which it would be made.
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not is_folder(existing):
         sys.exit(f"{existing} is not a folder: {ANOTHER}.")
     if not os.access(existing, os.W_OK | os.X_OK):
         sys.exit(f"You may not write in {existing}: {ANOTHER}.")
 
+    # Neither a folder with a meaning of its own nor a file of somebody else's may be changed.
     check_surroundings(folder, repositories)
     for name in OWN_FIELDS:
         if os.path.lexists(folder / name):
@@ -2194,6 +2201,7 @@ def check_own(file: Path):
     if not status.st_size:
         return
 
+    # The report is one JSON object, the data has one on each line.
     with file.open("rb") as opened:
         data = opened.read(LARGEST_OWN) if file.name == REPORT_FILE else opened.readline(LARGEST_OWN)
     try:
@@ -2377,6 +2385,7 @@ def print_report(report: dict, data_dir: Path):
     if 0 in report["blocked_words"]:
         rows["private words found nowhere"] = report["blocked_words"].count(0)
 
+    # Names on the left, numbers on the right.
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
     lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")

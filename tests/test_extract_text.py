@@ -574,7 +574,10 @@ def test_a_section_uses_only_itself_and_sections_above_it():
         targets = [name for target in getattr(node, "targets", []) for name in ast.walk(target)]
         defined = [getattr(each, "id", getattr(each, "name", "")) for each in (*targets, node)]
         section_of |= dict.fromkeys(defined, section)
-        used += [(section, name.id) for name in ast.walk(node) if isinstance(name, ast.Name)]
+        names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+        local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        local |= {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+        used += [(section, name.id) for name in names if name.id not in local]
     upwards = {(titles[user], name) for user, name in used if section_of.get(name, -1) > user}
     assert {section for section, _ in upwards} == {"the run"}
 
