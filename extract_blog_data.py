@@ -98,7 +98,7 @@ INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
 REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
-PHONE_COUNTRIES = ["US", "GB", "FR", "DE", "KR"]  # whose numbers are also found without +NN
+PHONE_COUNTRIES = ["US"]  # ["US", "IT"]: whose numbers are also found without +NN; two letters (ISO 3166)
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
 VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
@@ -1558,7 +1558,7 @@ PERSONAL_DATA = [
     PersonalData(
         "iban",
         "a bank account",
-        r"(?=[A-Za-z]{2}\d\d)[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
+        r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
         "DE89 3704 0044 0532 0130 00",
         real_iban,
     ),
@@ -1581,6 +1581,12 @@ PERSONAL_DATA = [
         "North America, also with an area code that does not exist",
         r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
         "(415) 555-0123",
+    ),
+    PersonalData(
+        "phone",
+        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
+        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
+        "030 1234 5678",
     ),
     PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
     PersonalData(
@@ -2032,17 +2038,12 @@ def is_by(post: Post, authors: frozenset[str]) -> bool:
 # ---------------------------------------------------------------- near-duplicates
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
+    # Of two equal posts the public one comes first, so that no private copy stays without need.
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=by_preference)
-
+    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text), post.blog, post.path))
     shingles = [post.shingles for post in texts]
     for number, earlier in find_duplicates(shingles, similarity).items():
         drop_duplicate(texts[number], texts[earlier])
-
-
-def by_preference(post: Post) -> tuple:
-    """A sort key: of two equal posts the public one comes first, so that no private copy stays without need."""
-    return post.visibility != "public", -len(post.text), post.blog, post.path
 
 
 def drop_duplicate(post: Post, kept: Post):
@@ -2101,17 +2102,23 @@ def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.
     """(for each text the shingles that another text has too, for each of these shingles its texts)."""
     if not sets:
         return [], {}
-    texts = np.repeat(np.arange(len(sets)), [hashes.size for hashes in sets])
-    _, shingles, times = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    sizes = [hashes.size for hashes in sets]
+    texts = np.repeat(np.arange(len(sets)), sizes)
+    everything = np.concatenate(sets)
+    _, shingles, times = np.unique(everything, return_inverse=True, return_counts=True)
 
     # Most shingles are in one text only; an index of them would need most of the time and memory.
     is_shared = times[shingles] > 1
+    shared = shingles[is_shared].tolist()
+    owners = texts[is_shared].tolist()
     own: list[list[int]] = [[] for _ in sets]
     index: dict[int, list[int]] = defaultdict(list)
-    for shingle, text in zip(shingles[is_shared].tolist(), texts[is_shared].tolist(), strict=True):
+    for shingle, text in zip(shared, owners, strict=True):
         own[text].append(shingle)
         index[shingle].append(text)
-    return own, {shingle: np.array(members) for shingle, members in index.items()}
+
+    arrays = {shingle: np.array(members) for shingle, members in index.items()}
+    return own, arrays
 
 
 # ---------------------------------------------------------------- split
