@@ -1624,7 +1624,7 @@ PERSONAL = re.compile(rf"(?<!\w)(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
 BEFORE_PHONE, BEHIND_PHONE = (re.compile(pattern) for pattern in (rf"(?<!\w){AROUND['phone'][0]}", AROUND["phone"][1]))
 
 
-def find_personal_data(text: str, countries: Sequence[str], is_public: bool = False) -> list[Found]:
+def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:
     """Every e-mail address, number and key, in order, not overlapping; in public an id in a link is no key.
 
     Telephone numbers are found in the spellings of these countries, and of every country with +NN."""
@@ -1768,7 +1768,7 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     What was replaced is recorded in the post."""
     personal = []
     if settings.redact:
-        personal = find_personal_data(text, settings.phone_countries, post.visibility == "public")
+        personal = find_personal_data(text, post.visibility == "public", settings.phone_countries)
     post.redacted += [(one.kind, one.normalised) for one in personal]
 
     # Searched in the original text: a name in an e-mail address is counted, and the whole address is replaced.

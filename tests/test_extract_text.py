@@ -325,9 +325,9 @@ def test_every_kind_of_personal_data_is_found_by_its_own_rule(rule, around):
     text = around.format(rule.example)
     own = re.search(rule.pattern, text, re.DOTALL)
     assert own
-    assert [(kind, start, end) for kind, start, end, _ in x.find_personal_data(text, SETTINGS.phone_countries)] == [
-        (rule.kind, *own.span())
-    ]
+    assert [
+        (kind, start, end) for kind, start, end, _ in x.find_personal_data(text, False, SETTINGS.phone_countries)
+    ] == [(rule.kind, *own.span())]
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ def test_every_kind_of_personal_data_is_found_by_its_own_rule(rule, around):
 )
 def test_a_setting_finds_the_numbers_of_another_country(country, number):
     text = f"ring {number} now"
-    found = x.find_personal_data(text, [country])
+    found = x.find_personal_data(text, False, [country])
     assert [(one.kind, text[one.start : one.end]) for one in found] == [("phone", number)]
-    assert x.find_personal_data(text, []) == []
+    assert x.find_personal_data(text, False, []) == []
 
 
 PERSONAL = [
@@ -410,7 +410,7 @@ PERSONAL = [
 
 @pytest.mark.parametrize(("text", "expected", "kind", "normalised"), PERSONAL)
 def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
-    found = x.find_personal_data(text, SETTINGS.phone_countries)
+    found = x.find_personal_data(text, False, SETTINGS.phone_countries)
     assert {item[0] for item in found} == {kind}
     assert normalised is None or found[0][3] == normalised
     post = x.Post("b", "public", "p")
@@ -460,8 +460,8 @@ def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
     ],
 )
 def test_what_is_no_personal_data(text):
-    assert x.find_personal_data(text, SETTINGS.phone_countries) == []
-    assert x.find_personal_data(text, ["FR", "GB", "KR"]) == []
+    assert x.find_personal_data(text, False, SETTINGS.phone_countries) == []
+    assert x.find_personal_data(text, False, ["FR", "GB", "KR"]) == []
 
 
 LINKED = [
