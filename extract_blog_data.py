@@ -973,7 +973,7 @@ NOT_PROSE = [
         "\n\nHello.",
     ),
     Markup(
-        "case",  # what stands before its first branch
+        "case",  # anything before its first branch
         r"\{%-?\s*case\b[^%]*%\}\s*\{%-?\s*when\b[^%]*%\}",
         "",
         "{% case a %}\n{% when 1 %}One{% when 2 %}Two{% endcase %}.",
@@ -1449,13 +1449,13 @@ class Found(NamedTuple):
 
 
 def real_card(found: re.Match) -> str:
-    from stdnum import luhn  # here, since it takes 0.1 s and hardly any blog has such a number
+    from stdnum import luhn  # here: it needs 0.1 s to load, and hardly any blog has such a number
 
     return longest_valid(found[0], lambda number: len(number) > 13 and luhn.is_valid(number))
 
 
 def real_iban(found: re.Match) -> str:
-    from stdnum import iban  # 0.1 s, too
+    from stdnum import iban  # the same
 
     return longest_valid(found[0], functools.partial(iban.is_valid, check_country=False))
 
