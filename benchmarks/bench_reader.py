@@ -35,7 +35,8 @@ def write(model_dir: Path, data_dir: Path, words: int) -> list[str]:
     dice = torch.Generator().manual_seed(42)
     texts = []
     while test_model.count_words(texts) < words:
-        batch = [prompts[(len(texts) + place) % len(prompts)] for place in range(24)]
+        places = range(len(texts), len(texts) + 24)
+        batch = [prompts[place % len(prompts)] for place in places]
         answers = test_model.whole_answers(model, tokenizer, batch, sampling, dice)
         texts += [index.without_copies(answer.text) for answer in answers]
     return texts
@@ -45,19 +46,24 @@ def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> 
     """How much of each tested text a reader who knows the author's training posts gives to the author."""
     blog = test_model.read_blog(data_dir)
     known = [test_model.author_text(post) for post in blog.train]
+    features = test_model.pick_features(known)
     test_model.NOT_STRANGERS = left_out
-    strangers = test_model.find_strangers(test_model.Evidence(blog), test_model.pick_features(known))
+    evidence = test_model.Evidence(blog)
+    strangers = test_model.find_strangers(evidence, features)
     size = test_model.pick_chunk_size(tested)
 
     def chunks(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return test_model.count_stretches(texts, strangers.features).chunks(size)
+        counted = test_model.count_stretches(texts, strangers.features)
+        return counted.chunks(size)
 
     profile, _ = chunks(known)
     crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
     shares = {}
     for name, texts in tested.items():
-        asked = {"author": chunks(texts), "tuned": chunks(texts), "base": chunks(texts)}
-        shares[name] = test_model.ask_reader(profile, asked, crowd).author
+        counted = chunks(texts)
+        asked = {"author": counted, "tuned": counted, "base": counted}
+        reader = test_model.ask_reader(profile, asked, crowd)
+        shares[name] = reader.author
     return shares
 
 
@@ -81,7 +87,8 @@ def main() -> int:
     print("|---" * (1 + len(tested)) + "|")
     for name, folder in folders.items():
         shares = judge(folder, tested, list(folders))
-        print(f"| {name} | {' | '.join(f'{taken.share:.0%}' for taken in shares.values())} |", flush=True)
+        cells = [f"{taken.share:.0%}" for taken in shares.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
