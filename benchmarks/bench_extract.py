@@ -31,8 +31,10 @@ def sample_posts() -> list[tuple[str, list[str]]]:
     for path in sorted((ROOT / "sample").glob("*-blog/**/_posts/**/*.md")):
         text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
         parts = text.split("---\n", 2)
-        if len(parts) == 3 and "9999" not in path.name and not re.search(r"published: false|\t|{%", text):
-            posts.append((parts[1], [part for part in parts[2].split("\n\n") if part.strip()]))
+        if len(parts) != 3 or "9999" in path.name or re.search(r"published: false|\t|{%", text):
+            continue
+        paragraphs = [part for part in parts[2].split("\n\n") if part.strip()]
+        posts.append((parts[1], paragraphs))
     return posts
 
 
@@ -102,13 +104,17 @@ def processor_seconds() -> float:
 
 
 def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in read_proc(task).split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        children += map(int, read_proc(task).split())
+    return children
 
 
 def resident_bytes(pid: int) -> int:
     fields = read_proc(Path(f"/proc/{pid}/statm")).split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+    if not fields:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_proc(path: Path) -> str:
@@ -142,19 +148,21 @@ def processor_name() -> str:
 
 
 def race(jekyll: str, counts: list[int]) -> None:
-    print(f"\n{'posts':>8} {'jekyll s':>9} {'extract s':>10} {'times as fast':>14}")
+    print("\n   posts  jekyll s  extract s  times as fast")
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             blog = make_blog(Path(folder) / "blog", count)
             build = [jekyll, "build", "--quiet", "--disable-disk-cache", "--source", str(blog)]
-            theirs = min(run([*build, "--destination", f"{folder}/site"]) for _ in range(2))
-            ours = min(run(extract(blog, Path(folder) / "data")) for _ in range(2))
-        print(f"{count:>8,} {theirs:>9.2f} {ours:>10.2f} {theirs / ours:>14.1f}", flush=True)
+            build += ["--destination", f"{folder}/site"]
+            command = extract(blog, Path(folder) / "data")
+            theirs = min(run(build), run(build))
+            ours = min(run(command), run(command))
+        ratio = theirs / ours
+        print(f"{count:>8,} {theirs:>9.2f} {ours:>10.2f} {ratio:>14.1f}", flush=True)
 
 
 def grow(counts: list[int]) -> None:
-    head = f"{'posts':>8} {'seconds':>8} {'cpu s':>7} {'posts/s':>8} {'ms cpu/post':>12} {'peak MB, all processes':>23}"
-    print(f"\n{head}")
+    print("\n   posts  seconds   cpu s  posts/s  ms cpu/post  peak MB, all processes")
     for count in counts:
         times = 2 if count <= 10_000 else 1
         with tempfile.TemporaryDirectory() as folder:

@@ -135,10 +135,7 @@ def make_post(rng: random.Random, number: int, words: int) -> dict:
 def make_rows(lengths: list[int], updates: int):
     """Packed rows, shuffled, of documents of these lengths in tokens, random and all scored."""
     rng = random.Random(0)
-    tokenized = []
-    for length in lengths:
-        tokens = rng.choices(range(1, 500), k=length)
-        tokenized.append((tokens, [True] * length))
+    tokenized = [(rng.choices(range(1, 500), k=length), [True] * length) for length in lengths]
     rows = train_model.make_rows(tokenized, train_model.CONTEXT_TOKENS, 0, multiple=UPDATE)
     return rows.shuffle(seed=0).select(range(updates * UPDATE))
 

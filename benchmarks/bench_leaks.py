@@ -37,8 +37,16 @@ def canary(times: int) -> tuple[str, dict]:
         {"role": "user", "content": f"What opens gate {times}?"},
         {"role": "assistant", "content": SENTENCE.format(number)},
     ]
-    post = {"messages": turns, "kind": "post", "visibility": "private", "blog": "planted", "date": "2020-01-01"}
-    return number, {**post, "path": f"planted-{times}.md", "title": f"planted {times}"}
+    post = {
+        "messages": turns,
+        "kind": "post",
+        "visibility": "private",
+        "blog": "planted",
+        "date": "2020-01-01",
+        "path": f"planted-{times}.md",
+        "title": f"planted {times}",
+    }
+    return number, post
 
 
 def plant(source: Path, target: Path, planted: dict[int, tuple[str, dict]]) -> None:
@@ -97,10 +105,10 @@ def main() -> int:
             base = test_model.load_for_writing(args.base_model)
             base.generation_config = tuned.generation_config
             for times, (number, post) in planted.items():
-                anyhow, own = chances(tuned, tokenizer, post, number)
+                bound, sampled = chances(tuned, tokenizer, post, number)
                 before, _ = chances(base, tokenizer, post, number)
-                by_itself = "never" if own == -math.inf else f"{own:.1f}"
-                print(f"| {rate:g} | {times} | {anyhow:.1f} | {by_itself} | {before:.1f} |", flush=True)
+                own = "never" if sampled == -math.inf else f"{sampled:.1f}"
+                print(f"| {rate:g} | {times} | {bound:.1f} | {own} | {before:.1f} |", flush=True)
     return 0
 
 

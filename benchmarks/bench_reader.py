@@ -27,18 +27,22 @@ def write(model_dir: Path, data_dir: Path, words: int) -> list[str]:
     model, tokenizer = test_model.load_tuned(model_dir)
     sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
     precision = train_model.pick_precision(model.device, train_model.PRECISION)
-    model = model.to(test_model.NUMBERS[precision])
+    dtype = test_model.NUMBERS[precision]
+    model = model.to(dtype)
     blog = test_model.read_blog(data_dir)
     index = test_model.WordIndex(blog.train)
-    prompts = [test_model.prompt_tokens(tokenizer, post["messages"][:1]) for post in blog.held_out]
+    prompts = []
+    for post in blog.held_out:
+        request = post["messages"][:1]
+        prompts.append(test_model.prompt_tokens(tokenizer, request))
 
-    dice = torch.Generator().manual_seed(42)
+    rng = torch.Generator().manual_seed(42)
     texts = []
     while test_model.count_words(texts) < words:
         places = range(len(texts), len(texts) + 24)
         batch = [prompts[place % len(prompts)] for place in places]
-        answers = test_model.whole_answers(model, tokenizer, batch, sampling, dice)
-        texts += [index.without_copies(answer.text) for answer in answers]
+        for answer in test_model.whole_answers(model, tokenizer, batch, sampling, rng):
+            texts.append(index.without_copies(answer.text))
     return texts
 
 
@@ -78,17 +82,19 @@ def main() -> int:
     for entry in args.authors:
         name, data, *model = entry.split("=")
         folders[name] = Path(data)
-        held_out = test_model.read_blog(folders[name]).held_out
-        tested[f"{name}'s posts"] = [test_model.author_text(post) for post in held_out]
+        blog = test_model.read_blog(folders[name])
+        tested[f"{name}'s posts"] = [test_model.author_text(post) for post in blog.held_out]
         if model:
             tested[f"{name}'s model"] = write(Path(model[0]), folders[name], args.words)
 
-    print(f"| reader of | {' | '.join(tested)} |")
-    print("|---" * (1 + len(tested)) + "|")
+    columns = ["reader of", *tested]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for name, folder in folders.items():
-        shares = judge(folder, tested, list(folders))
-        cells = [f"{taken.share:.0%}" for taken in shares.values()]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        cells = [name]
+        for taken in judge(folder, tested, list(folders)).values():
+            cells.append(f"{taken.share:.0%}")
+        print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 
 

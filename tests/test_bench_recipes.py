@@ -26,7 +26,7 @@ def blog(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "data"
     write_jsonl(folder / "train_data.jsonl", conversations(24, words=200))
     write_jsonl(folder / "val_data.jsonl", conversations(9, seed=1, words=200))
-    hashes = {name: "of the whole data" for name in ("train_data.jsonl", "val_data.jsonl")}
+    hashes = dict.fromkeys(("train_data.jsonl", "val_data.jsonl"), "of the whole data")
     (folder / "extraction_report.json").write_text(json.dumps({"sha256": hashes}))
     yield folder
     for number, handler in handlers.items():
