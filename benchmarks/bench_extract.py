@@ -31,29 +31,38 @@ def sample_posts() -> list[tuple[str, list[str]]]:
     for path in sorted((ROOT / "sample").glob("*-blog/**/_posts/**/*.md")):
         text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
         parts = text.split("---\n", 2)
-        if len(parts) == 3 and "9999" not in path.name and not re.search(r"published: false|\t|{%", text):
-            posts.append((parts[1], [part for part in parts[2].split("\n\n") if part.strip()]))
+        if len(parts) != 3 or "9999" in path.name or re.search(r"published: false|\t|{%", text):
+            continue
+        paragraphs = [part for part in parts[2].split("\n\n") if part.strip()]
+        posts.append((parts[1], paragraphs))
     return posts
 
 
 def make_blog(folder: Path, count: int, seed: int = 1) -> Path:
     """A blog of `count` distinct posts, with the lengths and the mess of the sample's."""
-    chance, posts = random.Random(seed), sample_posts()
-    vocabulary = re.findall(r"[a-z]{4,}", " ".join(" ".join(body) for _, body in posts))
+    rng = random.Random(seed)
+    posts = sample_posts()
+    everything = " ".join(" ".join(body) for _, body in posts)
+    vocabulary = re.findall(r"[a-z]{4,}", everything)
+
+    def change(word: re.Match) -> str:
+        return rng.choice(vocabulary) if rng.random() < 0.2 else word[0]
+
     for n in range(count):
         meta, body = posts[n % len(posts)]
-        donors = [chance.choice(posts)[1] for _ in body]
-        paragraphs = [chance.choice(donor) if donor else part for donor, part in zip(donors, body, strict=True)]
-        text = re.sub(
-            r"\b[a-z]{4,}\b",
-            lambda m: chance.choice(vocabulary) if chance.random() < 0.2 else m[0],
-            "\n\n".join(paragraphs),
-        )
+        donors = [rng.choice(posts)[1] for _ in body]
+        paragraphs = []
+        for donor, part in zip(donors, body, strict=True):
+            paragraphs.append(rng.choice(donor) if donor else part)
+        text = re.sub(r"\b[a-z]{4,}\b", change, "\n\n".join(paragraphs))
+
         day = f"{2000 + n % 20}-{n // 20 % 12 + 1:02}-{n // 240 % 28 + 1:02}"
+        # Each post has a title of its own, and its date is in the file name.
         meta = re.sub(r"(?m)^(date|title):.*\n", "", meta)
         path = folder / "_posts" / day[:4] / f"{day}-post-{n}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"---\ntitle: Number {n} of them\n{meta}---\n{text}\n", encoding="utf-8")
+
     (folder / "_config.yml").write_text("title: benchmark\n", encoding="utf-8")
     return folder
 
@@ -76,23 +85,36 @@ def run_sampled(command: list[str]) -> tuple[float, float, float]:
 
     Pages that the processes share are counted once for each of them.
     """
-    before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    before = processor_seconds()
+    start = time.perf_counter()
+    peak = 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, sum(map(resident_bytes, [process.pid, *children_of(process.pid)])))
+        processes = [process.pid, *children_of(process.pid)]
+        peak = max(peak, sum(map(resident_bytes, processes)))
         time.sleep(0.05)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak / 1e6
+    wall = time.perf_counter() - start
+    return wall, processor_seconds() - before, peak / 1e6
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in read_proc(task).split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        children += map(int, read_proc(task).split())
+    return children
 
 
 def resident_bytes(pid: int) -> int:
     fields = read_proc(Path(f"/proc/{pid}/statm")).split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+    if not fields:
+        return 0
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_proc(path: Path) -> str:
@@ -108,35 +130,48 @@ def main() -> int:
     parser.add_argument("--against", type=int, nargs="*", default=[1000, 5000], help="posts for the race with Jekyll")
     parser.add_argument("--growth", type=int, nargs="*", default=[1000, 10_000, 100_000], help="posts for the table")
     args = parser.parse_args()
-    model = (
-        re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{model[1] if model else platform.processor()}, {cores} cores, Python {platform.python_version()}")
+    print(f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
+
     jekyll = shutil.which("jekyll")
-    if jekyll and args.against:
-        print(f"\n{'posts':>8} {'jekyll s':>9} {'extract s':>10} {'times as fast':>14}")
-    for count in args.against if jekyll else []:
-        with tempfile.TemporaryDirectory() as folder:
-            blog, out = make_blog(Path(folder) / "blog", count), Path(folder) / "out"
-            build = [jekyll, "build", "--quiet", "--source", str(blog), "--destination", str(out / "site")]
-            theirs = min(run([*build, "--disable-disk-cache"]) for _ in range(2))
-            ours = min(run(extract(blog, out / "data")) for _ in range(2))
-            print(f"{count:>8,} {theirs:>9.2f} {ours:>10.2f} {theirs / ours:>14.1f}", flush=True)
     if not jekyll:
         print("jekyll is not installed: no comparison (apt-get install jekyll)")
-    print(
-        f"\n{'posts':>8} {'seconds':>8} {'cpu s':>7} {'posts/s':>8} {'ms cpu/post':>12} {'peak MB, all processes':>23}"
-    )
-    for count in args.growth:
-        with tempfile.TemporaryDirectory() as folder:
-            blog, out = make_blog(Path(folder) / "blog", count), Path(folder) / "data"
-            wall, used, peak = min(run_sampled(extract(blog, out)) for _ in range(2 if count <= 10_000 else 1))
-            rate, each = count / wall, 1000 * used / count
-            print(f"{count:>8,} {wall:>8.2f} {used:>7.1f} {rate:>8,.0f} {each:>12.2f} {peak:>23,.0f}", flush=True)
+    elif args.against:
+        race(jekyll, args.against)
+    grow(args.growth)
     return 0
+
+
+def processor_name() -> str:
+    cpuinfo = read_proc(Path("/proc/cpuinfo"))
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo)
+    return model[1] if model else platform.processor()
+
+
+def race(jekyll: str, counts: list[int]) -> None:
+    print("\n   posts  jekyll s  extract s  times as fast")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            blog = make_blog(Path(folder) / "blog", count)
+            build = [jekyll, "build", "--quiet", "--disable-disk-cache", "--source", str(blog)]
+            build += ["--destination", f"{folder}/site"]
+            command = extract(blog, Path(folder) / "data")
+            theirs = min(run(build), run(build))
+            ours = min(run(command), run(command))
+        ratio = theirs / ours
+        print(f"{count:>8,} {theirs:>9.2f} {ours:>10.2f} {ratio:>14.1f}", flush=True)
+
+
+def grow(counts: list[int]) -> None:
+    print("\n   posts  seconds   cpu s  posts/s  ms cpu/post  peak MB, all processes")
+    for count in counts:
+        times = 2 if count <= 10_000 else 1
+        with tempfile.TemporaryDirectory() as folder:
+            blog = make_blog(Path(folder) / "blog", count)
+            command = extract(blog, Path(folder) / "data")
+            wall, used, peak = min(run_sampled(command) for _ in range(times))
+        rate = count / wall
+        each = 1000 * used / count
+        print(f"{count:>8,} {wall:>8.2f} {used:>7.1f} {rate:>8,.0f} {each:>12.2f} {peak:>23,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,22 @@ def write(model_dir: Path, data_dir: Path, words: int) -> list[str]:
     model, tokenizer = test_model.load_tuned(model_dir)
     sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
     precision = train_model.pick_precision(model.device, train_model.PRECISION)
-    model = model.to(test_model.NUMBERS[precision])
+    dtype = test_model.NUMBERS[precision]
+    model = model.to(dtype)
     blog = test_model.read_blog(data_dir)
     index = test_model.WordIndex(blog.train)
-    prompts = [test_model.prompt_tokens(tokenizer, post["messages"][:1]) for post in blog.held_out]
+    prompts = []
+    for post in blog.held_out:
+        request = post["messages"][:1]
+        prompts.append(test_model.prompt_tokens(tokenizer, request))
 
-    dice = torch.Generator().manual_seed(42)
+    rng = torch.Generator().manual_seed(42)
     texts = []
     while test_model.count_words(texts) < words:
-        batch = [prompts[(len(texts) + place) % len(prompts)] for place in range(24)]
-        answers = test_model.whole_answers(model, tokenizer, batch, sampling, dice)
-        texts += [index.without_copies(answer.text) for answer in answers]
+        places = range(len(texts), len(texts) + 24)
+        batch = [prompts[place % len(prompts)] for place in places]
+        for answer in test_model.whole_answers(model, tokenizer, batch, sampling, rng):
+            texts.append(index.without_copies(answer.text))
     return texts
 
 
@@ -45,19 +50,24 @@ def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> 
     """How much of each tested text a reader who knows the author's training posts gives to the author."""
     blog = test_model.read_blog(data_dir)
     known = [test_model.author_text(post) for post in blog.train]
+    features = test_model.pick_features(known)
     test_model.NOT_STRANGERS = left_out
-    strangers = test_model.find_strangers(test_model.Evidence(blog), test_model.pick_features(known))
+    evidence = test_model.Evidence(blog)
+    strangers = test_model.find_strangers(evidence, features)
     size = test_model.pick_chunk_size(tested)
 
     def chunks(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return test_model.count_stretches(texts, strangers.features).chunks(size)
+        counted = test_model.count_stretches(texts, strangers.features)
+        return counted.chunks(size)
 
     profile, _ = chunks(known)
     crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
     shares = {}
     for name, texts in tested.items():
-        asked = {"author": chunks(texts), "tuned": chunks(texts), "base": chunks(texts)}
-        shares[name] = test_model.ask_reader(profile, asked, crowd).author
+        counted = chunks(texts)
+        asked = {"author": counted, "tuned": counted, "base": counted}
+        reader = test_model.ask_reader(profile, asked, crowd)
+        shares[name] = reader.author
     return shares
 
 
@@ -72,16 +82,19 @@ def main() -> int:
     for entry in args.authors:
         name, data, *model = entry.split("=")
         folders[name] = Path(data)
-        held_out = test_model.read_blog(folders[name]).held_out
-        tested[f"{name}'s posts"] = [test_model.author_text(post) for post in held_out]
+        blog = test_model.read_blog(folders[name])
+        tested[f"{name}'s posts"] = [test_model.author_text(post) for post in blog.held_out]
         if model:
             tested[f"{name}'s model"] = write(Path(model[0]), folders[name], args.words)
 
-    print(f"| reader of | {' | '.join(tested)} |")
-    print("|---" * (1 + len(tested)) + "|")
+    columns = ["reader of", *tested]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for name, folder in folders.items():
-        shares = judge(folder, tested, list(folders))
-        print(f"| {name} | {' | '.join(f'{taken.share:.0%}' for taken in shares.values())} |", flush=True)
+        cells = [name]
+        for taken in judge(folder, tested, list(folders)).values():
+            cells.append(f"{taken.share:.0%}")
+        print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 
 

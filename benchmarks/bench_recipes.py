@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import (
@@ -70,8 +71,9 @@ class Outcome:
     def line(self, epochs: int) -> str:
         bits = [f"{value:.4f}" for value in self.bits] or [""] * (1 + epochs)
         gain = f"{self.bits[0] - min(self.bits[1:]):.4f}" if self.bits else ""
-        cells = [self.recipe, *bits, gain, tell(self.minutes), tell(self.gigabytes), tell_taken(self.taken)]
-        cells += self.tell_report() if self.seen else [""] * len(REPORTED)
+        reported = self.tell_report() if self.seen else [""] * len(REPORTED)
+        cells = [self.recipe, *bits, gain]
+        cells += [tell(self.minutes), tell(self.gigabytes), tell_taken(self.taken), *reported]
         return f"| {' | '.join(cells)} |"
 
     def tell_report(self) -> list[str]:
@@ -117,19 +119,11 @@ def smaller_blog(folder: Path, posts: list[int] | None) -> Iterator[Path]:
             name = f"{split}_data.jsonl"
             with (folder / name).open(encoding="utf-8") as lines:
                 Path(scratch, name).write_text("".join(itertools.islice(lines, number)), encoding="utf-8")
-        shutil.copy(folder / "extraction_report.json", scratch)
+        # Its hashes are those of the whole data.
+        report = json.loads((folder / "extraction_report.json").read_text(encoding="utf-8"))
+        report.pop("sha256", None)
+        Path(scratch, "extraction_report.json").write_text(json.dumps(report), encoding="utf-8")
         yield Path(scratch)
-
-
-@contextlib.contextmanager
-def settings_of(module, values: dict) -> Iterator[None]:
-    """The settings of a script as in `values` for a while."""
-    usual = {name: getattr(module, name) for name in values}
-    vars(module).update(values)
-    try:
-        yield
-    finally:
-        vars(module).update(usual)
 
 
 def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: int, settings: dict) -> Outcome:
@@ -146,7 +140,7 @@ def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: in
         model = Path(scratch, "model")
         recipe = ["--learning-rate", str(rate), "--epochs", str(args.epochs)]
         began = time.monotonic()
-        with settings_of(train_model, {**watching, **settings}):
+        with mock.patch.multiple(train_model, **watching, **settings):
             folders = ["--data-dir", str(data), "--output-dir", str(model)]
             train_model.main(["--base-model", args.base_model, *recipe, *folders])
         outcome.minutes = (time.monotonic() - began) / 60
@@ -159,7 +153,7 @@ def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: in
         if args.bits_alone:
             return outcome
 
-        with settings_of(test_model, reporting):
+        with mock.patch.multiple(test_model, **reporting):
             test_model.main(["--data-dir", str(data), "--model-dir", str(model), "--report", "--quick"])
         outcome.seen = json.loads((model / "voice_report.json").read_text(encoding="utf-8"))
         outcome.taken = voice_of(args, model)

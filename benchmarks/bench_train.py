@@ -4,9 +4,9 @@
 
 Stock: Trainer with DataCollatorForLanguageModeling, one post a row cut at 512, the model's config as it comes.
 Both sides: batch 1, accumulation 8, bfloat16 autocast over float32 weights. Each measurement is a process of its own,
-the sides take turns, and of each the fastest update but the first counts. Bare: the products of one training step of
-the same model on the same rows, nothing else. Prints tokens per second and shares of the bare products' speed, which
-count 6 x parameters x tokens as everybody does; last, the memory that train_model.py plans with beside what it took.
+the sides take turns, and of each the fastest update but the first counts. Bare: only the matrix products of one
+training step of the same model on 512 tokens. Prints tokens per second and shares of the bare products' speed, counted
+as usual as 6 x parameters x tokens; last, the memory that train_model.py plans beside the memory it used.
 """
 
 import argparse
@@ -48,13 +48,13 @@ class Clock(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, *_, **__):
-        if args.device.type != "cpu":  # which is still at work when Python has told it everything
+        if args.device.type != "cpu":  # an accelerator works on after its last call has returned
             torch.accelerator.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
 
 def stock_rows(tokenizer, conversations: list[dict]) -> tuple[list[dict], list[int]]:
-    """Rows as the stock recipe makes them, and how many tokens of the author's each holds."""
+    """(rows as the stock recipe makes them, the number of the author's tokens in each)."""
     cut = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
     return [{"input_ids": ids[:512]} for ids, _ in cut], [sum(scored[:512]) for _, scored in cut]
 
@@ -63,45 +63,64 @@ def measure_stock(model_folder: str, conversations: list[dict], updates: int) ->
     tokenizer = train_model.load_tokenizer(model_folder)
     random.Random(0).shuffle(conversations)
     rows, authors = stock_rows(tokenizer, conversations[: updates * UPDATE])
-    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False, dtype=torch.float32)
-    clock = Clock()
-    stock_trainer(model, tokenizer, rows, updates, "bf16", clock).train()
+    clock = train_stock(model_folder, rows, torch.device("cpu"), "bf16")
     return figures(clock, [len(row["input_ids"]) for row in rows], authors)
 
 
-def stock_trainer(model, tokenizer, rows: list[dict], updates: int, precision: str, clock: Clock) -> Trainer:
-    """The stock recipe on the device that the model is on; `precision` is "bf16", "fp16" or "fp32"."""
+def train_stock(model_folder: str | Path, rows: list[dict], device: torch.device, precision: str) -> Clock:
+    """Train with the stock recipe, once over `rows`; `precision` is "bf16", "fp16" or "fp32"."""
+    tokenizer = train_model.load_tokenizer(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, trust_remote_code=False, dtype=torch.float32)
     arguments = TrainingArguments(
-        output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE, max_steps=updates,
-        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=model.device.type == "cpu", save_strategy="no",
-        report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
-    )  # fmt: skip
+        **training_arguments(len(rows) // UPDATE),
+        use_cpu=device.type == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+    )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+    clock = Clock()
+    trainer = Trainer(model.to(device), arguments, train_dataset=rows, data_collator=collator, callbacks=[clock])
+    trainer.train()
+    return clock
+
+
+def training_arguments(updates: int) -> dict:
+    """What both sides have in common."""
+    return {
+        "output_dir": "/nonexistent",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": UPDATE,
+        "max_steps": updates,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def measure_ours(model_folder: str, conversations: list[dict], updates: int, full: bool) -> dict:
     train_model.keep_freed_memory()
     before = peak_gigabytes()  # Python and its libraries, which no plan counts
-    tokenizer, model = train_model.load_tokenizer(model_folder), train_model.load_for_training(model_folder)
+    tokenizer = train_model.load_tokenizer(model_folder)
+    model = train_model.load_for_training(model_folder)
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
     rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
     if full:
         rows = rows.filter(lambda row: len(row["input_ids"]) == 512)
     rows = rows.shuffle(seed=0).select(range(updates * UPDATE))
-    clock = Clock()
+
     train_model.use_sparse_embedding_gradient(model)
+    clock = Clock()
     trainer = train_model.BlogTrainer(
         model=model,
-        args=TrainingArguments(
-            output_dir="/nonexistent", per_device_train_batch_size=1, gradient_accumulation_steps=UPDATE,
-            max_steps=updates, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-            train_sampling_strategy="sequential", remove_unused_columns=False,
-        ),
-        data_collator=train_model.collate, train_dataset=rows, precision="bf16",
+        args=TrainingArguments(**training_arguments(updates), use_cpu=True, remove_unused_columns=False),
+        data_collator=train_model.collate,
+        train_dataset=rows,
+        precision="bf16",
         callbacks=[train_model.CastWeightsOnce(model.device), clock],
-    )  # fmt: skip
+    )
     trainer.train()
+
     authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
     found = figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
     return {**found, "taken": found["gigabytes"] - before, "planned": planned_gigabytes(model_folder, 512)}
@@ -119,9 +138,7 @@ def peak_gigabytes() -> float:
 
 
 def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
-    """Speed in the fastest update, because other work on the machine only ever makes one slower."""
-    per_update = [sum(tokens[start : start + UPDATE]) for start in range(0, len(tokens), UPDATE)]
-    speed = max(count / seconds for count, seconds in list(zip(per_update, clock.seconds, strict=True))[1:])
+    speed = fastest_update(clock, tokens)
     return {
         "tokens": speed,
         "authors": speed * sum(authors) / sum(tokens),
@@ -129,22 +146,26 @@ def figures(clock: Clock, tokens: list[int], authors: list[int]) -> dict:
     }
 
 
+def fastest_update(clock: Clock, tokens: list[int]) -> float:
+    """Tokens a second in the fastest update but the first: other work on the machine only makes one slower.
+
+    `tokens` has the length of each row.
+    """
+    per_update = [sum(tokens[start : start + UPDATE]) for start in range(0, len(tokens), UPDATE)]
+    speeds = [count / seconds for count, seconds in zip(per_update, clock.seconds, strict=True)]
+    return max(speeds[1:])
+
+
 def measure_bare(model_folder: str) -> dict:
     """Tokens per second of nothing but the matrix products of one row of 512 tokens, forward and backward."""
     train_model.keep_freed_memory()
-    seconds, share = time_products(
-        AutoConfig.from_pretrained(model_folder, trust_remote_code=False), 512, torch.bfloat16, torch.device("cpu")
-    )
-    return {"tokens": 512 * share / seconds}
-
-
-def time_products(config, tokens: int, numbers: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """(seconds, share of the parameters): the products of one training step of `tokens` tokens, the fastest of six."""
+    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name]
-    weights = [torch.randn(shape, dtype=numbers, device=device) for shape in shapes]
-    inputs = [torch.randn(tokens, min(shape), dtype=numbers, device=device) for shape in shapes]
+    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    inputs = [torch.randn(512, min(shape), dtype=torch.bfloat16) for shape in shapes]
+
     seconds = []
     for _ in range(6):
         began = time.perf_counter()
@@ -153,11 +174,11 @@ def time_products(config, tokens: int, numbers: torch.dtype, device: torch.devic
             out = given @ weight
             out @ weight.T
             given.T @ out
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
+
+    # Count as if all parameters took part, as both sides are counted.
     share = sum(weight.numel() for weight in weights) / model.num_parameters()
-    return min(seconds), share
+    return {"tokens": 512 * share / min(seconds)}
 
 
 def hardware() -> str:

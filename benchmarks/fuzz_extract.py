@@ -63,25 +63,30 @@ MONSTERS = {
 }
 
 
-def mutate(data: bytes, chance: random.Random) -> bytes:
+def mutate(data: bytes, rng: random.Random) -> bytes:
     """One to five random edits: bytes flipped, slices cut, doubled or moved, markup strewn in, encodings changed."""
-    for _ in range(chance.randint(1, 5)):
-        a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    for _ in range(rng.randint(1, 5)):
+        a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         b = min(b, a + 400)
-        kind = chance.randrange(8)
+        kind = rng.randrange(8)
         if kind == 0:
-            data = data[:a] + bytes(chance.randrange(256) for _ in range(chance.randint(1, 8))) + data[a:]
+            noise = bytes(rng.randrange(256) for _ in range(rng.randint(1, 8)))
+            data = data[:a] + noise + data[a:]
         elif kind == 1:
             data = data[:a] + data[b:]
         elif kind == 2:
-            data = data[:b] + data[a:b] * chance.randint(1, 30) + data[b:]
+            data = data[:b] + data[a:b] * rng.randint(1, 30) + data[b:]
         elif kind in (3, 4, 5):
-            spice = chance.choice(SPICES).encode("utf-8", "surrogatepass") * chance.choice([1, 1, 1, 2, 50])
-            data = data[:a] + chance.choice([b"", b"\n", b" "]) + spice + chance.choice([b"", b"\n", b" "]) + data[a:]
+            spice = rng.choice(SPICES).encode("utf-8", "surrogatepass")
+            spice *= rng.choice([1, 1, 1, 2, 50])
+            before = rng.choice([b"", b"\n", b" "])
+            after = rng.choice([b"", b"\n", b" "])
+            data = data[:a] + before + spice + after + data[a:]
         elif kind == 6:
             data = data[:a] + data[b:] + data[a:b]
         else:
-            data = data.decode("utf-8", "replace").encode(chance.choice(["cp1252", "utf-16", "utf-8-sig"]), "replace")
+            encoding = rng.choice(["cp1252", "utf-16", "utf-8-sig"])
+            data = data.decode("utf-8", "replace").encode(encoding, "replace")
     return data
 
 
@@ -105,6 +110,7 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
         (blog / "_posts").mkdir(parents=True)
         for name, data in files.items():
             (blog / "_posts" / name).write_bytes(data)
+
         posts = [extract_blog_data.Post("blog", "public", f"_posts/{name}", blog / "_posts" / name) for name in files]
         settings = replace(extract_blog_data.parse_arguments(["--author", "wrenlow"]), blocked_words=BLOCKED)
         read = partial(read_timed, settings=settings)
@@ -113,10 +119,12 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
                 seconds.append(taken)
                 if taken > 5:
                     sys.exit(f"{name} took {taken:.1f} s: {files[name][:300]!r}")
+
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             extract_blog_data.main(["--public", str(blog), "--author", "wrenlow", "--data-dir", f"{folder}/data"])
         report = json.loads(Path(folder, "data", "extraction_report.json").read_text("utf-8"))
-        if not len(files) == report["files_found"] == report["files_kept"] + sum(report["files_skipped"].values()):
+        accounted = report["files_kept"] + sum(report["files_skipped"].values())
+        if not len(files) == report["files_found"] == accounted:
             sys.exit(f"the account is wrong: {report['files_found']} of {len(files)} files")
         return Counter(report["files_skipped"]) + Counter(kept=report["files_kept"])
 
@@ -126,19 +134,25 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    chance, start = random.Random(args.seed), time.monotonic()
+    rng = random.Random(args.seed)
+    start = time.monotonic()
     seeds = [path.read_bytes() for path in sorted((ROOT / "sample").glob("*-blog/**/_posts/**/*.*"))]
-    account, seconds, done = Counter(), [], 0
+
+    account = Counter()
+    seconds = []
+    done = 0
     while done < args.files:
         batch = monsters() if not done else []
-        batch += [mutate(chance.choice(seeds), chance) for _ in range(min(BATCH, args.files - done) - len(batch))]
-        files = {
-            f"2006-01-{n % 28 + 1:02}-post-{done + n}{chance.choice(['.md', '.md', '.html'])}": data
-            for n, data in enumerate(batch)
-        }
+        missing = min(BATCH, args.files - done) - len(batch)
+        batch += [mutate(rng.choice(seeds), rng) for _ in range(missing)]
+        files = {}
+        for n, data in enumerate(batch):
+            ending = rng.choice([".md", ".md", ".html"])
+            files[f"2006-01-{n % 28 + 1:02}-post-{done + n}{ending}"] = data
         account += check_batch(files, seconds)
         done += len(files)
         print(f"{done:,} files, {time.monotonic() - start:,.0f} s", file=sys.stderr, flush=True)
+
     print(f"{done:,} files, seed {args.seed}: no crash, slowest {max(seconds):.2f} s, account adds up")
     for name, count in account.most_common():
         print(f"{name:<24} {count:>9,}")

@@ -48,5 +48,5 @@ def test_a_check_that_raises_fails_and_stops_no_other(capsys, monkeypatch):
 
 def test_without_a_card_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no graphics card here: --tiny"):
+    with pytest.raises(SystemExit, match="finds no graphics card; use --tiny"):
         bench_gpu.main([])

@@ -26,7 +26,8 @@ def blog(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "data"
     write_jsonl(folder / "train_data.jsonl", conversations(24, words=200))
     write_jsonl(folder / "val_data.jsonl", conversations(9, seed=1, words=200))
-    (folder / "extraction_report.json").write_text("{}")
+    hashes = dict.fromkeys(("train_data.jsonl", "val_data.jsonl"), "of the whole data")
+    (folder / "extraction_report.json").write_text(json.dumps({"sha256": hashes}))
     yield folder
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -36,31 +37,45 @@ def table(capsys, monkeypatch, *flags) -> list[dict[str, str]]:
     """The rows that the benchmark prints, by the names of their columns."""
     monkeypatch.setattr(sys, "argv", ["bench_recipes.py", *map(str, flags)])
     bench_recipes.main()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = []
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("| "):
+            cells = line.strip("|").split("|")
+            rows.append([cell.strip() for cell in cells])
+    head, *rows = rows
     return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def settings() -> dict:
+    return {name: getattr(train_model, name) for name in train_model.SETTINGS}
 
 
 def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, monkeypatch):
     """Of as many posts as asked for, evaluated after each epoch; `auto` names the rate that it found."""
-    before = {name: getattr(train_model, name) for name in train_model.SETTINGS}
+    before = settings()
     flags = ("--base-model", gpt2_folder, "--data-dir", blog, "--posts", 12, 3, "--epochs", 2, "--bits-alone")
     rows = table(capsys, monkeypatch, *flags, "--rates", "1e-2", "auto", "--ranks", 0, 4)
-    names = [row["learning rate"] for row in rows]
-    assert names[:2] == ["0.01", "0.01, LORA_RANK 4"]
-    assert names[2] == "auto (0.0002)" and names[3] == "auto (0.002), LORA_RANK 4"
-    assert {name: getattr(train_model, name) for name in train_model.SETTINGS} == before
+    assert [row["learning rate"] for row in rows] == [
+        "0.01",
+        "0.01, LORA_RANK 4",
+        "auto (0.0002)",
+        "auto (0.002), LORA_RANK 4",
+    ]
+    assert settings() == before
 
     # The first of them by hand.
-    for split, number in (("train", 12), ("val", 3)):
-        lines = (blog / f"{split}_data.jsonl").read_text().splitlines(keepends=True)
-        write_jsonl(tmp_path / "small" / f"{split}_data.jsonl", [json.loads(line) for line in lines[:number]])
+    for name, number in (("train_data.jsonl", 12), ("val_data.jsonl", 3)):
+        lines = (blog / name).read_text().splitlines()
+        posts = [json.loads(line) for line in lines[:number]]
+        write_jsonl(tmp_path / "small" / name, posts)
     monkeypatch.setattr(train_model, "EVALUATIONS_PER_EPOCH", 1)
     folders = ["--data-dir", str(tmp_path / "small"), "--output-dir", str(tmp_path / "model")]
     train_model.main(["--base-model", str(gpt2_folder), *folders, "--epochs", "2", "--learning-rate", "1e-2"])
     report = json.loads((tmp_path / "model" / "training_report.json").read_text())
+
     base, *later = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(report["log"])]
-    assert [rows[0][name] for name in ("base", "epoch 1", "epoch 2")] == [f"{bits:.4f}" for bits in (base, *later)]
+    assert rows[0]["base"] == f"{base:.4f}"
+    assert [rows[0]["epoch 1"], rows[0]["epoch 2"]] == [f"{bits:.4f}" for bits in later]
     assert rows[0]["gain"] == f"{base - min(later):.4f}"
 
 
