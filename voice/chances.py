@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from extract_blog_data import REPLY_CONTEXT, find_personal_data, say
+from extract_blog_data import find_personal_data, say
 from train_model import break_control_tokens, conversation_tokens
 from voice.evidence import Evidence, Span, Text, TokenChances
 from voice.loading import name_in
@@ -37,23 +37,16 @@ def pick_texts(evidence: Evidence, public: int) -> list[Text]:
     chosen = sorted(order[:public])
     trained = evidence.private_posts() + [others[place] for place in chosen]
 
-    texts = [text_of(evidence.tokenizer, post, is_held_out=False) for post in trained]
-    texts += [text_of(evidence.tokenizer, post, is_held_out=True) for post in evidence.blog.held_out]
+    texts = [text_of(evidence, post, is_held_out=False) for post in trained]
+    texts += [text_of(evidence, post, is_held_out=True) for post in evidence.blog.held_out]
     return texts
 
 
-def text_of(tokenizer, post: dict, is_held_out: bool) -> Text:
+def text_of(evidence: Evidence, post: dict, is_held_out: bool) -> Text:
+    """The author's turns; of training texts also personal data in them, private titles and readers' comments."""
+    tokenizer = evidence.tokenizer
     ids, scored = conversation_tokens(tokenizer, post["messages"])
-    spans = spans_of(tokenizer, post, ids, scored, is_held_out)
-    return Text(post, ids, is_held_out, spans)
-
-
-def spans_of(tokenizer, conversation: dict, ids: list[int], scored: list[bool], is_held_out: bool) -> list[Span]:
-    """The author's turns; of training texts also personal data in them, private titles and readers' comments.
-
-    `scored` tells for each token whether it is the author's.
-    """
-    group = "held-out" if is_held_out else visibility_of(conversation)
+    group = "held-out" if is_held_out else visibility_of(post)
     specials = set(tokenizer.all_special_ids)
 
     spans = []
@@ -66,12 +59,13 @@ def spans_of(tokenizer, conversation: dict, ids: list[int], scored: list[bool], 
         # Of held-out texts, which are there to compare with, the author's turns are enough.
         if is_held_out:
             continue
-        wanted = personal_data_in if is_author else others_words_in
-        name, found = wanted(conversation, tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False), tokenizer)
-        for left, right in found:
-            first, last = tokens_at(tokenizer, ids[begin:end], left, right)
+        turn = ids[begin:end]
+        text = tokenizer.decode(turn, clean_up_tokenization_spaces=False)
+        found = personal_data_in(text, post, evidence) if is_author else others_words_in(text, post, evidence)
+        for name, left, right in found:
+            first, last = tokens_at(tokenizer, turn, left, right)
             spans.append(Span(name, begin + first, begin + last))
-    return [span for span in spans if span.end > span.begin]
+    return Text(post, ids, is_held_out, [span for span in spans if span.end > span.begin])
 
 
 def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
@@ -83,41 +77,37 @@ def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
         begin = end
 
 
-Places = tuple[str, list[tuple[int, int]]]  # group, (begin, end) in characters
-
-
-def personal_data_in(conversation: dict, text: str, tokenizer) -> Places:
-    """E-mail addresses, numbers and keys that are in the author's text because REDACT was off or no rule matched."""
+def personal_data_in(text: str, conversation: dict, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
+    """(group, begin, end) of e-mail addresses, numbers and keys: REDACT was off, or no rule matched."""
     # As in extraction: an id in a link of a public post is no key.
     is_public = visibility_of(conversation) == "public"
-    return "personal data", [(begin, end) for _, begin, end, _ in find_personal_data(text, is_public)]
+    for _, begin, end, _ in find_personal_data(text, evidence.phone_countries, is_public):
+        yield "personal data", begin, end
 
 
-def others_words_in(conversation: dict, text: str, tokenizer) -> Places:
-    """What a turn before the author's holds besides the template: a private post's title, or readers' comments."""
+def others_words_in(text: str, conversation: dict, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
+    """(group, begin, end) of what a turn before the author's holds: a private post's title, or readers' comments."""
     group = "private titles"
     wanted = [name_in(conversation, "title")] if visibility_of(conversation) == "private" else []
     if conversation.get("kind") == "reply":
         group = "comments"
-        wanted = comments_of(conversation)
+        wanted = comments_of(conversation, evidence.reply_context)
 
-    places = []
     for content in wanted:
-        content = break_control_tokens(content, tokenizer)  # as the template shows it
+        content = break_control_tokens(content, evidence.tokenizer)  # as the template shows it
         begin = text.find(content)
         # A thread has several turns, and this may be another one.
         if content and begin >= 0:
-            places.append((begin, begin + len(content)))
-    return group, places
+            yield group, begin, begin + len(content)
 
 
-def comments_of(conversation: dict) -> list[str]:
-    """Readers' comments in it, without the opening of the post that replaces one when the author replies to nobody."""
+def comments_of(conversation: dict, reply_context: str) -> list[str]:
+    """Readers' comments in it, without the opening of the post that replaces one if the author replies to nobody."""
     if conversation.get("kind") != "reply":
         return []
-    stand_in = REPLY_CONTEXT.partition("{")[0]
+    stand_in = reply_context.partition("{")[0]
     said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
-    return [text for text in said if not text.startswith(stand_in)]
+    return [text for text in said if not (stand_in and text.startswith(stand_in))]
 
 
 def tokens_at(tokenizer, ids: list[int], begin: int, end: int) -> tuple[int, int]:

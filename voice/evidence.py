@@ -86,7 +86,10 @@ class Evidence:
     other_texts: dict[str, list[str]] = field(default_factory=dict)  # all posts of OTHER_BLOGS, by name
     left_out: list[str] = field(default_factory=list)  # why the rest of OTHER_BLOGS is missing there, in sentences
     not_strangers: tuple[str, ...] = ()
+    # Settings of extract_blog_data.py.
     blocked_words: tuple[str, ...] = ()
+    phone_countries: tuple[str, ...] = ()
+    reply_context: str = ""
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones to compare with
     requests: list[str] = field(default_factory=list)
     words: int = 6_000  # that each model has to write

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extract_blog_data import FOLDER, NAME, SENTENCE, TEXT, Setting, above, number, one_of, optional, whole
+from extract_blog_data import Settings as ExtractionSettings
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder of the three scripts
 
@@ -35,6 +36,7 @@ class Settings:
     model_dir: Path
     data_dir: Path
     prompts: tuple[str, ...]
+    extraction: ExtractionSettings  # of the data: private words, spellings of telephone numbers, wordings of requests
     # None: as generation_config.json in the model folder has it.
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -47,4 +49,3 @@ class Settings:
     base_model: str = ""
     not_strangers: tuple[str, ...] = ()
     other_blogs: tuple[str, ...] = ()
-    blocked_words: tuple[str, ...] = ()  # BLOCKED_WORDS of extract_blog_data.py

@@ -209,7 +209,9 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
             notes.append(f"{name} (OTHER_BLOGS) has {words}: left out.")
 
     # A few polite words show no habits.
-    comments = [text for conversation in evidence.blog.train for text in comments_of(conversation)]
+    comments = []
+    for conversation in evidence.blog.train:
+        comments += comments_of(conversation, evidence.reply_context)
     if count_words(comments) >= MIN_STRANGER_WORDS:
         known["your readers"] = count_stretches(comments, features)
 
