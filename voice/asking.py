@@ -130,7 +130,9 @@ def why_left_out(name: str, texts: list[str], evidence: Evidence) -> str:
     # Everything would tell the author from people who write another language.
     share = share_of_language([word for word, _ in uses.most_common(100)], evidence.blog.train)
     if evidence.blog.train and share < SAME_LANGUAGE:
-        return f"You use {percent(share)} of the 100 commonest words of {name} (OTHER_BLOGS): another language, left out."
+        return (
+            f"You use {percent(share)} of the 100 commonest words of {name} (OTHER_BLOGS): another language, left out."
+        )
     return ""
 
 

@@ -365,7 +365,9 @@ def tell_likeliest(secret: list[LeakGroup]) -> Likeliest:
         with_any = f"with any settings the likeliest passage takes {count_tries(bound)}"
         return Likeliest(
             f"nothing private can come out word for word with the model's own settings; {with_any}",
-            Summary("not word for word", f"with its own settings; {with_any.replace('likeliest', 'likeliest private')}"),
+            Summary(
+                "not word for word", f"with its own settings; {with_any.replace('likeliest', 'likeliest private')}"
+            ),
         )
     return Likeliest(
         f"with the model's own settings the likeliest private passage takes {count_tries(sampled)} for an even chance, "

@@ -243,7 +243,12 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
 
 def draw(reader: Reader) -> Figure:
     """What share of everybody's text is taken for the author's: dots, and ranges as bars."""
-    rows = {"other bloggers": None, "the base model": reader.base, "the tuned model": reader.tuned, "you": reader.author}
+    rows = {
+        "other bloggers": None,
+        "the base model": reader.base,
+        "the tuned model": reader.tuned,
+        "you": reader.author,
+    }
     # Small, so that its letters are large enough on a phone.
     figure = Figure(figsize=(5, 2.3), layout="constrained")
     axes = figure.subplots()
