@@ -98,7 +98,7 @@ INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
 REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
-PHONE_COUNTRIES = ["US", "GB", "FR", "DE", "KR"]  # whose numbers are also found without +NN; 0.3 ms a post each
+PHONE_COUNTRIES = ["US"]  # ["US", "IT"]: whose numbers are also found without +NN; two letters (ISO 3166)
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
 VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
@@ -240,6 +240,7 @@ def out_of_time(*_):
 
 def fill_post(post: Post, settings: Settings) -> str:
     """Reads the file into the post; returns the reason why it cannot be used, "" if it can."""
+    # Bytes to front matter and body.
     data = read_regular(post.file, settings.max_bytes)
     if len(data) > settings.max_bytes:
         return "too large"
@@ -626,6 +627,7 @@ def read_sites(settings: Settings) -> list[Site]:
 
 
 def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
+    # A broken config is a problem to report, not a reason to stop.
     paths = [repository / name for name in CONFIG_NAMES]
     file = next(filter(os.path.lexists, paths), paths[0])
     config, problem = read_config(file, max_bytes)
@@ -641,6 +643,7 @@ def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
         else:
             problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
 
+    # Patterns of paths to leave out, and names that are read although Jekyll would ignore them.
     excluded = excluded_paths(strings(config.get("exclude")))
     included = {*POST_FOLDERS, *strings(config.get("include")), *strings(config.get("collections_dir"))}
     return Site(repository, visibility, root, excluded, included, file, problem)
@@ -970,7 +973,7 @@ NOT_PROSE = [
         "\n\nHello.",
     ),
     Markup(
-        "case",  # what stands before its first branch
+        "case",  # anything before its first branch
         r"\{%-?\s*case\b[^%]*%\}\s*\{%-?\s*when\b[^%]*%\}",
         "",
         "{% case a %}\n{% when 1 %}One{% when 2 %}Two{% endcase %}.",
@@ -1276,6 +1279,7 @@ def to_text(markup: str, is_html: bool, title: str = "", line_breaks: str = "kee
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
         del blocks[0]
 
+    # Items of a list are on consecutive lines, other blocks have a blank line between them.
     out = []
     last = ""
     for kind, text in blocks:
@@ -1445,13 +1449,13 @@ class Found(NamedTuple):
 
 
 def real_card(found: re.Match) -> str:
-    from stdnum import luhn  # here, since it takes 0.1 s and hardly any blog has such a number
+    from stdnum import luhn  # here: it needs 0.1 s to load, and hardly any blog has such a number
 
-    return longest_valid(found[0], luhn.is_valid)
+    return longest_valid(found[0], lambda number: len(number) > 13 and luhn.is_valid(number))
 
 
 def real_iban(found: re.Match) -> str:
-    from stdnum import iban  # 0.1 s, too
+    from stdnum import iban  # the same
 
     return longest_valid(found[0], functools.partial(iban.is_valid, check_country=False))
 
@@ -1554,7 +1558,7 @@ PERSONAL_DATA = [
     PersonalData(
         "iban",
         "a bank account",
-        r"(?=[A-Za-z]{2}\d\d)[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
+        r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
         "DE89 3704 0044 0532 0130 00",
         real_iban,
     ),
@@ -1577,6 +1581,12 @@ PERSONAL_DATA = [
         "North America, also with an area code that does not exist",
         r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
         "(415) 555-0123",
+    ),
+    PersonalData(
+        "phone",
+        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
+        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
+        "030 1234 5678",
     ),
     PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
     PersonalData(
@@ -1614,7 +1624,7 @@ PERSONAL = re.compile(rf"(?<!\w)(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
 BEFORE_PHONE, BEHIND_PHONE = (re.compile(pattern) for pattern in (rf"(?<!\w){AROUND['phone'][0]}", AROUND["phone"][1]))
 
 
-def find_personal_data(text: str, countries: Sequence[str], is_public: bool = False) -> list[Found]:
+def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:
     """Every e-mail address, number and key, in order, not overlapping; in public an id in a link is no key.
 
     Telephone numbers are found in the spellings of these countries, and of every country with +NN."""
@@ -1758,7 +1768,7 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     What was replaced is recorded in the post."""
     personal = []
     if settings.redact:
-        personal = find_personal_data(text, settings.phone_countries, post.visibility == "public")
+        personal = find_personal_data(text, post.visibility == "public", settings.phone_countries)
     post.redacted += [(one.kind, one.normalised) for one in personal]
 
     # Searched in the original text: a name in an e-mail address is counted, and the whole address is replaced.
@@ -1929,6 +1939,7 @@ def read_comments(comments: object) -> dict[str, Comment]:
             if parent in ("", "0", "null", "~"):
                 parent = above
 
+            # Some importers name the author and the text differently.
             author = first_of(item, "author", "name").casefold()
             found[key] = Comment(parent, author, first_of(item, "content", "message", "body", "text"))
             waiting += [(item[name], key) for name in ("replies", "children") if name in item]
@@ -2027,17 +2038,12 @@ def is_by(post: Post, authors: frozenset[str]) -> bool:
 # ---------------------------------------------------------------- near-duplicates
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
+    # Of two equal posts the public one comes first, so that no private copy stays without need.
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=by_preference)
-
+    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text), post.blog, post.path))
     shingles = [post.shingles for post in texts]
     for number, earlier in find_duplicates(shingles, similarity).items():
         drop_duplicate(texts[number], texts[earlier])
-
-
-def by_preference(post: Post) -> tuple:
-    """A sort key: of two equal posts the public one comes first, so that no private copy stays without need."""
-    return post.visibility != "public", -len(post.text), post.blog, post.path
 
 
 def drop_duplicate(post: Post, kept: Post):
@@ -2073,31 +2079,46 @@ def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
     """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly."""
-    sizes = np.array([hashes.size for hashes in sets])
-    texts = np.repeat(np.arange(len(sets)), sizes)
-    _, ids, times = np.unique(np.concatenate([np.zeros(0, np.uint64), *sets]), return_inverse=True, return_counts=True)
-
-    # Most shingles are in one text only and need no index.
-    is_shared = times[ids] > 1
-    shared = ids[is_shared]
-    owners = texts[is_shared]
-    order = np.argsort(shared, kind="stable")
-    starts = np.flatnonzero(np.diff(shared[order], prepend=-1))
-    index = dict(zip(shared[order][starts].tolist(), np.split(owners[order], starts[1:]), strict=False))
-
+    sizes = np.array([hashes.size for hashes in sets], dtype=np.int64)
+    own, texts = index_shared(sets)
     near: dict[int, int] = {}
     is_kept = np.ones(len(sets), dtype=bool)
-    for number, own in enumerate(np.split(shared, np.searchsorted(owners, np.arange(1, len(sets))))):
-        others = [index[key] for key in own.tolist()]
-        others, common = np.unique(np.concatenate([np.zeros(0, np.int64), *others]), return_counts=True)
+    for number, shingles in enumerate(own):
+        if not shingles:
+            continue
 
-        # A text that is near a dropped one alone stays.
-        is_near = common >= threshold * (sizes[number] + sizes[others] - common)
-        matches = others[is_near & is_kept[others] & (others < number)]
+        # Of the earlier texts only kept ones count: a text that is near a dropped one alone stays.
+        members = np.concatenate([texts[shingle] for shingle in shingles])
+        common = np.bincount(members[members < number], minlength=number)
+        is_near = common >= threshold * (sizes[number] + sizes[:number] - common)
+        matches = np.flatnonzero(is_near & is_kept[:number])
         if matches.size:
             near[number] = int(matches[0])
             is_kept[number] = False
     return near
+
+
+def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.ndarray]]:
+    """(for each text the shingles that another text has too, for each of these shingles its texts)."""
+    if not sets:
+        return [], {}
+    sizes = [hashes.size for hashes in sets]
+    texts = np.repeat(np.arange(len(sets)), sizes)
+    everything = np.concatenate(sets)
+    _, shingles, times = np.unique(everything, return_inverse=True, return_counts=True)
+
+    # Most shingles are in one text only; an index of them would need most of the time and memory.
+    is_shared = times[shingles] > 1
+    shared = shingles[is_shared].tolist()
+    owners = texts[is_shared].tolist()
+    own: list[list[int]] = [[] for _ in sets]
+    index: dict[int, list[int]] = defaultdict(list)
+    for shingle, text in zip(shared, owners, strict=True):
+        own[text].append(shingle)
+        index[shingle].append(text)
+
+    arrays = {shingle: np.array(members) for shingle, members in index.items()}
+    return own, arrays
 
 
 # ---------------------------------------------------------------- split
@@ -2145,12 +2166,14 @@ ANOTHER = "name another data folder with --data-dir"
 
 def check_data_folder(folder: Path, repositories: list[Path]):
     """Exits with a sentence if data cannot or must not be written there; says who could read it."""
+    # The folder, or the nearest one above it in which it would be made.
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not is_folder(existing):
         sys.exit(f"{existing} is not a folder: {ANOTHER}.")
     if not os.access(existing, os.W_OK | os.X_OK):
         sys.exit(f"You may not write in {existing}: {ANOTHER}.")
 
+    # Neither a folder with a meaning of its own nor a file of somebody else's may be changed.
     check_surroundings(folder, repositories)
     for name in OWN_FIELDS:
         if os.path.lexists(folder / name):
@@ -2185,6 +2208,7 @@ def check_own(file: Path):
     if not status.st_size:
         return
 
+    # The report is one JSON object, the data has one on each line.
     with file.open("rb") as opened:
         data = opened.read(LARGEST_OWN) if file.name == REPORT_FILE else opened.readline(LARGEST_OWN)
     try:
@@ -2368,6 +2392,7 @@ def print_report(report: dict, data_dir: Path):
     if 0 in report["blocked_words"]:
         rows["private words found nowhere"] = report["blocked_words"].count(0)
 
+    # Names on the left, numbers on the right.
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
     lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")

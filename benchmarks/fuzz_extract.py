@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import date
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -92,9 +92,9 @@ def monsters() -> list[bytes]:
     return [*files, bytes(range(256)) * 100, b"---\n---\n" + b"fifty megabytes " * 3_300_000, b"", b"---", b"---\n---"]
 
 
-def read_timed(post: extract_blog_data.Post, run: extract_blog_data.Run) -> tuple[float, str]:
+def read_timed(post: extract_blog_data.Post, settings: extract_blog_data.Settings) -> tuple[float, str]:
     start = time.process_time()
-    post = extract_blog_data.read_post(post, run)
+    post = extract_blog_data.read_post(post, settings)
     return time.process_time() - start, post.reason
 
 
@@ -106,7 +106,8 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
         for name, data in files.items():
             (blog / "_posts" / name).write_bytes(data)
         posts = [extract_blog_data.Post("blog", "public", f"_posts/{name}", blog / "_posts" / name) for name in files]
-        read = partial(read_timed, run=extract_blog_data.Run(frozenset(["wrenlow"]), date.today(), BLOCKED))
+        settings = replace(extract_blog_data.parse_arguments(["--author", "wrenlow"]), blocked_words=BLOCKED)
+        read = partial(read_timed, settings=settings)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             for (taken, _), name in zip(pool.map(read, posts, chunksize=20), files, strict=True):
                 seconds.append(taken)

@@ -13,7 +13,6 @@ stay as it is; one that changes many ought to be looked at with --show.
 import argparse
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
@@ -57,14 +56,14 @@ class Witness:
 def question_posts(blog: Path) -> dict[str, Witness]:
     """What the guesses were asked while the blog's posts were read, those that are passed over left out."""
     witnesses = {name: Witness(name) for name in NUMBERS}
-    site = x.read_site(blog.resolve(), "public")
-    run = x.Run(frozenset(), date.today())
+    settings = x.parse_arguments([])
+    site = x.read_site(blog.resolve(), "public", settings.max_bytes)
     with mock.patch.multiple(x, **witnesses):
         for file, reason in x.walk_posts(site, drafts=False):
             path = file.relative_to(site.repository).as_posix()
             for witness in witnesses.values():
                 witness.path = path
-            x.read_post(x.Post(blog.name, "public", path, file, site.words, reason), run)
+            x.read_post(x.Post(blog.name, "public", path, file, reason), settings)
     return witnesses
 
 
