@@ -28,6 +28,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import extract_blog_data
 import test_model
 import train_model
+import voice.asking
+import voice.chances
+import voice.copies
+import voice.evidence
+import voice.leaks
+import voice.learned
+import voice.loading
+import voice.report
+import voice.sampling
+import voice.word_index
 
 SCRIPT = Path(test_model.__file__)
 torch.set_num_threads(1)  # models this small only wait for each other's threads
@@ -53,7 +63,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(model_folder):
-    return test_model.load_tuned(model_folder)
+    return voice.loading.load_tuned(model_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +106,11 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
     model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path, architecture, False, **sizes)).eval()
     greedy = sampling(do_sample=False, repetition_penalty=1.3, eos_token_id=[7])
     prompts, together = [[5, 6], list(range(20, 60)), [30]], {0: [], 1: [], 2: []}
-    for step in test_model.generate(model, prompts, greedy, None):
+    for step in voice.sampling.generate(model, prompts, greedy, None):
         for row, token, _ in step:
             together[row].append(token)
     for row, prompt in enumerate(prompts):
-        alone = [step[0][1] for step in test_model.generate(model, [prompt], greedy, None)]
+        alone = [step[0][1] for step in voice.sampling.generate(model, [prompt], greedy, None)]
         settings = {
             "max_new_tokens": 12,
             "do_sample": False,
@@ -115,7 +125,7 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
 def test_prompt_and_answer_never_outgrow_the_positions(loaded):
     model, _ = loaded
     prompts = [[5] * 120, [6] * 10, [7] * 127]
-    steps = list(test_model.generate(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
+    steps = list(voice.sampling.generate(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
     lengths = [sum(row == number for step in steps for row, *_ in step) for number in range(3)]
     assert lengths == [8, 118, 1]
 
@@ -124,40 +134,40 @@ def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones(
     logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).repeat(200, 1)
     dice, seen = torch.Generator().manual_seed(0), torch.zeros(200, 4, dtype=torch.bool)
     drawn = {
-        name: set(test_model.sample_next_token(logits, seen, sampling(**settings), dice).tolist())
+        name: set(voice.sampling.sample_next_token(logits, seen, sampling(**settings), dice).tolist())
         for name, settings in {"p": {"top_p": 0.7}, "k": {"top_k": 1}, "all": {"temperature": 9.0}}.items()
     }
     assert drawn == {"p": {0, 1}, "k": {0}, "all": {0, 1, 2, 3}}
     seen[:, 0] = True
     penalised = sampling(do_sample=False, repetition_penalty=2.0)
-    assert set(test_model.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
+    assert set(voice.sampling.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
 
 
 def test_top_p_of_1_keeps_the_whole_vocabulary():
     """In float32 the sum over 50,000 tokens reaches 1 before the last of them."""
     logits = 3 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
     seen = torch.zeros(4, 50_000, dtype=torch.bool)
-    _, chances = test_model.next_token_chances(logits, seen, sampling(top_k=0))
+    _, chances = voice.sampling.next_token_chances(logits, seen, sampling(top_k=0))
     assert chances.shape == (4, 50_000) and (chances > 0).all()
 
 
 def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded, monkeypatch):
     _, tokenizer = loaded
     file = GenerationConfig(do_sample=True, temperature=0.7, max_new_tokens=33, eos_token_id=[3, 4])
-    read = test_model.read_sampling(file, tokenizer, None)
+    read = voice.sampling.read_sampling(file, tokenizer, None)
     assert (read.temperature, read.top_p, read.max_new_tokens, read.eos_token_id) == (0.7, 1.0, 33, [3, 4])
     monkeypatch.setattr(test_model, "TEMPERATURE", 0.2)
-    read = test_model.read_sampling(file, tokenizer, 5)
+    read = voice.sampling.read_sampling(file, tokenizer, 5)
     assert (read.temperature, read.max_new_tokens, read.do_sample) == (0.2, 5, True)
     monkeypatch.setattr(test_model, "TEMPERATURE", 0)
-    assert not test_model.read_sampling(file, tokenizer, 5).do_sample
+    assert not voice.sampling.read_sampling(file, tokenizer, 5).do_sample
 
 
 def test_pieces_make_up_the_answers_and_any_end_token_counts(loaded):
     model, tokenizer = loaded
     settings = sampling(max_new_tokens=30, eos_token_id=list(range(0, 400, 9)))
     pieces, answers = [""], []
-    for piece, answer in test_model.stream(
+    for piece, answer in voice.sampling.stream(
         model, tokenizer, [[5, 6], [7], [9, 9]], settings, torch.Generator().manual_seed(3)
     ):
         pieces[-1] += piece
@@ -201,12 +211,12 @@ POSTS = [
     ],
 )
 def test_the_longest_run_is_found_and_from_eight_words_on_its_post(text, words, copy, title):
-    found = test_model.WordIndex(POSTS).longest_copy(text)
+    found = voice.word_index.WordIndex(POSTS).longest_copy(text)
     assert (found.words, found.text, found.post and found.post["title"]) == (words, copy, title)
 
 
 def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
-    index = test_model.WordIndex(POSTS)
+    index = voice.word_index.WordIndex(POSTS)
     text = "Hm, you were on time and I was late. Out! New words; o rolls, o rolls, you forty-eight, you were. End"
     assert index.without_copies(text) == "Hm, ! New words; . End"
     assert index.split_at_copies(text) == [
@@ -222,7 +232,7 @@ def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
 def test_a_letter_that_becomes_two_without_upper_case_moves_no_copy():
     """Casefolded, the Turkish I with a dot is an i and a sign that ends the word."""
     text = "İzmir ve İstanbul: " * 3 + "you were on time and I was early, the gull"
-    index = test_model.WordIndex(POSTS)
+    index = voice.word_index.WordIndex(POSTS)
     copy = "you were on time and I was early, the gull"
     assert index.longest_copy(text).text == copy
     assert (copy, True) in index.split_at_copies(text)
@@ -230,7 +240,7 @@ def test_a_letter_that_becomes_two_without_upper_case_moves_no_copy():
 
 def test_the_line_under_an_answer_names_the_post(model_folder, tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "train_data.jsonl", POSTS)
-    copy = test_model.Answer("you were on time and I was late", [1], True)
+    copy = voice.sampling.Answer("you were on time and I was late", [1], True)
     monkeypatch.setattr(test_model, "stream", lambda *_: iter([(copy.text, copy)]))
     run(model_folder, tmp_path, "--prompt", "?")
     line = '[longest run of words from the training data: 8, from the public post "Rolls" Rolls.md]'
@@ -343,7 +353,7 @@ def quiz_data(tmp_path) -> Path:
 def answer_with(monkeypatch, texts: list[str]) -> None:
     def stream(model, tokenizer, prompts, sampling, dice):
         for _, text in zip(prompts, itertools.cycle(texts), strict=False):
-            yield text, test_model.Answer(text, [1], True)
+            yield text, voice.sampling.Answer(text, [1], True)
 
     monkeypatch.setattr(test_model, "stream", stream)
 
@@ -380,10 +390,10 @@ def test_ctrl_c_ends_the_quiz_and_what_was_answered_counts(moment, model_folder,
     typed = iter(["1"])
 
     def stream(*_):
-        yield text, test_model.Answer(text, [1], True)
+        yield text, voice.sampling.Answer(text, [1], True)
         if moment == "writing":
             raise KeyboardInterrupt
-        yield text, test_model.Answer(text, [1], True)
+        yield text, voice.sampling.Answer(text, [1], True)
 
     def type_line(_):
         line = next(typed, None)
@@ -496,16 +506,16 @@ def test_the_chance_of_a_passage_is_how_often_it_comes_out(loaded, settings):
         answers = [[] for _ in range(4000)]
         dice = torch.Generator().manual_seed(seed)
         own = sampling(max_new_tokens=5, eos_token_id=[], **settings)
-        for step in test_model.generate(model, [prompt] * len(answers), own, dice):
+        for step in voice.sampling.generate(model, [prompt] * len(answers), own, dice):
             for number, token, _ in step:
                 answers[number].append(token)
         drawn.update(map(tuple, answers))
     often = [entry for entry in drawn.most_common(40) if entry[1] >= 20]
     assert len(often) >= 3
     for passage, times in often[:: len(often) // 3]:  # a likely one, and less likely ones
-        reading = test_model.read_chances(model, [*prompt, *passage], own, 128, 8)
+        reading = voice.chances.token_chances(model, [*prompt, *passage], own, 128, 8)
         chances = test_model.window_chances(windows_of(prompt, len(prompt), 5), [reading])
-        low, high = test_model.wilson(times, 20_000)
+        low, high = voice.evidence.wilson(times, 20_000)
         slack = (high - low) / 2  # nine intervals of 95 %: one may miss
         assert low - slack < np.exp(chances.own[0]) < high + slack
         assert chances.anyhow[0] > chances.own[0] - 1e-9
@@ -513,13 +523,13 @@ def test_the_chance_of_a_passage_is_how_often_it_comes_out(loaded, settings):
 
 def test_a_temperature_near_zero_gives_the_greedy_count_and_one_kept_token_all_or_nothing(overfitted):
     folder, _, posts = overfitted
-    model, tokenizer = test_model.load_tuned(folder)
+    model, tokenizer = voice.loading.load_tuned(folder)
     posts = [*posts, *conversations(3)]  # what it knows by heart, and what it never saw
-    evidence = test_model.Evidence(test_model.BlogData(train=posts), tokenizer=tokenizer)
-    texts = test_model.pick_texts(evidence, 10)
+    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=posts), tokenizer=tokenizer)
+    texts = voice.chances.pick_texts(evidence, 10)
     windows = test_model.cut_windows(texts)
     for settings in ({"temperature": 1e-4, "top_k": 0}, {"temperature": 1.0, "top_k": 1}):
-        readings = [test_model.read_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
+        readings = [voice.chances.token_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
         chances = test_model.window_chances(windows, readings)
         assert set(np.exp(chances.own).round(9)) == {0, 1}
         assert np.exp(chances.own).sum() == pytest.approx(chances.is_first.sum()) and chances.is_first.sum() > 0
@@ -528,7 +538,7 @@ def test_a_temperature_near_zero_gives_the_greedy_count_and_one_kept_token_all_o
 def test_overlapping_windows_give_every_token_one_chance_after_at_least_the_overlap(loaded):
     model, _ = loaded
     ids = [number * 7 % 100 for number in range(300)]
-    reading = test_model.read_chances(model, ids, sampling(), 100, 20)
+    reading = voice.chances.token_chances(model, ids, sampling(), 100, 20)
     assert np.isfinite(reading.plain).all() and (reading.plain[1:] < 0).all()
     with torch.no_grad():
         later = model(torch.tensor([ids[80:180]])).logits[0].log_softmax(-1)
@@ -541,12 +551,12 @@ def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, ans
     """Answers take most of a report's time after the reading."""
 
     def a_hundred_words_each(model, tokenizer, prompts, *_):
-        return [test_model.Answer("word " * 100, [1], True)] * len(prompts)
+        return [voice.sampling.Answer("word " * 100, [1], True)] * len(prompts)
 
     model, tokenizer = loaded
     monkeypatch.setattr(test_model, "whole_answers", a_hundred_words_each)
-    evidence = test_model.Evidence(requests=["Tell me about soup."], words=words)
-    assert len(test_model.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
+    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=words)
+    assert len(voice.asking.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
 
 
 def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
@@ -645,11 +655,11 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
 def test_a_private_copy_counts_beside_a_longer_public_one():
     public, private = POSTS[0]["messages"][1]["content"], POSTS[1]["messages"][1]["content"]
     text = f"{public} Well. {private[:43]}"
-    evidence = test_model.Evidence(test_model.BlogData(train=POSTS), test_model.WordIndex(POSTS))
+    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=POSTS), voice.word_index.WordIndex(POSTS))
     for written, count in ((text, 1), (public, 0)):
-        evidence.tuned.answers = [test_model.Answer(written, [], True)]
+        evidence.tuned.answers = [voice.sampling.Answer(written, [], True)]
         assert evidence.index.longest_copy(written).post["visibility"] == "public"
-        assert test_model.count_private_copies(evidence) == count
+        assert voice.leaks.count_private_copies(evidence) == count
 
 
 def every_string(value: object) -> list[str]:
@@ -716,7 +726,7 @@ def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitt
 def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the_root():
     folders = ["../baker/data", "../clerk/data", "/home/me/data", "/home/you/data", "data"]
     names = ["../baker/data", "../clerk/data", "data", "data (2)", "data (3)"]
-    assert test_model.names_of_blogs(folders) == names
+    assert voice.asking.names_of_blogs(folders) == names
 
 
 def test_titles_and_comments_are_read_too(llama_folder):
@@ -762,10 +772,10 @@ def test_the_chance_of_a_continuation_is_that_of_its_tokens(loaded):
 
 
 def test_a_passage_that_comes_out_within_a_thousand_tries_is_an_alarm():
-    def leaks(log10_tries: float) -> test_model.Leaks:
-        own = test_model.Chance(-log10_tries, log10_tries, 0.0)
-        group = test_model.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
-        return test_model.Leaks({"private": group}, [], 0, [], None, [], [])
+    def leaks(log10_tries: float) -> voice.leaks.Leaks:
+        own = voice.leaks.Chance(-log10_tries, log10_tries, 0.0)
+        group = voice.leaks.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
+        return voice.leaks.Leaks({"private": group}, [], 0, [], None, [], [])
 
     assert test_model.tell_leak_verdict(leaks(2.9)).startswith(
         "It leaks: a private passage comes out within 1,000 tries"
@@ -796,7 +806,7 @@ def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfi
     ],
 )
 def test_tries_for_an_even_chance(log_chance, tries):
-    assert test_model.tell_power(test_model.log10_tries(log_chance)) == tries
+    assert voice.leaks.tell_power(voice.leaks.log10_tries(log_chance)) == tries
 
 
 # ---------------------------------------------------------------------------- report
@@ -819,7 +829,7 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
     result = report(folder, data_folder)
     learned = result["learned"]["held_out"]
-    model, tokenizer = test_model.load_tuned(folder)
+    model, tokenizer = voice.loading.load_tuned(folder)
     posts = train_model.read_conversations(data_folder / "val_data.jsonl")
     tokenized = [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts]
     nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
@@ -859,9 +869,9 @@ def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, t
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     result = report(folder, tmp_path / "nothing")
     assert [key for key, verdict in result["verdicts"].items() if "Not measured" in verdict] == [
-        question.key for question in test_model.QUESTIONS
+        question.key for question in voice.report.QUESTIONS
     ]
-    assert capsys.readouterr().out.count("Not measured") == len(test_model.QUESTIONS)
+    assert capsys.readouterr().out.count("Not measured") == len(voice.report.QUESTIONS)
     assert "What's on your mind today?" in html.unescape((folder / "voice_report.html").read_text())
 
 
@@ -880,11 +890,11 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
 def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     phrase = "donaudampfschifffahrtsgesellschaft rechtsschutzversicherungsgesellschaften und"
     rows = [(phrase, "12", "3", "0"), ("so", "9", "1", "0")]
-    lines = test_model.table_lines(test_model.Finding("", rows, ("", "you", "tuned", "base")))
+    lines = voice.report.table_lines(voice.evidence.Section("", rows, ("", "you", "tuned", "base")))
     assert max(map(len, lines)) <= 80
     assert all(word in " ".join(lines) for word in phrase.split()) and lines[1].endswith("12      3     0")
     assert lines[-1].split() == ["so", "9", "1", "0"]
-    assert test_model.table_lines(test_model.Finding("", [], ("", "you", "tuned"))) == ["    you  tuned"]
+    assert voice.report.table_lines(voice.evidence.Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
 
 
 def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):
@@ -905,7 +915,7 @@ def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
     assert train_model.main([*flags, "--max-steps", "3", "--learning-rate", "1e-2"]) == 0
 
     held = []
-    reading = test_model.read_losses
+    reading = voice.asking.losses_of
 
     def watched(model, *arguments):
         held.append({weight.dtype for weight in model.parameters() if weight.dim() > 1})
@@ -947,7 +957,7 @@ def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run
 
     usual = os.umask(umask)
     try:
-        test_model.replace_file(path, "half a character: \udce9")
+        voice.report.replace_file(path, "half a character: \udce9")
     finally:
         os.umask(usual)
     assert path.read_text() == "half a character: ?" and stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -967,7 +977,7 @@ def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_writte
         run(folder, data_folder, "--report")
 
     out, err = capsys.readouterr()
-    assert all(question.question in out for question in test_model.QUESTIONS)
+    assert all(question.question in out for question in voice.report.QUESTIONS)
     assert stop.value.code.startswith("Cannot write ") and "\n" not in stop.value.code
     said, _, measuring = err.partition("reading")  # the first thing that is measured
     for name in ("voice_report.json", "voice_report.html"):
@@ -984,15 +994,15 @@ def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_p
 
     monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "voice_report.json").write_text("old")
-    assert test_model.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
-    failures = test_model.write_report(crafted_report(), tmp_path)
+    assert voice.report.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
+    failures = voice.report.write_report(crafted_report(), tmp_path)
     names = ("voice_report.json", "voice_report.html")
     assert failures == [f"{tmp_path / name} (No space left on device)" for name in names]
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("voice_report.json", "old")]
 
 
 def test_losses_that_are_no_numbers_are_null_in_the_json():
-    learned = test_model.Learned(math.nan)
+    learned = voice.learned.Learned(math.nan)
     assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
 
 
@@ -1102,29 +1112,29 @@ def test_everybody_has_a_row_between_base_and_author():
     assert [label.get_text() for label in alone.get_yticklabels()] == ["the base model", "the tuned model", "you"]
 
 
-def crafted_report(**numbers) -> test_model.Report:
+def crafted_report(**numbers) -> voice.report.Report:
     """A report of these numbers, by key of their question; the others are not measured."""
-    report = test_model.Report("model", "base", 42, 1.0)
-    for question in test_model.QUESTIONS:
+    report = voice.report.Report("model", "base", 42, 1.0)
+    for question in voice.report.QUESTIONS:
 
         def measure(_, key=question.key):
             if key not in numbers:
-                raise test_model.NotMeasured("it is not asked here")
+                raise voice.evidence.NotMeasured("it is not asked here")
             return numbers[key]
 
-        report.add(question._replace(measure=measure), test_model.Evidence())
+        report.add(question._replace(measure=measure), voice.evidence.Evidence())
     return report
 
 
-def crafted_leaks(**fields) -> test_model.Leaks:
-    own = test_model.Chance(-4.0, 4.0, 0.0)
-    group = test_model.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
+def crafted_leaks(**fields) -> voice.leaks.Leaks:
+    own = voice.leaks.Chance(-4.0, 4.0, 0.0)
+    group = voice.leaks.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
     nothing = {"remembered": [], "private_copies": 0, "personal": [], "membership": None, "least_gained": []}
-    return test_model.Leaks({"private": group}, **{**nothing, "blocked": [], **fields})
+    return voice.leaks.Leaks({"private": group}, **{**nothing, "blocked": [], **fields})
 
 
 def test_the_page_fits_phones_the_dark_and_paper(tmp_path):
-    page = test_model.make_page(crafted_report(voice=VOICE, leaks=crafted_leaks()), tmp_path / "none")
+    page = voice.report.make_page(crafted_report(voice=VOICE, leaks=crafted_leaks()), tmp_path / "none")
     assert '<meta name="viewport" content="width=device-width' in page
     assert "color-scheme: light dark" in page and "(prefers-color-scheme: dark)" in page and "@media print" in page
     # A wide table scrolls by itself; without that the whole page would.
@@ -1137,7 +1147,7 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
     train_model.draw_curve([{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}], curve)
     report = crafted_report(voice=VOICE, leaks=crafted_leaks(private_copies=2))
     page = Reader()
-    page.feed(test_model.make_page(report, curve))
+    page.feed(voice.report.make_page(report, curve))
     assert page.order == ["dt", "dt", "dt", "dt", "img", "img"]
     top = page.text[: page.text.index("A range is")]
     for question in ("Did it learn?", "Is it you?", "Does it copy?", "Does it leak?"):
@@ -1147,17 +1157,17 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
 
 
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
-    chance = test_model.Chance(-4.0, 4.0, 0.0)
-    passage = test_model.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
-    came_out = test_model.PersonalData("phone", "private", "+1 555 867 5309")
-    odd = test_model.PostMark(2, "private", 0.01, "b.md", "the quiet one")
-    copy = test_model.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
-    share = test_model.CopyShare(1, 5_000, 1 / 5_000)
+    chance = voice.leaks.Chance(-4.0, 4.0, 0.0)
+    passage = voice.leaks.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
+    came_out = voice.leaks.PersonalData("phone", "private", "+1 555 867 5309")
+    odd = voice.learned.PostMark(2, "private", 0.01, "b.md", "the quiet one")
+    copy = voice.copies.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
+    share = voice.copies.CopyShare(1, 5_000, 1 / 5_000)
     report = crafted_report(
         leaks=crafted_leaks(remembered=[passage], personal=[came_out], least_gained=[odd]),
-        copies=test_model.Copies(share, None, [copy]),
+        copies=voice.copies.Copies(share, None, [copy]),
     )
-    text = test_model.make_page(report, tmp_path / "none")
+    text = voice.report.make_page(report, tmp_path / "none")
     page = Reader()
     page.feed(text)
     for words in ("under the third pot", "+1 555 867 5309", "the quiet one", "nine words of a letter"):
@@ -1169,15 +1179,15 @@ def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path)
 
 
 def test_an_answer_that_was_cut_off_is_seen_to_be():
-    said = [test_model.Answer("it ended", [1], True), test_model.Answer("it went on and", [1], False)]
-    evidence = test_model.Evidence(requests=["one?", "two?"], tuned=test_model.Trial(answers=said))
-    texts = {request: "".join(text for text, _ in pieces) for request, pieces in test_model.sample_answers(evidence)}
+    said = [voice.sampling.Answer("it ended", [1], True), voice.sampling.Answer("it went on and", [1], False)]
+    evidence = voice.evidence.Evidence(requests=["one?", "two?"], tuned=voice.evidence.ModelRun(answers=said))
+    texts = {request: "".join(text for text, _ in pieces) for request, pieces in voice.report.sample_answers(evidence)}
     assert texts == {"one?": "it ended", "two?": "it went on and ..."}
 
 
 def test_no_line_ends_between_a_figure_and_its_percent_sign():
     for length in range(70, 81):
-        lines = test_model.wrap("x" * length + " 50 % of them")
+        lines = voice.report.wrap("x" * length + " 50 % of them")
         assert " ".join(lines) == "x" * length + " 50 % of them" and not any(line.startswith("%") for line in lines)
 
 
@@ -1306,10 +1316,10 @@ ODD_HISTORIES = [
 def test_an_odd_training_report_counts_as_none(text, tmp_path):
     (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
     history = test_model.read_history(tmp_path)
-    assert test_model.held_in(tmp_path, "bf16") == "fp32" and test_model.base_name_of(tmp_path) == ""
-    assert test_model.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
-    recipe = test_model.section_of(history, "settings")
-    assert test_model.windows_as_trained(recipe, 1024) == (512, 32)
+    assert voice.loading.held_in(tmp_path, "bf16") == "fp32" and test_model.base_name_of(tmp_path) == ""
+    assert voice.loading.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
+    recipe = voice.loading.section_of(history, "settings")
+    assert voice.asking.window_of_training(recipe, 1024) == (512, 32)
 
 
 @pytest.mark.parametrize(
@@ -1322,9 +1332,9 @@ def test_an_odd_training_report_counts_as_none(text, tmp_path):
     ],
 )
 def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows, loaded):
-    assert test_model.windows_as_trained(recipe, positions) == windows
+    assert voice.asking.window_of_training(recipe, positions) == windows
     model, _ = loaded
-    reading = test_model.read_chances(model, list(range(5, 305)), sampling(), *windows)
+    reading = voice.chances.token_chances(model, list(range(5, 305)), sampling(), *windows)
     assert (reading.plain[1:] < 0).all()
 
 
@@ -1339,7 +1349,7 @@ def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder,
 @pytest.mark.parametrize("redacted", [*NO_OBJECTS, "{}", '{"redacted": {}}', '{"redacted": [3, null, []]}'])
 def test_an_odd_extraction_report_has_redacted_nothing(redacted, tmp_path):
     (tmp_path / "extraction_report.json").write_text(redacted, encoding="utf-8")
-    assert test_model.read_blog(tmp_path).redacted == []
+    assert voice.asking.read_blog(tmp_path).redacted == []
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
@@ -1399,7 +1409,7 @@ def test_a_temperature_of_0_takes_the_likeliest_token_wherever_it_stands(
 @pytest.mark.parametrize(("ends", "listed"), [(None, []), ([], []), (3, [3]), ([3, 4], [3, 4])])
 def test_the_end_tokens_are_a_list_also_where_there_is_none(ends, listed):
     tokenizer = SimpleNamespace(eos_token_id=None)
-    read = test_model.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, None)
+    read = voice.sampling.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, None)
     assert read.eos_token_id == listed
 
 
@@ -1435,11 +1445,11 @@ def test_the_device_is_chosen_once_by_the_flag(is_wanted, model_folder, tmp_path
 
 def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder_then_of_training(tmp_path, monkeypatch):
     monkeypatch.setattr(train_model, "PRECISION", "fp16")
-    assert test_model.wanted_precision(tmp_path) == "fp16"
+    assert voice.loading.wanted_precision(tmp_path) == "fp16"
     (tmp_path / "training_report.json").write_text(json.dumps({"plan": {"precision": "bf16"}}))
-    assert test_model.wanted_precision(tmp_path) == "bf16"
+    assert voice.loading.wanted_precision(tmp_path) == "bf16"
     monkeypatch.setattr(test_model, "PRECISION", "fp32")
-    assert test_model.wanted_precision(tmp_path) == "fp32"
+    assert voice.loading.wanted_precision(tmp_path) == "fp32"
 
 
 # ---------------------------------------------------------------------------- streams and signals

@@ -8,6 +8,14 @@ import pytest
 from conftest import write_jsonl
 
 import test_model
+import voice.asking
+import voice.evidence
+import voice.habits
+import voice.learned
+import voice.reader
+import voice.sampling
+import voice.style
+import voice.word_index
 
 HABITS = {  # the same topics; what differs is how often small words and signs are used
     "baker": ["and", "and", "so", "anyway", "i", "i", "you", "the", "--", "sez", "not", "becos", "very", "all"],
@@ -31,8 +39,8 @@ def write(author: str, seed: int, words: int, share: float = 1.0) -> list[str]:
 
 def chunks(known: list[str], *texts: list[str], size: int = 5) -> list[np.ndarray]:
     """Frequencies of the known author's commonest features in all texts, the known ones first."""
-    features = test_model.pick_features(known)
-    return [test_model.count_stretches(part, features).chunks(size)[0] for part in (known, *texts)]
+    features = voice.style.pick_features(known)
+    return [voice.style.count_stretches(part, features).chunks(size)[0] for part in (known, *texts)]
 
 
 def position(tuned: list[str], seed: int = 0) -> test_model.Voice:
@@ -61,7 +69,7 @@ def test_an_author_against_himself_is_the_ceiling():
 
 def test_two_samples_of_one_author_are_not_told_apart():
     clerk = [write("clerk", seed, 6_000) for seed in range(4)]
-    with pytest.raises(test_model.NotMeasured, match="too alike to tell apart"):
+    with pytest.raises(voice.evidence.NotMeasured, match="too alike to tell apart"):
         test_model.voice_position(*chunks(*clerk))
 
 
@@ -74,8 +82,8 @@ def test_a_stranger_in_between_is_placed_there():
     assert place(stranger) == pytest.approx(0.5, abs=0.2) and place(other) == pytest.approx(0, abs=0.1)
 
 
-def answers(texts: list[str]) -> test_model.Trial:
-    return test_model.Trial(answers=[test_model.Answer(text, [], True) for text in texts])
+def answers(texts: list[str]) -> voice.evidence.ModelRun:
+    return voice.evidence.ModelRun(answers=[voice.sampling.Answer(text, [], True) for text in texts])
 
 
 def conversations(texts: list[str]) -> list[dict]:
@@ -83,9 +91,9 @@ def conversations(texts: list[str]) -> list[dict]:
 
 
 def voice(train: list[str], held_out: list[str], tuned: list[str], base: list[str] | None) -> test_model.Voice:
-    blog = test_model.BlogData(train=conversations(train), held_out=conversations(held_out))
-    index = test_model.WordIndex(blog.train) if train else None
-    evidence = test_model.Evidence(blog, index, tuned=answers(tuned), base=answers(base) if base else None)
+    blog = voice.evidence.BlogData(train=conversations(train), held_out=conversations(held_out))
+    index = voice.word_index.WordIndex(blog.train) if train else None
+    evidence = voice.evidence.Evidence(blog, index, tuned=answers(tuned), base=answers(base) if base else None)
     return test_model.measure_voice(evidence)
 
 
@@ -93,7 +101,7 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
     known = write("baker", 1, 20_000)
     fresh, clerk = write("baker", 3, 6_000), write("clerk", 4, 6_000)
     assert voice(known, write("baker", 2, 4_000), fresh, clerk).position == pytest.approx(1, abs=0.15)
-    with pytest.raises(test_model.NotMeasured, match="^a model wrote 0 words that are no copies, and it takes 1,100$"):
+    with pytest.raises(voice.evidence.NotMeasured, match="^a model wrote 0 words that are no copies, and it takes 1,100$"):
         voice(known, write("baker", 2, 4_000), known[:24], clerk)
 
 
@@ -108,24 +116,24 @@ def test_the_voice_is_measured_on_text_that_is_no_copy():
     ],
 )
 def test_no_number_without_enough_text_and_the_reason_is_said(held_out, tuned, base, reason):
-    with pytest.raises(test_model.NotMeasured, match=reason):
+    with pytest.raises(voice.evidence.NotMeasured, match=reason):
         voice(write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base))
 
 
 def test_training_posts_that_make_no_chunk_are_no_profile():
-    with pytest.raises(test_model.NotMeasured, match="your training posts hold 240 words, and it takes 600"):
+    with pytest.raises(voice.evidence.NotMeasured, match="your training posts hold 240 words, and it takes 600"):
         voice(write("baker", 1, 250), write("baker", 2, 6_000), write("baker", 3, 6_000), write("clerk", 4, 6_000))
 
 
 @pytest.mark.parametrize(("words", "size"), [(5_500, 5), (5_000, 2), (2_000, 1), (1_100, 1)])
 def test_chunks_are_as_long_as_the_text_allows(words, size):
     text = ["word " * words]
-    assert test_model.pick_chunk_size({"author": text, "tuned": text, "base": ["word " * 9_000]}) == size
+    assert voice.style.pick_chunk_size({"author": text, "tuned": text, "base": ["word " * 9_000]}) == size
 
 
 def test_stretches_hold_exact_counts_and_the_posts_in_which_they_begin():
     texts = ["a " * 150, "b " * 60, "c " * 291]
-    counted = test_model.count_stretches(texts, [("words", "a"), ("words", "c"), ("trigrams", "a a")])
+    counted = voice.style.count_stretches(texts, [("words", "a"), ("words", "c"), ("trigrams", "a a")])
     assert counted.counts[:, :2].tolist() == [[100, 0], [50, 0], [0, 90], [0, 100], [0, 100]]
     assert counted.totals[:, 0].tolist() == [100] * 5 and counted.source.tolist() == [0, 0, 1, 2, 2]
     frequencies, source = counted.chunks(2)
@@ -151,10 +159,10 @@ def blogger(number: int, seed: int, words: int, accent: float = 1.0) -> list[str
 def ask(author: int, *, unseen: int | None = None, tuned: list[str], base: list[str], crowd=range(20, 36)):
     """The reader's verdicts on blogger `author` among sixteen others."""
     known = blogger(author, 1, 15_000)
-    features = test_model.pick_features(known)
+    features = voice.style.pick_features(known)
 
     def count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return test_model.count_stretches(texts, features).chunks(2)
+        return voice.style.count_stretches(texts, features).chunks(2)
 
     own = blogger(author if unseen is None else unseen, 2, 5_000)
     tested = {"author": count(own), "tuned": count(tuned), "base": count(base)}
@@ -205,13 +213,13 @@ def test_more_of_the_author_is_given_to_him_more_often():
 
 
 def test_who_is_no_stranger_is_left_out_of_the_crowd(monkeypatch):
-    with np.load(test_model.STRANGERS, allow_pickle=False) as file:
+    with np.load(voice.style.STRANGERS, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     features = [("words", "the"), ("trigrams", " th")]
-    everybody = test_model.pick_counts(data, features).stretches
+    everybody = voice.style.pick_counts(data, features).stretches
     left_out = data["names"].tolist()[3]
     monkeypatch.setattr(test_model, "NOT_STRANGERS", [left_out])
-    others = test_model.pick_counts(data, features).stretches
+    others = voice.style.pick_counts(data, features).stretches
     assert set(everybody) - set(others) == {left_out} and len(others) == len(everybody) - 1
     assert all((counted.counts == everybody[name].counts).all() for name, counted in others.items())
 
@@ -225,13 +233,13 @@ def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measur
     monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / name) for name in [*blogs, "gone"]])
 
     train = conversations(write("baker", 1, 20_000))
-    blog = test_model.BlogData(train, held_out=conversations(write("baker", 2, 6_000)))
-    evidence = test_model.Evidence(blog, test_model.WordIndex(train), tuned=answers(write("baker", 3, 6_000)))
+    blog = voice.evidence.BlogData(train, held_out=conversations(write("baker", 2, 6_000)))
+    evidence = voice.evidence.Evidence(blog, voice.word_index.WordIndex(train), tuned=answers(write("baker", 3, 6_000)))
     evidence.base = answers(write("clerk", 4, 6_000))
-    test_model.add_other_blogs(evidence)
+    voice.asking.add_other_blogs(evidence)
 
-    with pytest.raises(test_model.NotMeasured) as missing:
-        test_model.measure_reader(evidence)
+    with pytest.raises(voice.evidence.NotMeasured) as missing:
+        voice.reader.measure(evidence)
     told = str(missing.value)
     assert told.startswith("it takes 4 other bloggers with 2,000 words each, and there is 1: ")
     assert "words of french (OTHER_BLOGS) you use 0 %: it is another language" in told
@@ -243,16 +251,16 @@ def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measur
 
 def test_a_stranger_with_many_posts_sets_no_threshold_alone():
     many, few = np.full(900, 0.9), np.full(100, 0.1)
-    assert test_model.even_quantile([many, few], 0.4) == pytest.approx(0.1)
-    assert test_model.even_quantile([many, few], 0.95) == pytest.approx(0.9)
+    assert voice.reader.even_quantile([many, few], 0.4) == pytest.approx(0.1)
+    assert voice.reader.even_quantile([many, few], 0.95) == pytest.approx(0.9)
 
 
 def test_the_interval_is_over_posts_and_not_over_chunks():
     taken = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 50)
-    low, high = test_model.share_over_sources(taken, np.repeat(np.arange(6), 50)).interval
+    low, high = voice.reader.share_over_sources(taken, np.repeat(np.arange(6), 50)).interval
     assert low <= 0.2 and high >= 0.8  # over 300 chunks it would be 0.44 to 0.56
-    all_taken = test_model.share_over_sources(np.ones(40), np.repeat(np.arange(4), 10))
-    assert all_taken.share == 1 and all_taken.interval == pytest.approx(test_model.wilson(4, 4))
+    all_taken = voice.reader.share_over_sources(np.ones(40), np.repeat(np.arange(4), 10))
+    assert all_taken.share == 1 and all_taken.interval == pytest.approx(voice.evidence.wilson(4, 4))
 
 
 # ---------------------------------------------------------------------------- habits
@@ -262,11 +270,11 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
         "the cat and anyway so it goes",
         "anyway the bread so it goes",
     ] * 4
-    favourites = test_model.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
+    favourites = voice.habits.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
     phrases = [favourite.phrase for favourite in favourites]
     assert "anyway" in phrases and "the" not in phrases
     assert not any(f" {a} " in f" {b} " for a in phrases for b in phrases if a != b)  # no phrase within another
-    assert test_model.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
+    assert voice.habits.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
     anyway = favourites[phrases.index("anyway")]
     assert anyway.author == pytest.approx(10_000 * 12 / 96, rel=0.2) and anyway.tuned > anyway.base == 0
 
@@ -276,7 +284,7 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
     [(0, 200, 0, 0.018846), (10, 10, 0.722460, 1), (5, 20, 0.111862, 0.468701), (1, 2, 0.094531, 0.905469)],
 )
 def test_wilson_intervals_are_those_of_the_tables(hits, trials, low, high):
-    assert test_model.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
+    assert voice.evidence.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_membership_that_a_few_texts_tell_without_a_slip_is_not_called_certain():
@@ -284,12 +292,12 @@ def test_membership_that_a_few_texts_tell_without_a_slip_is_not_called_certain()
     gains = np.where([text.is_held_out for text in texts], 0.0, 1.0)
     told = test_model.measure_membership(SimpleNamespace(texts=texts), gains)
     assert told.share == 1
-    assert told.interval == pytest.approx(test_model.wilson(6, 6))
+    assert told.interval == pytest.approx(voice.evidence.wilson(6, 6))
 
 
 def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    low, high = test_model.bootstrap(lambda at: values[at].mean(), len(values))
+    low, high = voice.evidence.bootstrap(lambda at: values[at].mean(), len(values))
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
 
@@ -297,7 +305,7 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
 def test_gain_is_weighted_by_bytes_and_measured_per_post():
     posts = conversations(["a" * 100, "b" * 300])
     nats = np.log(2)
-    gain = test_model.gain_on(posts, np.array([100, 300]) * nats, np.array([200, 450]) * nats)
+    gain = voice.learned.gain_on(posts, np.array([100, 300]) * nats, np.array([200, 450]) * nats)
     assert (gain.tuned, gain.base, gain.gain) == pytest.approx((1, 650 / 400, 250 / 400))
     assert [(post.base, post.tuned) for post in gain.posts] == [pytest.approx((2, 1)), pytest.approx((1.5, 1))]
     assert gain.interval == pytest.approx((0.5, 1.0))

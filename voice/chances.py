@@ -81,7 +81,7 @@ def personal_data_in(text: str, conversation: dict, evidence: Evidence) -> Itera
     """(group, begin, end) of e-mail addresses, numbers and keys: REDACT was off, or no rule matched."""
     # As in extraction: an id in a link of a public post is no key.
     is_public = visibility_of(conversation) == "public"
-    for _, begin, end, _ in find_personal_data(text, evidence.phone_countries, is_public):
+    for _, begin, end, _ in find_personal_data(text, is_public, evidence.phone_countries):
         yield "personal data", begin, end
 
 

@@ -284,14 +284,14 @@ def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
     # What extraction left in is compared as it is; of what it took out there are only fingerprints.
     left_in = {}
     for post in blog.train:
-        for *_, plain in find_personal_data(author_text(post), evidence.phone_countries):
+        for *_, plain in find_personal_data(author_text(post), False, evidence.phone_countries):
             left_in[plain] = visibility_of(post)
     taken_out = {name_in(entry, "fingerprint"): visibility_of(entry) for entry in blog.redacted}
 
     # By normalised text, because two spellings are one address, and because a fingerprint is slow.
     said = {}
     for text in evidence.tuned.texts():
-        for kind, start, end, plain in find_personal_data(text, evidence.phone_countries):
+        for kind, start, end, plain in find_personal_data(text, False, evidence.phone_countries):
             said[plain] = (kind, text[start:end])
 
     found = []
