@@ -55,10 +55,12 @@ def server(trained):
 def ours(folder: Path, messages: list[dict], seed: int | None = None) -> str:
     """What test_model.py --chat answers; greedily without a seed."""
     model, tokenizer = voice.loading.load_tuned(folder)
-    sampling = voice.sampling.read_sampling(model.generation_config, tokenizer, None)
+    sampling = voice.sampling.read_sampling(model.generation_config, tokenizer, test_model.parse_arguments([])[0])
     sampling.do_sample = seed is not None
     prompt = voice.sampling.prompt_tokens(tokenizer, messages)
-    *_, (_, answer) = voice.sampling.stream(model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0))
+    *_, (_, answer) = voice.sampling.stream(
+        model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0)
+    )
     return answer.text
 
 
