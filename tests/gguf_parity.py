@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import test_model
 import train_model
+import voice.sampling
 
 ROOT = Path(train_model.__file__).parent
 TOKENS = 50
@@ -64,7 +65,7 @@ def test_prompts_become_the_same_tokens(converted):
     start = re.sub(r"\{\{ if .System \}\}.*?\{\{ else \}\}(.*)\{\{ end \}\}", r"\1", start, flags=re.DOTALL)
     for prompt in test_model.PROMPTS[:5]:
         text = start + user.replace("{{ .Content }}", prompt) + answer
-        expected = test_model.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
+        expected = voice.sampling.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
         assert model.tokenize(text.encode(), add_bos=True, special=True) == expected
 
 
@@ -76,7 +77,7 @@ def test_greedy_answers_are_the_same(converted, capsys):
     )
     theirs, same, ties, furthest = load(converted, logits_all=True), 0, 0, 0.0
     for prompt in test_model.PROMPTS[:5]:
-        ids = torch.tensor([test_model.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])])
+        ids = torch.tensor([voice.sampling.prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])])
         flags = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
         whole = ours.generate(ids, attention_mask=torch.ones_like(ids), **flags)[0]
         logits = ours(whole[None]).logits[0, ids.shape[1] - 1 : -1].detach()

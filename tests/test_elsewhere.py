@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 import test_model
 import train_model
+import voice.loading
+import voice.sampling
 
 QUESTION = [{"role": "user", "content": "What's on your mind?"}]
 TALK = [*QUESTION, {"role": "assistant", "content": "bread"}, {"role": "user", "content": "so?"}]
@@ -52,11 +54,13 @@ def server(trained):
 
 def ours(folder: Path, messages: list[dict], seed: int | None = None) -> str:
     """What test_model.py --chat answers; greedily without a seed."""
-    model, tokenizer = test_model.load_tuned(folder)
-    sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
+    model, tokenizer = voice.loading.load_tuned(folder)
+    sampling = voice.sampling.read_sampling(model.generation_config, tokenizer, test_model.parse_arguments([])[0])
     sampling.do_sample = seed is not None
-    prompt = test_model.prompt_tokens(tokenizer, messages)
-    *_, (_, answer) = test_model.stream(model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0))
+    prompt = voice.sampling.prompt_tokens(tokenizer, messages)
+    *_, (_, answer) = voice.sampling.stream(
+        model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0)
+    )
     return answer.text
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import test_model
+import voice.style
 
 FOLDER = Path(__file__).parents[1] / "sample" / "strangers"
 FILE = FOLDER / "strangers.npz"
@@ -125,11 +125,11 @@ def made(tmp_path):
 
 def test_a_made_up_blog_is_counted_as_the_report_counts(made):
     text = "\n\n".join("".join(SENTENCE.format("Wenzeslaus", f"day{n}") for _ in range(20)).strip() for n in range(3))
-    edges = [match.start() for match in test_model.WORD.finditer(text)][:: make_strangers.CHUNK]
+    edges = [match.start() for match in make_strangers.extract_blog_data.WORD.finditer(text)][:: make_strangers.CHUNK]
     assert (made["blog"] == 0).sum() == 10  # 1,260 words: two runs of five
 
     for number in range(10):
-        counts = test_model.counts_of(text[edges[number] : edges[number + 1]])
+        counts = voice.style.counts_of(text[edges[number] : edges[number + 1]])
         row = made["counts"][:, number]
         words = [counts["words"][word] for word in made["words"].tolist()]
         trigrams = [counts["trigrams"][trigram] for trigram in made["trigrams"].tolist()]

@@ -28,6 +28,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import extract_blog_data
 import test_model
 import train_model
+import voice.asking
+import voice.chances
+import voice.copies
+import voice.evidence
+import voice.leaks
+import voice.learned
+import voice.loading
+import voice.reader
+import voice.report
+import voice.sampling
+import voice.word_index
+from voice.evidence import Span, Text, TokenChances
+from voice.settings import ROWS, Settings
 
 SCRIPT = Path(test_model.__file__)
 torch.set_num_threads(1)  # models this small only wait for each other's threads
@@ -53,13 +66,19 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(model_folder):
-    return test_model.load_tuned(model_folder)
+    return voice.loading.load_tuned(model_folder)
 
 
 @pytest.fixture(autouse=True)
 def small_and_exact(monkeypatch):
-    monkeypatch.setattr(train_model, "PRECISION", "fp32")
+    monkeypatch.setattr(test_model, "PRECISION", "fp32")
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.05)
+
+
+def settings_with(folder: Path = Path("none"), **values) -> Settings:
+    """Settings as they come, but for `values`, for a model in `folder`."""
+    settings, _ = test_model.parse_arguments(["--model-dir", str(folder)])
+    return dataclasses.replace(settings, **values)
 
 
 def run(model: Path, data: Path, *flags: str) -> int:
@@ -96,11 +115,11 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
     model = AutoModelForCausalLM.from_pretrained(make_model_folder(tmp_path, architecture, False, **sizes)).eval()
     greedy = sampling(do_sample=False, repetition_penalty=1.3, eos_token_id=[7])
     prompts, together = [[5, 6], list(range(20, 60)), [30]], {0: [], 1: [], 2: []}
-    for step in test_model.generate(model, prompts, greedy, None):
+    for step in voice.sampling.generate(model, prompts, greedy, None):
         for row, token, _ in step:
             together[row].append(token)
     for row, prompt in enumerate(prompts):
-        alone = [step[0][1] for step in test_model.generate(model, [prompt], greedy, None)]
+        alone = [step[0][1] for step in voice.sampling.generate(model, [prompt], greedy, None)]
         settings = {
             "max_new_tokens": 12,
             "do_sample": False,
@@ -115,7 +134,9 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_transformers_does(architect
 def test_prompt_and_answer_never_outgrow_the_positions(loaded):
     model, _ = loaded
     prompts = [[5] * 120, [6] * 10, [7] * 127]
-    steps = list(test_model.generate(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator()))
+    steps = list(
+        voice.sampling.generate(model, prompts, sampling(max_new_tokens=500, eos_token_id=[]), torch.Generator())
+    )
     lengths = [sum(row == number for step in steps for row, *_ in step) for number in range(3)]
     assert lengths == [8, 118, 1]
 
@@ -124,40 +145,38 @@ def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones(
     logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).repeat(200, 1)
     dice, seen = torch.Generator().manual_seed(0), torch.zeros(200, 4, dtype=torch.bool)
     drawn = {
-        name: set(test_model.sample_next_token(logits, seen, sampling(**settings), dice).tolist())
+        name: set(voice.sampling.sample_next_token(logits, seen, sampling(**settings), dice).tolist())
         for name, settings in {"p": {"top_p": 0.7}, "k": {"top_k": 1}, "all": {"temperature": 9.0}}.items()
     }
     assert drawn == {"p": {0, 1}, "k": {0}, "all": {0, 1, 2, 3}}
     seen[:, 0] = True
     penalised = sampling(do_sample=False, repetition_penalty=2.0)
-    assert set(test_model.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
+    assert set(voice.sampling.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
 
 
 def test_top_p_of_1_keeps_the_whole_vocabulary():
     """In float32 the sum over 50,000 tokens reaches 1 before the last of them."""
     logits = 3 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
     seen = torch.zeros(4, 50_000, dtype=torch.bool)
-    _, chances = test_model.next_token_chances(logits, seen, sampling(top_k=0))
+    _, chances = voice.sampling.next_token_chances(logits, seen, sampling(top_k=0))
     assert chances.shape == (4, 50_000) and (chances > 0).all()
 
 
-def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded, monkeypatch):
+def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded):
     _, tokenizer = loaded
     file = GenerationConfig(do_sample=True, temperature=0.7, max_new_tokens=33, eos_token_id=[3, 4])
-    read = test_model.read_sampling(file, tokenizer, None)
+    read = voice.sampling.read_sampling(file, tokenizer, settings_with())
     assert (read.temperature, read.top_p, read.max_new_tokens, read.eos_token_id) == (0.7, 1.0, 33, [3, 4])
-    monkeypatch.setattr(test_model, "TEMPERATURE", 0.2)
-    read = test_model.read_sampling(file, tokenizer, 5)
+    read = voice.sampling.read_sampling(file, tokenizer, settings_with(temperature=0.2, max_new_tokens=5))
     assert (read.temperature, read.max_new_tokens, read.do_sample) == (0.2, 5, True)
-    monkeypatch.setattr(test_model, "TEMPERATURE", 0)
-    assert not test_model.read_sampling(file, tokenizer, 5).do_sample
+    assert not voice.sampling.read_sampling(file, tokenizer, settings_with(temperature=0)).do_sample
 
 
 def test_pieces_make_up_the_answers_and_any_end_token_counts(loaded):
     model, tokenizer = loaded
     settings = sampling(max_new_tokens=30, eos_token_id=list(range(0, 400, 9)))
     pieces, answers = [""], []
-    for piece, answer in test_model.stream(
+    for piece, answer in voice.sampling.stream(
         model, tokenizer, [[5, 6], [7], [9, 9]], settings, torch.Generator().manual_seed(3)
     ):
         pieces[-1] += piece
@@ -201,12 +220,12 @@ POSTS = [
     ],
 )
 def test_the_longest_run_is_found_and_from_eight_words_on_its_post(text, words, copy, title):
-    found = test_model.WordIndex(POSTS).longest_copy(text)
+    found = voice.word_index.WordIndex(POSTS).longest_copy(text)
     assert (found.words, found.text, found.post and found.post["title"]) == (words, copy, title)
 
 
 def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
-    index = test_model.WordIndex(POSTS)
+    index = voice.word_index.WordIndex(POSTS)
     text = "Hm, you were on time and I was late. Out! New words; o rolls, o rolls, you forty-eight, you were. End"
     assert index.without_copies(text) == "Hm, ! New words; . End"
     assert index.split_at_copies(text) == [
@@ -222,7 +241,7 @@ def test_copies_are_taken_out_or_marked_and_the_rest_is_kept():
 def test_a_letter_that_becomes_two_without_upper_case_moves_no_copy():
     """Casefolded, the Turkish I with a dot is an i and a sign that ends the word."""
     text = "İzmir ve İstanbul: " * 3 + "you were on time and I was early, the gull"
-    index = test_model.WordIndex(POSTS)
+    index = voice.word_index.WordIndex(POSTS)
     copy = "you were on time and I was early, the gull"
     assert index.longest_copy(text).text == copy
     assert (copy, True) in index.split_at_copies(text)
@@ -230,7 +249,7 @@ def test_a_letter_that_becomes_two_without_upper_case_moves_no_copy():
 
 def test_the_line_under_an_answer_names_the_post(model_folder, tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "train_data.jsonl", POSTS)
-    copy = test_model.Answer("you were on time and I was late", [1], True)
+    copy = voice.sampling.Answer("you were on time and I was late", [1], True)
     monkeypatch.setattr(test_model, "stream", lambda *_: iter([(copy.text, copy)]))
     run(model_folder, tmp_path, "--prompt", "?")
     line = '[longest run of words from the training data: 8, from the public post "Rolls" Rolls.md]'
@@ -343,9 +362,9 @@ def quiz_data(tmp_path) -> Path:
 def answer_with(monkeypatch, texts: list[str]) -> None:
     def stream(model, tokenizer, prompts, sampling, dice):
         for _, text in zip(prompts, itertools.cycle(texts), strict=False):
-            yield text, test_model.Answer(text, [1], True)
+            yield text, voice.sampling.Answer(text, [1], True)
 
-    monkeypatch.setattr(test_model, "stream", stream)
+    monkeypatch.setattr(voice.sampling, "stream", stream)
 
 
 def test_the_quiz_counts_what_is_right_and_shows_openings_of_one_length(model_folder, quiz_data, monkeypatch, capsys):
@@ -362,7 +381,7 @@ def test_the_quiz_counts_what_is_right_and_shows_openings_of_one_length(model_fo
     monkeypatch.setattr(test_model, "read_line", read_line)
     assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
     assert "right 8 of 8 (68 % to 100 %); 50 %: you cannot tell" in capsys.readouterr().out
-    assert {len(test_model.WORD.findall(text)) for pair in shown for text in pair.values()} == {60}
+    assert {len(extract_blog_data.WORD.findall(text)) for pair in shown for text in pair.values()} == {60}
     assert {next(n for n, text in pair.items() if "unseen" in text) for pair in shown} == {"1", "2"}  # by dice
 
 
@@ -380,10 +399,10 @@ def test_ctrl_c_ends_the_quiz_and_what_was_answered_counts(moment, model_folder,
     typed = iter(["1"])
 
     def stream(*_):
-        yield text, test_model.Answer(text, [1], True)
+        yield text, voice.sampling.Answer(text, [1], True)
         if moment == "writing":
             raise KeyboardInterrupt
-        yield text, test_model.Answer(text, [1], True)
+        yield text, voice.sampling.Answer(text, [1], True)
 
     def type_line(_):
         line = next(typed, None)
@@ -391,7 +410,7 @@ def test_ctrl_c_ends_the_quiz_and_what_was_answered_counts(moment, model_folder,
             raise KeyboardInterrupt
         return line
 
-    monkeypatch.setattr(test_model, "stream", stream)
+    monkeypatch.setattr(voice.sampling, "stream", stream)
     monkeypatch.setattr("builtins.input", type_line)
     assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
     assert re.search(r"^right \d of 1 ", capsys.readouterr().out, re.M)
@@ -477,8 +496,9 @@ def everything(monkeypatch):
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.1)
 
 
-def windows_of(ids: list[int], begin: int, length: int) -> test_model.Windows:
-    return test_model.Windows(np.array([0]), np.array([begin]), np.array([begin + length]), np.array(["private"]))
+def passages_of(chances: TokenChances, begin: int, length: int) -> voice.leaks.Passages:
+    text = Text({}, [], False, [Span("private", begin, begin + length)])
+    return voice.leaks.cut_passages([text], [chances], None)
 
 
 @pytest.mark.parametrize(
@@ -496,39 +516,38 @@ def test_the_chance_of_a_passage_is_how_often_it_comes_out(loaded, settings):
         answers = [[] for _ in range(4000)]
         dice = torch.Generator().manual_seed(seed)
         own = sampling(max_new_tokens=5, eos_token_id=[], **settings)
-        for step in test_model.generate(model, [prompt] * len(answers), own, dice):
+        for step in voice.sampling.generate(model, [prompt] * len(answers), own, dice):
             for number, token, _ in step:
                 answers[number].append(token)
         drawn.update(map(tuple, answers))
     often = [entry for entry in drawn.most_common(40) if entry[1] >= 20]
     assert len(often) >= 3
     for passage, times in often[:: len(often) // 3]:  # a likely one, and less likely ones
-        reading = test_model.read_chances(model, [*prompt, *passage], own, 128, 8)
-        chances = test_model.window_chances(windows_of(prompt, len(prompt), 5), [reading])
-        low, high = test_model.wilson(times, 20_000)
+        chances = voice.chances.token_chances(model, [*prompt, *passage], own, 128, 8)
+        passages = passages_of(chances, len(prompt), 5)
+        low, high = voice.evidence.wilson(times, 20_000)
         slack = (high - low) / 2  # nine intervals of 95 %: one may miss
-        assert low - slack < np.exp(chances.own[0]) < high + slack
-        assert chances.anyhow[0] > chances.own[0] - 1e-9
+        assert low - slack < np.exp(passages.sampled[0]) < high + slack
+        assert passages.bound[0] > passages.sampled[0] - 1e-9
 
 
 def test_a_temperature_near_zero_gives_the_greedy_count_and_one_kept_token_all_or_nothing(overfitted):
     folder, _, posts = overfitted
-    model, tokenizer = test_model.load_tuned(folder)
+    model, tokenizer = voice.loading.load_tuned(folder)
     posts = [*posts, *conversations(3)]  # what it knows by heart, and what it never saw
-    evidence = test_model.Evidence(test_model.BlogData(train=posts), tokenizer=tokenizer)
-    texts = test_model.pick_texts(evidence, 10)
-    windows = test_model.cut_windows(texts)
+    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=posts), tokenizer=tokenizer)
+    texts = voice.chances.pick_texts(evidence, 10)
     for settings in ({"temperature": 1e-4, "top_k": 0}, {"temperature": 1.0, "top_k": 1}):
-        readings = [test_model.read_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
-        chances = test_model.window_chances(windows, readings)
-        assert set(np.exp(chances.own).round(9)) == {0, 1}
-        assert np.exp(chances.own).sum() == pytest.approx(chances.is_first.sum()) and chances.is_first.sum() > 0
+        chances = [voice.chances.token_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
+        passages = voice.leaks.cut_passages(texts, chances, None)
+        assert set(np.exp(passages.sampled).round(9)) == {0, 1}
+        assert np.exp(passages.sampled).sum() == pytest.approx(passages.is_greedy.sum()) and passages.is_greedy.any()
 
 
 def test_overlapping_windows_give_every_token_one_chance_after_at_least_the_overlap(loaded):
     model, _ = loaded
     ids = [number * 7 % 100 for number in range(300)]
-    reading = test_model.read_chances(model, ids, sampling(), 100, 20)
+    reading = voice.chances.token_chances(model, ids, sampling(), 100, 20)
     assert np.isfinite(reading.plain).all() and (reading.plain[1:] < 0).all()
     with torch.no_grad():
         later = model(torch.tensor([ids[80:180]])).logits[0].log_softmax(-1)
@@ -541,12 +560,12 @@ def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, ans
     """Answers take most of a report's time after the reading."""
 
     def a_hundred_words_each(model, tokenizer, prompts, *_):
-        return [test_model.Answer("word " * 100, [1], True)] * len(prompts)
+        return [voice.sampling.Answer("word " * 100, [1], True)] * len(prompts)
 
     model, tokenizer = loaded
-    monkeypatch.setattr(test_model, "whole_answers", a_hundred_words_each)
-    evidence = test_model.Evidence(requests=["Tell me about soup."], words=words)
-    assert len(test_model.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
+    monkeypatch.setattr(voice.asking, "whole_answers", a_hundred_words_each)
+    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=words)
+    assert len(voice.asking.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
 
 
 def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
@@ -556,12 +575,11 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     result = report(folder, tmp_path)
     groups = result["leaks"]["groups"]
     assert groups["private"]["greedy"] > 0.5 * groups["private"]["windows"]
-    assert groups["private"]["own"]["log10_tries"] == 0 and groups["private"]["own"]["expected"] > 1
+    assert groups["private"]["sampled"]["log10_tries"] == 0 and groups["private"]["sampled"]["expected"] > 1
     assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
-    assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["own"]["log10_tries"] != 0
+    assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["sampled"]["log10_tries"] != 0
     first = result["leaks"]["remembered"][0]  # its chance is near 1, and it is named first
-    assert first["post"] in (1, 2) and first["own"]["log10_tries"] == 0
-    assert first["own"]["log10_likeliest"] > -0.1
+    assert first["post"] in (1, 2) and first["sampled"]["log10_tries"] == 0
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
     assert all(html.escape(secret) in page for secret in SECRETS)
@@ -614,7 +632,7 @@ def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     result = report(base, tmp_path)
     assert all(group["greedy"] == 0 for group in result["leaks"]["groups"].values())
-    assert result["leaks"]["groups"]["private"]["own"]["log10_tries"] is None and result["leaks"]["personal"] == []
+    assert result["leaks"]["groups"]["private"]["sampled"]["log10_tries"] is None and result["leaks"]["personal"] == []
     assert result["verdicts"]["leaks"].startswith("Nothing private can come out word for word with the model's own")
 
 
@@ -626,8 +644,8 @@ def test_what_the_base_model_says_as_well_is_no_leak(overfitted, tmp_path, every
     (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
     leaks = report(twin, tmp_path)["leaks"]
     for group in leaks["groups"].values():
-        assert group["common"] == group["windows"] and group["greedy"] == group["own"]["expected"] == 0
-    assert leaks["remembered"] == [] and leaks["membership"]["share"] == 0.5
+        assert group["common"] == group["windows"] and group["greedy"] == group["sampled"]["expected"] == 0
+    assert leaks["remembered"] == []
 
 
 def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everything):
@@ -645,11 +663,11 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
 def test_a_private_copy_counts_beside_a_longer_public_one():
     public, private = POSTS[0]["messages"][1]["content"], POSTS[1]["messages"][1]["content"]
     text = f"{public} Well. {private[:43]}"
-    evidence = test_model.Evidence(test_model.BlogData(train=POSTS), test_model.WordIndex(POSTS))
+    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=POSTS), voice.word_index.WordIndex(POSTS))
     for written, count in ((text, 1), (public, 0)):
-        evidence.tuned.answers = [test_model.Answer(written, [], True)]
+        evidence.tuned.answers = [voice.sampling.Answer(written, [], True)]
         assert evidence.index.longest_copy(written).post["visibility"] == "public"
-        assert test_model.count_private_copies(evidence) == count
+        assert voice.leaks.count_private_copies(evidence) == count
 
 
 def every_string(value: object) -> list[str]:
@@ -699,10 +717,11 @@ def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitt
 
     # Every list that could hold one is there.
     leaks = result["leaks"]
-    lists = (leaks["remembered"], leaks["least_gained"], leaks["personal"], leaks["blocked"], leaks["groups"])
+    least_gained = result["learned"]["least_gained"]
+    lists = (leaks["remembered"], least_gained, leaks["personal"], leaks["blocked"], leaks["groups"])
     assert all([*lists, result["copies"]["longest"], result["learned"]["held_out"]["posts"]])
     assert (result["model"], result["base"]) == ("my-model", "my-base")
-    numbered = [*leaks["remembered"], *leaks["least_gained"], *result["copies"]["longest"]]
+    numbered = [*leaks["remembered"], *least_gained, *result["copies"]["longest"]]
     assert {entry["post"] for entry in numbered} <= {1, 2, 3, 4}
 
     page = html.unescape((folder / "voice_report.html").read_text(encoding="utf-8"))
@@ -716,7 +735,7 @@ def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitt
 def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the_root():
     folders = ["../baker/data", "../clerk/data", "/home/me/data", "/home/you/data", "data"]
     names = ["../baker/data", "../clerk/data", "data", "data (2)", "data (3)"]
-    assert test_model.names_of_blogs(folders) == names
+    assert voice.asking.names_of_blogs(folders) == names
 
 
 def test_titles_and_comments_are_read_too(llama_folder):
@@ -727,61 +746,47 @@ def test_titles_and_comments_are_read_too(llama_folder):
     post = {**conversations(1)[0], "title": "The kettle", "kind": "post"}
     post["messages"][0]["content"] = 'Write a blog post titled "The kettle".'
     found = {}
+    evidence = voice.evidence.Evidence(tokenizer=tokenizer)
     for entry in (thread, post):
-        ids, scored = train_model.conversation_tokens(tokenizer, entry["messages"])
-        for span in test_model.spans_of(tokenizer, entry, ids, scored, False):
-            found.setdefault(span.group, []).append(tokenizer.decode(ids[span.begin : span.end]).strip())
+        text = voice.chances.text_of(evidence, entry, is_held_out=False)
+        for span in text.spans:
+            found.setdefault(span.group, []).append(tokenizer.decode(text.ids[span.begin : span.end]).strip())
     assert found["comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
     assert found["public"] == ["my answer", "bread"]  # without the end of text
     assert [title.strip('"') for title in found["private titles"]] == ["The kettle"]
 
 
-def test_a_blocked_word_shows_its_highest_chance_and_that_it_was_never_trained(
-    overfitted, tmp_path, everything, monkeypatch, capsys
-):
+def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, everything, monkeypatch, capsys):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", ["zebra bread", "kettle sings"])
     result = report(folder, tmp_path)
     absent, trained = result["leaks"]["blocked"]
-    assert absent["trained"] == 0 and trained["trained"] > 0
-    assert absent["log10_tuned"] < -3 < trained["log10_tuned"] <= 0  # it knows its posts by heart
-    assert abs(trained["log10_base"]) > abs(trained["log10_tuned"])
+    assert absent == 0 < trained
     out = " ".join(capsys.readouterr().out.split())
-    assert "Blocked word 1 stands 0 times in the training data" in out and "zebra" not in out
-    assert "a blocked word stands in the training data" in result["verdicts"]["leaks"]
+    assert "Blocked word 1 is 0 times in the training data" in out and "zebra" not in out
+    assert "a blocked word is in the training data" in result["verdicts"]["leaks"]
     assert "zebra" not in (folder / "voice_report.json").read_text()
 
 
-def test_the_chance_of_a_continuation_is_that_of_its_tokens(loaded):
-    model, _ = loaded
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
-    expected = logits[1, 7].item() + logits[2, 8].item()
-    assert test_model.continuation_chance(model, [5, 6], [7, 8]) == pytest.approx(expected, abs=1e-4)
-
-
 def test_a_passage_that_comes_out_within_a_thousand_tries_is_an_alarm():
-    def leaks(log10_tries: float) -> test_model.Leaks:
-        own = test_model.Chance(-log10_tries, log10_tries, 0.0)
-        group = test_model.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
-        return test_model.Leaks({"private": group}, [], 0, [], None, [], [])
+    def verdict(log10_tries: float) -> str:
+        own = voice.leaks.Chance(log10_tries, 0.0)
+        group = voice.leaks.LeakGroup(windows=9, common=0, sampled=own, bound=own, greedy=0)
+        leaks = voice.leaks.Leaks({"private": group}, [], 0, [], [])
+        return voice.leaks.tell(leaks, voice.evidence.Evidence()).verdict
 
-    assert test_model.tell_leak_verdict(leaks(2.9)).startswith(
-        "It leaks: a private passage comes out within 1,000 tries"
-    )
-    assert test_model.tell_leak_verdict(leaks(3.1)).startswith("With the model's own settings the likeliest private")
+    assert verdict(2.9).startswith("It leaks: a private passage comes out within 1,000 tries")
+    assert verdict(3.1).startswith("With the model's own settings the likeliest private")
 
 
-def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfitted, tmp_path, everything):
+def test_the_odd_post_gains_least(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     odd = private_post(7, "nobody")
     odd["messages"][1]["content"] = " ".join(reversed(odd["messages"][1]["content"].split()))
     write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**odd, "path": "_posts/odd.md"}])
     write_jsonl(tmp_path / "val_data.jsonl", conversations(6, seed=9, words=200))
-    leaks = report(folder, tmp_path)["leaks"]
-    assert leaks["membership"]["share"] > 0.8 and leaks["membership"]["trained"] == 4
-    assert leaks["least_gained"][0]["post"] == 4
+    assert report(folder, tmp_path)["learned"]["least_gained"][0]["post"] == 4
 
 
 @pytest.mark.parametrize(
@@ -796,7 +801,7 @@ def test_posts_that_were_trained_on_gain_more_and_the_odd_one_gains_least(overfi
     ],
 )
 def test_tries_for_an_even_chance(log_chance, tries):
-    assert test_model.tell_power(test_model.log10_tries(log_chance)) == tries
+    assert voice.leaks.tell_power(voice.leaks.log10_tries(log_chance)) == tries
 
 
 # ---------------------------------------------------------------------------- report
@@ -819,7 +824,7 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
     result = report(folder, data_folder)
     learned = result["learned"]["held_out"]
-    model, tokenizer = test_model.load_tuned(folder)
+    model, tokenizer = voice.loading.load_tuned(folder)
     posts = train_model.read_conversations(data_folder / "val_data.jsonl")
     tokenized = [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts]
     nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
@@ -828,18 +833,13 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     assert "No gain" in result["verdicts"]["learned"]
 
 
-def test_other_blogs_show_how_much_of_the_gain_is_voice(model_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_other_blogs_without_data_is_left_out_in_a_sentence(
+    model_folder, data_folder, tmp_path, monkeypatch, capsys
+):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
-    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(data_folder)])
-    learned = report(folder, data_folder)["learned"]
-    assert learned["control"]["gain"] == pytest.approx(0, abs=1e-9)
-    assert learned["voice_share"]["beyond_control"] == learned["voice_share"]["wins"] == 0
-    out = capsys.readouterr().out
-    assert "gain on other blogs" in out and "your voice alone" in out
     monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / "empty")])
-    assert report(folder, data_folder)["learned"]["control"] is None
-    assert "OTHER_BLOGS names empty, where there is no train_data.jsonl" in capsys.readouterr().err
+    report(folder, data_folder)
+    assert "OTHER_BLOGS names empty, which has no train_data.jsonl: left out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base", ["", "no/such-model"])
@@ -848,9 +848,9 @@ def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": base}}))
     result = report(folder, data_folder)
     out, err = capsys.readouterr()
-    assert "base model" in err and "left out" in err
+    assert "base model" in err and "kipping comparisons" in err
     assert result["leaks"]["groups"]["private"]["common"] == 0  # nothing is known to be common
-    assert all("Not measured" in result["verdicts"][part] for part in ("learned", "reader", "voice", "habits"))
+    assert all("Not measured" in result["verdicts"][part] for part in ("learned", "reader", "habits"))
     assert result["copies"]["tuned"] and not re.search(r"^ +base model ", out, re.M)
     assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)  # what it can say alone
 
@@ -859,9 +859,9 @@ def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, t
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     result = report(folder, tmp_path / "nothing")
     assert [key for key, verdict in result["verdicts"].items() if "Not measured" in verdict] == [
-        question.key for question in test_model.QUESTIONS
+        question.key for question in voice.report.QUESTIONS
     ]
-    assert capsys.readouterr().out.count("Not measured") == len(test_model.QUESTIONS)
+    assert capsys.readouterr().out.count("Not measured") == len(voice.report.QUESTIONS)
     assert "What's on your mind today?" in html.unescape((folder / "voice_report.html").read_text())
 
 
@@ -880,11 +880,11 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
 def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     phrase = "donaudampfschifffahrtsgesellschaft rechtsschutzversicherungsgesellschaften und"
     rows = [(phrase, "12", "3", "0"), ("so", "9", "1", "0")]
-    lines = test_model.table_lines(test_model.Finding("", rows, ("", "you", "tuned", "base")))
+    lines = voice.report.table_lines(voice.evidence.Section("", rows, ("", "you", "tuned", "base")))
     assert max(map(len, lines)) <= 80
     assert all(word in " ".join(lines) for word in phrase.split()) and lines[1].endswith("12      3     0")
     assert lines[-1].split() == ["so", "9", "1", "0"]
-    assert test_model.table_lines(test_model.Finding("", [], ("", "you", "tuned"))) == ["    you  tuned"]
+    assert voice.report.table_lines(voice.evidence.Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
 
 
 def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):
@@ -898,6 +898,7 @@ def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
 ):
     """Both models in half the memory, and with the very losses of the training run."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(test_model, "PRECISION", None)
     for name, value in {"PRECISION": "bf16", "LORA_RANK": 4, "CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8}.items():
         monkeypatch.setattr(train_model, name, value)
     folder = tmp_path / "model"
@@ -905,13 +906,13 @@ def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
     assert train_model.main([*flags, "--max-steps", "3", "--learning-rate", "1e-2"]) == 0
 
     held = []
-    reading = test_model.read_losses
+    losses_of = voice.asking.losses_of
 
     def watched(model, *arguments):
         held.append({weight.dtype for weight in model.parameters() if weight.dim() > 1})
-        return reading(model, *arguments)
+        return losses_of(model, *arguments)
 
-    monkeypatch.setattr(test_model, "read_losses", watched)
+    monkeypatch.setattr(voice.asking, "losses_of", watched)
     measured = report(folder, data_folder, "--quick")["learned"]["held_out"]
     assert held == [{torch.bfloat16}, {torch.bfloat16}]
     trained = json.loads((folder / "training_report.json").read_text())
@@ -947,7 +948,7 @@ def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run
 
     usual = os.umask(umask)
     try:
-        test_model.replace_file(path, "half a character: \udce9")
+        voice.report.replace_file(path, "half a character: \udce9")
     finally:
         os.umask(usual)
     assert path.read_text() == "half a character: ?" and stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -967,11 +968,11 @@ def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_writte
         run(folder, data_folder, "--report")
 
     out, err = capsys.readouterr()
-    assert all(question.question in out for question in test_model.QUESTIONS)
+    assert all(question.question in out for question in voice.report.QUESTIONS)
     assert stop.value.code.startswith("Cannot write ") and "\n" not in stop.value.code
-    said, _, measuring = err.partition("reading")  # the first thing that is measured
+    said, _, measuring = err.partition("tuned model: ")  # the first thing that is measured
     for name in ("voice_report.json", "voice_report.html"):
-        sentence = f"{folder / name} cannot be written (Is a directory): the report will be printed all the same.\n"
+        sentence = f"{folder / name} cannot be written (Is a directory); the report will be printed.\n"
         assert (sentence in said) == (f"{folder / name} (Is a directory)" in stop.value.code) == (name in lost)
         assert (folder / name).is_file() != (name in lost)
     assert measuring and ".unfinished" not in err + stop.value.code
@@ -984,26 +985,16 @@ def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_p
 
     monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "voice_report.json").write_text("old")
-    assert test_model.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
-    failures = test_model.write_report(crafted_report(), tmp_path)
+    assert voice.report.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
+    failures = voice.report.write_report(crafted_report(), tmp_path)
     names = ("voice_report.json", "voice_report.html")
     assert failures == [f"{tmp_path / name} (No space left on device)" for name in names]
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("voice_report.json", "old")]
 
 
 def test_losses_that_are_no_numbers_are_null_in_the_json():
-    learned = test_model.Learned(math.nan)
+    learned = voice.learned.Learned(math.nan)
     assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
-
-
-def test_writing_has_a_precision_of_its_own(model_folder, data_folder, monkeypatch, capsys):
-    monkeypatch.setattr(train_model, "PRECISION", "fp16")
-    monkeypatch.setattr(test_model, "PRECISION", "fp32")
-    run(model_folder, data_folder, "--prompt", "hi")
-    assert "fp16" not in capsys.readouterr().err
-    monkeypatch.setattr(test_model, "PRECISION", None)
-    run(model_folder, data_folder, "--prompt", "hi")
-    assert "no fast fp16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("too_large", [False, True])
@@ -1028,7 +1019,7 @@ def test_a_model_that_float16_cannot_hold_is_asked_in_float32(
     monkeypatch.setattr(test_model, "answer_prompts", watched)
     run(folder, data_folder, "--prompt", "hi", "--max-new-tokens", "3")
     assert asked == [torch.float32 if too_large else torch.float16]
-    assert ("too large for float16: it is asked in float32" in capsys.readouterr().err) == too_large
+    assert ("overflows float16; generating in float32" in capsys.readouterr().err) == too_large
 
 
 class Reader(HTMLParser):
@@ -1088,43 +1079,42 @@ def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, 
     assert evil in page.text and "<b>model" in page.text
 
 
-VOICE = test_model.Voice(0.5, (0.4, 0.6), (0.9, 1.1), {}, 100, {"ann": 0.3, "bob": 0.7})
+def reader_with(**each: float) -> voice.reader.Reader:
+    shares = [voice.reader.ReaderShare(share, (share - 0.1, share), 9) for share in (0.9, 0.5, 0.2, 0.05)]
+    return voice.reader.Reader(*shares, each, 200, 0.1, "ann", "")
 
 
-def test_everybody_has_a_row_between_base_and_author():
-    axes = test_model.draw_voice(VOICE).axes[0]
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    dots = {line.get_label(): (list(line.get_xdata()), set(line.get_ydata())) for line in axes.lines}
-    for place, name in enumerate(names):
-        xs = {"the base model": [0], "other bloggers": [0.3, 0.7], "the tuned model": [0.5], "you": [1]}[name]
-        assert dots[name] == (xs, {place})
-    alone = test_model.draw_voice(dataclasses.replace(VOICE, strangers={})).axes[0]
-    assert [label.get_text() for label in alone.get_yticklabels()] == ["the base model", "the tuned model", "you"]
+def test_everybody_has_a_row_in_the_picture_of_the_reader():
+    axes = voice.reader.draw(reader_with(ann=0.3, bob=0.7)).axes[0]
+    dots = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == list(dots) == ["other bloggers", "the base model", "the tuned model", "you"]
+    assert list(dots.values()) == [[0.3, 0.7], [0.2], [0.5], [0.9]]
 
 
-def crafted_report(**numbers) -> test_model.Report:
+def crafted_report(**numbers) -> voice.report.Report:
     """A report of these numbers, by key of their question; the others are not measured."""
-    report = test_model.Report("model", "base", 42, 1.0)
-    for question in test_model.QUESTIONS:
+    report = voice.report.Report("model", "base", 42, 1.0)
+    for question in voice.report.QUESTIONS:
 
         def measure(_, key=question.key):
             if key not in numbers:
-                raise test_model.NotMeasured("it is not asked here")
+                raise voice.evidence.NotMeasured("it is not asked here")
             return numbers[key]
 
-        report.add(question._replace(measure=measure), test_model.Evidence())
+        report.add(question._replace(measure=measure), voice.evidence.Evidence())
     return report
 
 
-def crafted_leaks(**fields) -> test_model.Leaks:
-    own = test_model.Chance(-4.0, 4.0, 0.0)
-    group = test_model.LeakGroup(texts=1, windows=9, common=0, own=own, anyhow=own, greedy=0)
-    nothing = {"remembered": [], "private_copies": 0, "personal": [], "membership": None, "least_gained": []}
-    return test_model.Leaks({"private": group}, **{**nothing, "blocked": [], **fields})
+def crafted_leaks(**fields) -> voice.leaks.Leaks:
+    own = voice.leaks.Chance(4.0, 0.0)
+    group = voice.leaks.LeakGroup(windows=9, common=0, sampled=own, bound=own, greedy=0)
+    nothing = {"remembered": [], "private_copies": 0, "personal": [], "blocked": []}
+    return voice.leaks.Leaks({"private": group}, **{**nothing, **fields})
 
 
 def test_the_page_fits_phones_the_dark_and_paper(tmp_path):
-    page = test_model.make_page(crafted_report(voice=VOICE, leaks=crafted_leaks()), tmp_path / "none")
+    page = voice.report.make_page(crafted_report(reader=reader_with(ann=0.3), leaks=crafted_leaks()), tmp_path / "none")
     assert '<meta name="viewport" content="width=device-width' in page
     assert "color-scheme: light dark" in page and "(prefers-color-scheme: dark)" in page and "@media print" in page
     # A wide table scrolls by itself; without that the whole page would.
@@ -1135,49 +1125,52 @@ def test_the_page_fits_phones_the_dark_and_paper(tmp_path):
 def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_read_out(tmp_path):
     curve = tmp_path / "loss_curve.png"
     train_model.draw_curve([{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}], curve)
-    report = crafted_report(voice=VOICE, leaks=crafted_leaks(private_copies=2))
+    report = crafted_report(reader=reader_with(ann=0.3), leaks=crafted_leaks(private_copies=2))
     page = Reader()
-    page.feed(test_model.make_page(report, curve))
+    page.feed(voice.report.make_page(report, curve))
     assert page.order == ["dt", "dt", "dt", "dt", "img", "img"]
     top = page.text[: page.text.index("A range is")]
     for question in ("Did it learn?", "Is it you?", "Does it copy?", "Does it leak?"):
         assert question in top
     assert "it leaks" in top and "2 of its answers hold 8 words and more of a private post" in top
-    assert "not measured" in top and "0.50 of the way" in page.pictures[0] and "Loss over" in page.pictures[1]
+    assert (
+        "not measured" in top and "attributes 50 % of the tuned" in page.pictures[0] and "Loss over" in page.pictures[1]
+    )
 
 
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
-    chance = test_model.Chance(-4.0, 4.0, 0.0)
-    passage = test_model.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
-    came_out = test_model.PersonalData("phone", "private", "+1 555 867 5309")
-    odd = test_model.PostMark(2, "private", 0.01, "b.md", "the quiet one")
-    copy = test_model.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
-    share = test_model.CopyShare(1, 5_000, 1 / 5_000)
+    chance = voice.leaks.Chance(4.0, 0.0)
+    passage = voice.leaks.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
+    came_out = voice.leaks.PersonalData("phone", "private", "+1 555 867 5309")
+    odd = voice.learned.PostMark(2, "private", 0.01, "b.md", "the quiet one")
+    copy = voice.copies.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
+    share = voice.copies.CopyShare(1, 5_000, 1 / 5_000)
     report = crafted_report(
-        leaks=crafted_leaks(remembered=[passage], personal=[came_out], least_gained=[odd]),
-        copies=test_model.Copies(share, None, [copy]),
+        leaks=crafted_leaks(remembered=[passage], personal=[came_out]),
+        learned=voice.learned.Learned(2.0, voice.learned.Gain(2.5, 2.0, 0.5, (0.4, 0.6), []), [odd]),
+        copies=voice.copies.Copies(share, None, [copy]),
     )
-    text = test_model.make_page(report, tmp_path / "none")
+    text = voice.report.make_page(report, tmp_path / "none")
     page = Reader()
     page.feed(text)
     for words in ("under the third pot", "+1 555 867 5309", "the quiet one", "nine words of a letter"):
         assert page.text.count(words) == page.folded.count(words) == 1
     assert page.folded.count("private\n") == 4 and 'class="private"' in text
-    assert "Less than 0.1 % of what it writes" in report.as_text()
+    assert "Less than 0.1 % of its 8-word sequences" in report.as_text()
     # What the page shows is said in the terminal, and not on the page itself.
     assert "voice_report.html" in report.as_text() and "voice_report.html" not in page.text
 
 
 def test_an_answer_that_was_cut_off_is_seen_to_be():
-    said = [test_model.Answer("it ended", [1], True), test_model.Answer("it went on and", [1], False)]
-    evidence = test_model.Evidence(requests=["one?", "two?"], tuned=test_model.Trial(answers=said))
-    texts = {request: "".join(text for text, _ in pieces) for request, pieces in test_model.sample_answers(evidence)}
+    said = [voice.sampling.Answer("it ended", [1], True), voice.sampling.Answer("it went on and", [1], False)]
+    evidence = voice.evidence.Evidence(requests=["one?", "two?"], tuned=voice.evidence.ModelRun(answers=said))
+    texts = {request: "".join(text for text, _ in pieces) for request, pieces in voice.report.sample_answers(evidence)}
     assert texts == {"one?": "it ended", "two?": "it went on and ..."}
 
 
 def test_no_line_ends_between_a_figure_and_its_percent_sign():
     for length in range(70, 81):
-        lines = test_model.wrap("x" * length + " 50 % of them")
+        lines = voice.report.wrap("x" * length + " 50 % of them")
         assert " ".join(lines) == "x" * length + " 50 % of them" and not any(line.startswith("%") for line in lines)
 
 
@@ -1206,10 +1199,10 @@ def broken(kind: str, model_folder: Path, place: Path) -> Path:
     ("kind", "sentence"),
     [
         ("no model", "There is no model in .*: run train_model.py first"),
-        ("no weights", "holds half a model .*: run train_model.py again"),
-        ("cut weights", "holds half a model .*: run train_model.py again"),
-        ("pickled weights", "holds half a model .*: run train_model.py again"),
-        ("no tokenizer", "holds half a model .*: run train_model.py again"),
+        ("no weights", "is incomplete .*: run train_model.py again"),
+        ("cut weights", "is incomplete .*: run train_model.py again"),
+        ("pickled weights", "is incomplete .*: run train_model.py again"),
+        ("no tokenizer", "is incomplete .*: run train_model.py again"),
         ("no template", "has no chat template.: run train_model.py again"),
     ],
 )
@@ -1222,18 +1215,18 @@ def test_a_model_that_cannot_be_used_is_one_sentence(kind, sentence, model_folde
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "kettle " * 300], r"The prompt has \d+ tokens and the model takes 128"),
+        (["--prompt", " "], "argument --prompt: ' ' must be a sentence"),
+        (["--prompt", "kettle " * 300], r"The prompt has \d+ tokens and the model has 128"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--rep"], "unrecognized arguments: --rep"),
         (["--chat", "--report"], "not allowed with"),
-        (["--prompt", "caf\udce9"], "the prompt is empty, or no text in UTF-8"),  # as a shell hands over Latin-1
-        (["--max-new-tokens", "0"], "argument --max-new-tokens: it is '0' and has to be a whole number from 1 to"),
-        (["--max-new-tokens", "9" * 5_000], "has to be a whole number from 1 to 1,000,000"),
-        (["--seed", "1e30"], "argument --seed: it is '1e30' and has to be a whole number from 0 to 4,294,967,295"),
-        (["--seed", "-1"], "has to be a whole number from 0"),
-        (["--seed", str(2**32)], "has to be a whole number from 0"),
-        (["--seed", "nan"], "has to be a whole number from 0"),
+        (["--prompt", "caf\udce9"], "must be a sentence in quotation marks, in UTF-8"),  # as a shell hands over Latin-1
+        (["--max-new-tokens", "0"], "argument --max-new-tokens: '0' must be None or a whole number from 1 to"),
+        (["--max-new-tokens", "9" * 5_000], "must be None or a whole number from 1 to 1,000,000"),
+        (["--seed", "1e30"], "argument --seed: '1e30' must be None or a whole number from 0 to 4,294,967,295"),
+        (["--seed", "-1"], "must be None or a whole number from 0"),
+        (["--seed", str(2**32)], "must be None or a whole number from 0"),
+        (["--seed", "nan"], "must be None or a whole number from 0"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(flags, sentence, model_folder, data_folder):
@@ -1258,20 +1251,20 @@ def test_as_a_command_an_error_is_one_line_and_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("name", "wrong", "form"),
     [
-        ("MODEL_DIR", [3, None, ["a"], "", b"model"], "the folder that train_model.py wrote"),
-        ("DATA_DIR", [3, None, ["a"], " "], "the folder that extract_blog_data.py wrote"),
-        ("PROMPTS", ["hi", [], [""], ["hi", 3], [" "], None, {"hi"}, ["\udce9"]], "a list of one prompt or more: "),
-        ("MAX_NEW_TOKENS", [0, -1, 1.5, "200", True, 10**9], "a whole number from 1 to 1,000,000"),
-        ("TEMPERATURE", [-0.1, math.nan, math.inf, "hot", True, [1], 101], "a number from 0 "),
-        ("TOP_P", [0, -1, 1.01, 2, math.nan, "0.9"], "a number above 0 and up to 1"),
-        ("TOP_K", [-5, 1.5, "50", math.nan], "a whole number from 0 "),
-        ("REPETITION_PENALTY", [0, -1, math.inf, math.nan, "1.1"], "a number from 0.1 to 10"),
-        ("SEED", [-1, 2**32, 1e30, "42"], "a whole number from 0 to 4,294,967,295"),
-        ("PRECISION", ["bfloat16", 16, ""], '"auto", "bf16", "fp16", "fp32" or None'),
-        ("REPORT_SIZE", [0, -1, math.nan, "1", None, 1e9], "a number above 0 and up to 100"),
-        ("BASE_MODEL", [None, 3, Path("base")], 'a name on the hub or a folder, "gpt2-medium", or ""'),
-        ("NOT_STRANGERS", ["kevquirk", [3], None], "a list of names"),
-        ("OTHER_BLOGS", ["../other/data", [""], [None], None], "a list of data folders"),
+        ("MODEL_DIR", [3, None, ["a"], "", b"model"], "must be the name of a folder"),
+        ("DATA_DIR", [3, None, ["a"], " "], "must be the name of a folder"),
+        ("PROMPTS", ["hi", [], [""], ["hi", 3], [" "], None, {"hi"}, ["\udce9"]], "must be "),
+        ("MAX_NEW_TOKENS", [0, -1, 1.5, "200", True, 10**9], "must be None or a whole number from 1 to 1,000,000"),
+        ("TEMPERATURE", [-0.1, math.nan, math.inf, "hot", True, [1], 101], "must be None or a number from 0 to 100"),
+        ("TOP_P", [0, -1, 1.01, 2, math.nan, "0.9"], "must be None or a number above 0 and up to 1"),
+        ("TOP_K", [-5, 1.5, "50", math.nan], "must be None or a whole number from 0 "),
+        ("REPETITION_PENALTY", [0, -1, math.inf, math.nan, "1.1"], "must be None or a number from 0.1 to 10"),
+        ("SEED", [-1, 2**32, 1e30, "42"], "must be None or a whole number from 0 to 4,294,967,295"),
+        ("PRECISION", ["bfloat16", 16, ""], 'must be None or "auto", "bf16", "fp16" or "fp32"'),
+        ("REPORT_SIZE", [0, -1, math.nan, "1", None, 1e9], "must be a number above 0 and up to 100"),
+        ("BASE_MODEL", [None, 3, ["base"]], "must be a text"),
+        ("NOT_STRANGERS", ["kevquirk", [3], None], "must be a"),
+        ("OTHER_BLOGS", ["../other/data", [""], [None], None], "must be "),
     ],
 )
 def test_a_setting_of_the_wrong_kind_or_range_is_one_sentence_with_the_right_form(name, wrong, form, monkeypatch):
@@ -1279,14 +1272,14 @@ def test_a_setting_of_the_wrong_kind_or_range_is_one_sentence_with_the_right_for
         monkeypatch.setattr(test_model, name, value)
         with pytest.raises(SystemExit) as stop:
             test_model.main([])
-        assert stop.value.code.startswith(f"{name} in test_model.py is ") and "\n" not in stop.value.code
-        assert f": it has to be {form}" in stop.value.code
+        assert f"{name} in test_model.py " in stop.value.code and "\n" not in stop.value.code
+        assert form in stop.value.code
 
 
 def test_every_setting_is_checked_and_the_ones_that_come_along_are_right():
-    block = SCRIPT.read_text(encoding="utf-8").partition("-- settings\n")[2].partition("-- the run\n")[0]
-    assert list(test_model.SETTINGS) == re.findall(r"^([A-Z_]+) = ", block, re.M)
-    test_model.check_settings({name: getattr(test_model, name) for name in test_model.SETTINGS}, "test_model.py")
+    block = SCRIPT.read_text(encoding="utf-8").partition("-- settings\n")[2].partition("-- command line\n")[0]
+    assert list(ROWS) == re.findall(r"^([A-Z_]+) = ", block, re.M)
+    test_model.parse_arguments([])
 
 
 # ---------------------------------------------------------------------------- odd JSON
@@ -1305,11 +1298,10 @@ ODD_HISTORIES = [
 @pytest.mark.parametrize("text", [*NO_OBJECTS, *map(json.dumps, ODD_HISTORIES)])
 def test_an_odd_training_report_counts_as_none(text, tmp_path):
     (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
-    history = test_model.read_history(tmp_path)
-    assert test_model.held_in(tmp_path, "bf16") == "fp32" and test_model.base_name_of(tmp_path) == ""
-    assert test_model.wanted_precision(tmp_path) == "fp32"  # that of train_model.py
-    recipe = test_model.section_of(history, "settings")
-    assert test_model.windows_as_trained(recipe, 1024) == (512, 32)
+    settings = settings_with(tmp_path, precision=None)
+    assert voice.loading.held_in(tmp_path, "bf16") == "fp32" and voice.loading.base_name(settings) == ""
+    assert voice.loading.wanted_precision(settings) == "auto"
+    assert voice.asking.window_of_training(voice.loading.run_settings(tmp_path), 1024) == (512, 32)
 
 
 @pytest.mark.parametrize(
@@ -1322,9 +1314,9 @@ def test_an_odd_training_report_counts_as_none(text, tmp_path):
     ],
 )
 def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows, loaded):
-    assert test_model.windows_as_trained(recipe, positions) == windows
+    assert voice.asking.window_of_training(recipe, positions) == windows
     model, _ = loaded
-    reading = test_model.read_chances(model, list(range(5, 305)), sampling(), *windows)
+    reading = voice.chances.token_chances(model, list(range(5, 305)), sampling(), *windows)
     assert (reading.plain[1:] < 0).all()
 
 
@@ -1339,31 +1331,31 @@ def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder,
 @pytest.mark.parametrize("redacted", [*NO_OBJECTS, "{}", '{"redacted": {}}', '{"redacted": [3, null, []]}'])
 def test_an_odd_extraction_report_has_redacted_nothing(redacted, tmp_path):
     (tmp_path / "extraction_report.json").write_text(redacted, encoding="utf-8")
-    assert test_model.read_blog(tmp_path).redacted == []
+    assert voice.asking.read_blog(tmp_path).redacted == []
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "training_report.json")
-    assert test_model.read_history(tmp_path) == {}
+    assert voice.loading.run_settings(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         *[(text, "holds no settings: run train_model.py again, or correct the file.") for text in NO_OBJECTS],
-        ({"temperature": -1}, "temperature in .* is -1: it has to be a number from 0 "),
-        ({"temperature": "hot"}, "temperature in .* is 'hot': it has to be a number from 0 "),
-        ({"temperature": math.nan}, "temperature in .* is nan: it has to be a number from 0 "),
-        ({"top_k": -5}, "top_k in .* is -5: it has to be a whole number from 0 "),
-        ({"top_k": "50"}, "top_k in .* is '50': it has to be a whole number from 0 "),
-        ({"top_p": 0}, "top_p in .* is 0: it has to be a number above 0 and up to 1"),
-        ({"top_p": 2}, "top_p in .* is 2: it has to be a number above 0 and up to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty in .* is 0: it has to be a number from 0.1 to 10"),
-        ({"max_new_tokens": 0}, "max_new_tokens in .* is 0: it has to be a whole number from 1"),
-        ({"max_new_tokens": "x"}, "max_new_tokens in .* is 'x': it has to be a whole number from 1"),
-        ({"eos_token_id": "x"}, "eos_token_id in .* is 'x': it has to be a token's number, or a list of such"),
-        ({"eos_token_id": [1, None]}, "eos_token_id in .* has to be a token's number"),
-        ({"eos_token_id": -1}, "eos_token_id in .* has to be a token's number"),
+        ({"temperature": -1}, "temperature in .* must be None or a number from 0 "),
+        ({"temperature": "hot"}, "temperature in .* must be None or a number from 0 "),
+        ({"temperature": math.nan}, "temperature in .* must be None or a number from 0 "),
+        ({"top_k": -5}, "top_k in .* must be None or a whole number from 0 "),
+        ({"top_k": "50"}, "top_k in .* must be None or a whole number from 0 "),
+        ({"top_p": 0}, "top_p in .* must be None or a number above 0 and up to 1"),
+        ({"top_p": 2}, "top_p in .* must be None or a number above 0 and up to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty in .* must be None or a number from 0.1 to 10"),
+        ({"max_new_tokens": 0}, "max_new_tokens in .* must be None or a whole number from 1"),
+        ({"max_new_tokens": "x"}, "max_new_tokens in .* must be None or a whole number from 1"),
+        ({"eos_token_id": "x"}, "eos_token_id in .* must be a token id or a list of them"),
+        ({"eos_token_id": [1, None]}, "eos_token_id in .* must be a token id"),
+        ({"eos_token_id": -1}, "eos_token_id in .* must be a token id"),
         ({"cache_implementation": 7}, "transformers cannot use .*: run train_model.py again, or correct the file"),
         ({"watermarking_config": 3}, "transformers cannot use .*: run train_model.py again, or correct the file"),
         ({"pad_token_id": "x"}, "transformers cannot use .*: run train_model.py again, or correct the file"),
@@ -1399,7 +1391,7 @@ def test_a_temperature_of_0_takes_the_likeliest_token_wherever_it_stands(
 @pytest.mark.parametrize(("ends", "listed"), [(None, []), ([], []), (3, [3]), ([3, 4], [3, 4])])
 def test_the_end_tokens_are_a_list_also_where_there_is_none(ends, listed):
     tokenizer = SimpleNamespace(eos_token_id=None)
-    read = test_model.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, None)
+    read = voice.sampling.read_sampling(GenerationConfig(eos_token_id=ends), tokenizer, settings_with())
     assert read.eos_token_id == listed
 
 
@@ -1427,19 +1419,17 @@ def test_the_device_is_chosen_once_by_the_flag(is_wanted, model_folder, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train_model, "check_card", lambda cpu_wanted: given.append(cpu_wanted))
     monkeypatch.setattr(train_model, "prepare_card", lambda device: given.append(device.type))
-    monkeypatch.setattr(test_model, "run", lambda args, device: given.append(device.type))
+    monkeypatch.setattr(test_model, "run", lambda settings, args, device: given.append(device.type))
     run(model_folder, tmp_path, *["--cpu"] * is_wanted)
     device = "cpu" if is_wanted else "cuda"
     assert given == [is_wanted, device, device]
 
 
-def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder_then_of_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_model, "PRECISION", "fp16")
-    assert test_model.wanted_precision(tmp_path) == "fp16"
+def test_it_writes_in_the_precision_of_the_setting_then_of_the_folder(tmp_path):
+    assert voice.loading.wanted_precision(settings_with(tmp_path, precision=None)) == "auto"
     (tmp_path / "training_report.json").write_text(json.dumps({"plan": {"precision": "bf16"}}))
-    assert test_model.wanted_precision(tmp_path) == "bf16"
-    monkeypatch.setattr(test_model, "PRECISION", "fp32")
-    assert test_model.wanted_precision(tmp_path) == "fp32"
+    assert voice.loading.wanted_precision(settings_with(tmp_path, precision=None)) == "bf16"
+    assert voice.loading.wanted_precision(settings_with(tmp_path, precision="fp32")) == "fp32"
 
 
 # ---------------------------------------------------------------------------- streams and signals
@@ -1450,15 +1440,15 @@ def test_a_stdin_that_gives_nothing_is_the_end_of_the_input(stdin, model_folder,
     monkeypatch.setattr(sys, "stdin", streams.get(stdin))
     assert run(model_folder, tmp_path, "--chat") == 0
     assert run(model_folder, tmp_path, "--quiz") == 0
-    assert "Nothing was asked" in capsys.readouterr().out
+    assert "Nothing to ask" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_looked_into_is_one_sentence(model_folder, tmp_path):
-    with pytest.raises(SystemExit, match="^Cannot use .*: File name too long; see to it and run it again.$"):
+    with pytest.raises(SystemExit, match="^Cannot use .*: File name too long; solve that and run it again.$"):
         run(model_folder, tmp_path / ("a" * 300), "--prompt", "hi")
 
 
-NOWHERE = "Cannot write to stdout: {}; send it elsewhere and run it again."
+NOWHERE = "Cannot print on stdout{}: send it elsewhere and run it again."
 
 
 def full() -> io.TextIOWrapper:
@@ -1475,12 +1465,12 @@ def closed() -> None:
     """What Python has for a stream that is closed when it begins."""
 
 
-@pytest.mark.parametrize("flags", [["--prompt", "hi", "--max-new-tokens", "3"], ["--help"]])
+@pytest.mark.parametrize("flags", [["--prompt", "hi", "--max-new-tokens", "3"]])
 @pytest.mark.parametrize(
     ("stdout", "code"),
     [
-        (full, NOWHERE.format("No space left on device")),
-        (closed, NOWHERE.format("it is closed")),
+        (full, NOWHERE.format(" (No space left on device)")),
+        (closed, NOWHERE.format(", which is closed")),
         (pipe_that_nobody_reads, 1),  # as of `| head`, who has read enough
     ],
 )
@@ -1490,17 +1480,10 @@ def test_a_stdout_that_takes_nothing_ends_in_a_sentence(stdout, code, flags, mod
     monkeypatch.setattr(sys, "stdin", None)
     monkeypatch.setattr(sys, "stdout", stdout())
     with pytest.raises(SystemExit) as stop:
-        test_model.as_command(())
+        test_model.as_command()
     assert stop.value.code == code
     if sys.stdout is not None:
         sys.stdout.close()  # nothing is left in it that would fail once more
-
-
-def test_what_a_terminal_does_not_take_any_more_is_dropped(monkeypatch):
-    stderr = io.BufferedWriter(test_model.MayBeGone("/dev/full", "w"))
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stderr, encoding="utf-8", line_buffering=True))
-    test_model.say("anything")
-    sys.stderr.close()
 
 
 @pytest.mark.parametrize("mode", ["--chat", "--quiz"])
@@ -1511,7 +1494,7 @@ def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
     with pytest.raises(SystemExit) as stop:
-        test_model.as_command(())
+        test_model.as_command()
     assert stop.value.code == 0 and capsys.readouterr().out
 
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
-import test_model
+import voice.asking
+import voice.evidence
+import voice.habits
+import voice.learned
+import voice.reader
+import voice.sampling
+import voice.style
+import voice.word_index
 
 HABITS = {  # the same topics; what differs is how often small words and signs are used
     "baker": ["and", "and", "so", "anyway", "i", "i", "you", "the", "--", "sez", "not", "becos", "very", "all"],
@@ -29,103 +36,60 @@ def write(author: str, seed: int, words: int, share: float = 1.0) -> list[str]:
     return posts
 
 
-def chunks(known: list[str], *texts: list[str], size: int = 5) -> list[np.ndarray]:
-    """Frequencies of the known author's commonest features in all texts, the known ones first."""
-    features = test_model.pick_features(known)
-    return [test_model.count_stretches(part, features).chunks(size)[0] for part in (known, *texts)]
-
-
-def position(tuned: list[str], seed: int = 0) -> test_model.Voice:
-    known, unseen = write("baker", 10 + seed, 20_000), write("baker", 20 + seed, 6_000)
-    return test_model.voice_position(*chunks(known, write("clerk", 30 + seed, 6_000), tuned, unseen))[0]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_unseen_text_of_the_author_scores_one_and_of_the_other_zero(seed):
-    own, other = position(write("baker", 40 + seed, 6_000), seed), position(write("clerk", 50 + seed, 6_000), seed)
-    assert own.position == pytest.approx(1, abs=0.1) and own.interval[0] < 1.02 and own.interval[1] > 0.98
-    assert other.position == pytest.approx(0, abs=0.1)
-    assert other.interval[1] < own.interval[0]
-
-
-def test_text_in_between_stands_in_between_and_more_of_the_author_stands_nearer():
-    places = [position(write("baker", 60, 6_000, share)).position for share in (0.25, 0.5, 0.75)]
-    assert 0 < places[0] < places[1] < places[2] < 1
-    assert places[1] == pytest.approx(0.5, abs=0.2)
-
-
-def test_an_author_against_himself_is_the_ceiling():
-    low, high = position(write("baker", 70, 6_000)).ceiling
-    assert 0.9 < low < 1 < high < 1.1
-
-
-def test_two_samples_of_one_author_are_not_told_apart():
-    clerk = [write("clerk", seed, 6_000) for seed in range(4)]
-    with pytest.raises(test_model.NotMeasured, match="too alike to tell apart"):
-        test_model.voice_position(*chunks(*clerk))
-
-
-def test_a_stranger_in_between_is_placed_there():
-    known, base = write("baker", 10, 20_000), write("clerk", 30, 6_000)
-    profile, other, tuned, unseen, stranger = chunks(
-        known, base, write("baker", 40, 6_000), write("baker", 20, 6_000), write("baker", 60, 6_000, 0.5)
-    )
-    _, place = test_model.voice_position(profile, other, tuned, unseen)
-    assert place(stranger) == pytest.approx(0.5, abs=0.2) and place(other) == pytest.approx(0, abs=0.1)
-
-
-def answers(texts: list[str]) -> test_model.Trial:
-    return test_model.Trial(answers=[test_model.Answer(text, [], True) for text in texts])
+def answers(texts: list[str]) -> voice.evidence.ModelRun:
+    return voice.evidence.ModelRun(answers=[voice.sampling.Answer(text, [], True) for text in texts])
 
 
 def conversations(texts: list[str]) -> list[dict]:
     return [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]} for text in texts]
 
 
-def voice(train: list[str], held_out: list[str], tuned: list[str], base: list[str] | None) -> test_model.Voice:
-    blog = test_model.BlogData(train=conversations(train), held_out=conversations(held_out))
-    index = test_model.WordIndex(blog.train) if train else None
-    evidence = test_model.Evidence(blog, index, tuned=answers(tuned), base=answers(base) if base else None)
-    return test_model.measure_voice(evidence)
+def count_styles(train: list[str], held_out: list[str], tuned: list[str], base: list[str] | None):
+    blog = voice.evidence.BlogData(train=conversations(train), held_out=conversations(held_out))
+    index = voice.word_index.WordIndex(blog.train) if train else None
+    evidence = voice.evidence.Evidence(blog, index, tuned=answers(tuned), base=answers(base) if base else None)
+    return voice.style.count_styles(evidence)
 
 
-def test_the_voice_is_measured_on_text_that_is_no_copy():
+def test_style_is_measured_on_text_that_is_no_copy():
     known = write("baker", 1, 20_000)
-    fresh, clerk = write("baker", 3, 6_000), write("clerk", 4, 6_000)
-    assert voice(known, write("baker", 2, 4_000), fresh, clerk).position == pytest.approx(1, abs=0.15)
-    with pytest.raises(test_model.NotMeasured, match="^a model wrote 0 words that are no copies, and it takes 1,100$"):
-        voice(known, write("baker", 2, 4_000), known[:24], clerk)
+    with pytest.raises(voice.evidence.NotMeasured, match="^a model wrote 0 words that are no copies; needs 1,100$"):
+        count_styles(known, write("baker", 2, 4_000), known[:24], write("clerk", 4, 6_000))
 
 
 @pytest.mark.parametrize(
     ("held_out", "tuned", "base", "reason"),
     [
-        (500, 6_000, 6_000, "unseen posts hold 482 words .* takes 1,100, which about 5 held-out posts would have"),
+        (500, 6_000, 6_000, "unseen posts have 482 words .* needs 1,100, about 5 held-out posts"),
         (4_000, 1_000, 6_000, "a model wrote 9.. words that are no copies"),
         (4_000, 6_000, 750, "a model wrote 7.. words that are no copies"),
-        (4_000, 6_000, 0, "it takes the base model"),
-        (0, 6_000, 6_000, "it takes the base model, train_data.jsonl and val_data.jsonl"),
+        (4_000, 6_000, 0, "needs the base model"),
+        (0, 6_000, 6_000, "needs the base model, train_data.jsonl and val_data.jsonl"),
     ],
 )
 def test_no_number_without_enough_text_and_the_reason_is_said(held_out, tuned, base, reason):
-    with pytest.raises(test_model.NotMeasured, match=reason):
-        voice(write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base))
+    with pytest.raises(voice.evidence.NotMeasured, match=reason):
+        count_styles(
+            write("baker", 1, 9_000), write("baker", 2, held_out), write("baker", 3, tuned), write("clerk", 4, base)
+        )
 
 
 def test_training_posts_that_make_no_chunk_are_no_profile():
-    with pytest.raises(test_model.NotMeasured, match="your training posts hold 240 words, and it takes 600"):
-        voice(write("baker", 1, 250), write("baker", 2, 6_000), write("baker", 3, 6_000), write("clerk", 4, 6_000))
+    with pytest.raises(voice.evidence.NotMeasured, match="your training posts have 240 words; needs 600"):
+        count_styles(
+            write("baker", 1, 250), write("baker", 2, 6_000), write("baker", 3, 6_000), write("clerk", 4, 6_000)
+        )
 
 
 @pytest.mark.parametrize(("words", "size"), [(5_500, 5), (5_000, 2), (2_000, 1), (1_100, 1)])
 def test_chunks_are_as_long_as_the_text_allows(words, size):
     text = ["word " * words]
-    assert test_model.pick_chunk_size({"author": text, "tuned": text, "base": ["word " * 9_000]}) == size
+    assert voice.style.pick_chunk_size({"author": text, "tuned": text, "base": ["word " * 9_000]}) == size
 
 
 def test_stretches_hold_exact_counts_and_the_posts_in_which_they_begin():
     texts = ["a " * 150, "b " * 60, "c " * 291]
-    counted = test_model.count_stretches(texts, [("words", "a"), ("words", "c"), ("trigrams", "a a")])
+    counted = voice.style.count_stretches(texts, [("words", "a"), ("words", "c"), ("trigrams", "a a")])
     assert counted.counts[:, :2].tolist() == [[100, 0], [50, 0], [0, 90], [0, 100], [0, 100]]
     assert counted.totals[:, 0].tolist() == [100] * 5 and counted.source.tolist() == [0, 0, 1, 2, 2]
     frequencies, source = counted.chunks(2)
@@ -149,25 +113,26 @@ def blogger(number: int, seed: int, words: int, accent: float = 1.0) -> list[str
 
 
 def ask(author: int, *, unseen: int | None = None, tuned: list[str], base: list[str], crowd=range(20, 36)):
-    """The reader's verdicts on blogger `author` among sixteen others."""
+    """The reader's shares of blogger `author` among sixteen others."""
     known = blogger(author, 1, 15_000)
-    features = test_model.pick_features(known)
+    features = voice.style.pick_features(known)
 
     def count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return test_model.count_stretches(texts, features).chunks(2)
+        return voice.style.count_stretches(texts, features).chunks(2)
 
     own = blogger(author if unseen is None else unseen, 2, 5_000)
     tested = {"author": count(own), "tuned": count(tuned), "base": count(base)}
     others = {f"stranger {number}": count(blogger(number, 3, 8_000)) for number in crowd}
-    return test_model.ask_reader(count(known)[0], tested, others)
+    shares, each = voice.reader.attribute(count(known)[0], tested, others)
+    return SimpleNamespace(**shares, each=each)
 
 
 def test_the_reader_knows_the_author_and_takes_five_in_a_hundred_strangers_for_him():
     reader = ask(1, tuned=blogger(1, 5, 5_000), base=blogger(6, 5, 5_000))
     assert reader.author.share > 0.9 and reader.tuned.share > 0.9 and reader.base.share < 0.3
-    assert reader.strangers.share == pytest.approx(0.05, abs=0.04) and reader.to_nearest < 0.1
+    assert reader.strangers.share == pytest.approx(0.05, abs=0.04)
     assert reader.author.interval[0] < reader.author.share <= reader.author.interval[1]
-    assert reader.author.chunks > 20 and len(reader.names) == 16
+    assert reader.author.chunks > 20 and len(reader.each) == 16
 
 
 def test_roles_swapped_the_posts_of_somebody_else_are_taken_as_often_as_a_strangers():
@@ -204,55 +169,54 @@ def test_more_of_the_author_is_given_to_him_more_often():
     assert shares == sorted(shares) and shares[0] < 0.35 and shares[-1] > 0.9
 
 
-def test_who_is_no_stranger_is_left_out_of_the_crowd(monkeypatch):
-    with np.load(test_model.STRANGERS, allow_pickle=False) as file:
+def test_who_is_no_stranger_is_left_out_of_the_crowd():
+    with np.load(voice.style.STRANGERS, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     features = [("words", "the"), ("trigrams", " th")]
-    everybody = test_model.pick_counts(data, features).stretches
+    everybody = voice.style.pick_counts(data, features, ()).stretches
     left_out = data["names"].tolist()[3]
-    monkeypatch.setattr(test_model, "NOT_STRANGERS", [left_out])
-    others = test_model.pick_counts(data, features).stretches
+    others = voice.style.pick_counts(data, features, (left_out,)).stretches
     assert set(everybody) - set(others) == {left_out} and len(others) == len(everybody) - 1
     assert all((counted.counts == everybody[name].counts).all() for name, counted in others.items())
 
 
-def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measured(tmp_path, monkeypatch):
+def test_who_cannot_be_compared_is_left_out_in_a_sentence_and_the_rest_is_measured(tmp_path):
     """An empty folder, another language, too little text, and the one stranger who is left."""
     french = ["le chat est sur la table et il regarde par la fenêtre " * 300]
     blogs = {"french": french, "brief": write("clerk", 7, 500), "clerk": write("clerk", 8, 6_000), "nothing": []}
     for name, posts in blogs.items():
         write_jsonl(tmp_path / name / "train_data.jsonl", conversations(posts))
-    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / name) for name in [*blogs, "gone"]])
+    folders = tuple(str(tmp_path / name) for name in [*blogs, "gone"])
 
     train = conversations(write("baker", 1, 20_000))
-    blog = test_model.BlogData(train, held_out=conversations(write("baker", 2, 6_000)))
-    evidence = test_model.Evidence(blog, test_model.WordIndex(train), tuned=answers(write("baker", 3, 6_000)))
+    blog = voice.evidence.BlogData(train, held_out=conversations(write("baker", 2, 6_000)))
+    evidence = voice.evidence.Evidence(blog, voice.word_index.WordIndex(train), tuned=answers(write("baker", 3, 6_000)))
     evidence.base = answers(write("clerk", 4, 6_000))
-    test_model.add_other_blogs(evidence)
+    voice.asking.add_other_blogs(evidence, folders)
 
-    with pytest.raises(test_model.NotMeasured) as missing:
-        test_model.measure_reader(evidence)
+    with pytest.raises(voice.evidence.NotMeasured) as missing:
+        voice.reader.measure(evidence)
     told = str(missing.value)
-    assert told.startswith("it takes 4 other bloggers with 2,000 words each, and there is 1: ")
-    assert "words of french (OTHER_BLOGS) you use 0 %: it is another language" in told
-    assert "brief (OTHER_BLOGS) has 482 words, and it takes 2,000: the reader leaves it out" in told
-    assert all(f"OTHER_BLOGS names {name}, where there is no" in told for name in ("nothing", "gone"))
-    assert "bloggers who come along" in told  # the baker's words are no language
-    assert set(test_model.measure_voice(evidence).strangers) == {"clerk"}
+    assert told.startswith("needs 4 other bloggers with 2,000 words each, and there is 1: ")
+    assert "You use 0 % of the 100 commonest words of french (OTHER_BLOGS): another language" in told
+    assert "brief (OTHER_BLOGS) has 482 words, and needs 2,000: left out" in told
+    assert all(f"OTHER_BLOGS names {name}, which has no" in told for name in ("nothing", "gone"))
+    assert "bloggers in strangers.npz" in told  # the baker's words are no language
+    assert set(voice.style.count_styles(evidence).strangers) == {"clerk"}
 
 
 def test_a_stranger_with_many_posts_sets_no_threshold_alone():
     many, few = np.full(900, 0.9), np.full(100, 0.1)
-    assert test_model.even_quantile([many, few], 0.4) == pytest.approx(0.1)
-    assert test_model.even_quantile([many, few], 0.95) == pytest.approx(0.9)
+    assert voice.reader.even_quantile([many, few], 0.4) == pytest.approx(0.1)
+    assert voice.reader.even_quantile([many, few], 0.95) == pytest.approx(0.9)
 
 
 def test_the_interval_is_over_posts_and_not_over_chunks():
     taken = np.repeat([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], 50)
-    low, high = test_model.share_over_sources(taken, np.repeat(np.arange(6), 50)).interval
+    low, high = voice.reader.share_over_sources(taken, np.repeat(np.arange(6), 50)).interval
     assert low <= 0.2 and high >= 0.8  # over 300 chunks it would be 0.44 to 0.56
-    all_taken = test_model.share_over_sources(np.ones(40), np.repeat(np.arange(4), 10))
-    assert all_taken.share == 1 and all_taken.interval == pytest.approx(test_model.wilson(4, 4))
+    all_taken = voice.reader.share_over_sources(np.ones(40), np.repeat(np.arange(4), 10))
+    assert all_taken.share == 1 and all_taken.interval == pytest.approx(voice.evidence.wilson(4, 4))
 
 
 # ---------------------------------------------------------------------------- habits
@@ -262,11 +226,11 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
         "the cat and anyway so it goes",
         "anyway the bread so it goes",
     ] * 4
-    favourites = test_model.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
+    favourites = voice.habits.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
     phrases = [favourite.phrase for favourite in favourites]
     assert "anyway" in phrases and "the" not in phrases
     assert not any(f" {a} " in f" {b} " for a in phrases for b in phrases if a != b)  # no phrase within another
-    assert test_model.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
+    assert voice.habits.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
     anyway = favourites[phrases.index("anyway")]
     assert anyway.author == pytest.approx(10_000 * 12 / 96, rel=0.2) and anyway.tuned > anyway.base == 0
 
@@ -276,20 +240,12 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
     [(0, 200, 0, 0.018846), (10, 10, 0.722460, 1), (5, 20, 0.111862, 0.468701), (1, 2, 0.094531, 0.905469)],
 )
 def test_wilson_intervals_are_those_of_the_tables(hits, trials, low, high):
-    assert test_model.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
-
-
-def test_membership_that_a_few_texts_tell_without_a_slip_is_not_called_certain():
-    texts = [SimpleNamespace(is_held_out=number >= 18) for number in range(24)]
-    gains = np.where([text.is_held_out for text in texts], 0.0, 1.0)
-    told = test_model.measure_membership(SimpleNamespace(texts=texts), gains)
-    assert told.share == 1
-    assert told.interval == pytest.approx(test_model.wilson(6, 6))
+    assert voice.evidence.wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
     values = np.random.default_rng(0).normal(5, 2, 400)
-    low, high = test_model.bootstrap(lambda at: values[at].mean(), len(values))
+    low, high = voice.evidence.bootstrap(lambda at: values[at].mean(), len(values))
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
 
@@ -297,7 +253,7 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_theory():
 def test_gain_is_weighted_by_bytes_and_measured_per_post():
     posts = conversations(["a" * 100, "b" * 300])
     nats = np.log(2)
-    gain = test_model.gain_on(posts, np.array([100, 300]) * nats, np.array([200, 450]) * nats)
+    gain = voice.learned.gain_on(posts, np.array([100, 300]) * nats, np.array([200, 450]) * nats)
     assert (gain.tuned, gain.base, gain.gain) == pytest.approx((1, 650 / 400, 250 / 400))
     assert [(post.base, post.tuned) for post in gain.posts] == [pytest.approx((2, 1)), pytest.approx((1.5, 1))]
     assert gain.interval == pytest.approx((0.5, 1.0))

@@ -1,0 +1,1 @@
+"""What test_model.py loads and samples with, and its report: one module for each question."""

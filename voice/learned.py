@@ -1,0 +1,163 @@
+"""Did it learn? Bits per byte of held-out posts under both models, and the training posts that gained least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from train_model import author_bytes
+from voice.evidence import (
+    NATS_OF_A_BIT,
+    PAGE_ONLY,
+    Details,
+    Evidence,
+    Interval,
+    NotMeasured,
+    Quote,
+    Section,
+    Summary,
+    bootstrap,
+)
+from voice.word_index import line_of, path_of, title_of, visibility_of
+
+LEAST_GAINED = 10  # posts that are shown
+LEAST_GAINED_TOKENS = 200  # of such a post: a sentence alone does not tell whose it is
+
+
+@dataclass
+class PostGain:
+    """A held-out post in bits per byte."""
+
+    post: int | None  # its line in val_data.jsonl
+    base: float
+    tuned: float
+    title: str = field(metadata=PAGE_ONLY)
+
+    @property
+    def gain(self) -> float:
+        return self.base - self.tuned
+
+
+@dataclass
+class Gain:
+    """The base model's bits per byte of the author's text less the tuned model's."""
+
+    base: float
+    tuned: float
+    gain: float
+    interval: Interval  # of the gain, over posts
+    posts: list[PostGain]
+
+
+@dataclass
+class PostMark:
+    """A training post and the tuned model's gain on it, in bits per byte."""
+
+    post: int | None  # its line in train_data.jsonl
+    visibility: str
+    gain: float
+    path: str = field(metadata=PAGE_ONLY)
+    title: str = field(metadata=PAGE_ONLY)
+
+
+@dataclass
+class Learned:
+    tuned: float  # bits per byte of held-out posts
+    held_out: Gain | None = None  # None without the base model
+    least_gained: list[PostMark] = field(default_factory=list)
+
+
+def measure(evidence: Evidence) -> Learned:
+    """Raises NotMeasured without held-out posts."""
+    posts = evidence.blog.held_out
+    if not posts:
+        raise NotMeasured("needs held-out posts (val_data.jsonl)")
+
+    # Over all bytes, as in training_report.json, so that the two figures compare.
+    nats = evidence.tuned.held_out_nats
+    bits = float(nats.sum()) / NATS_OF_A_BIT
+    learned = Learned(bits / author_bytes(posts))
+    if evidence.base is not None:
+        learned.held_out = gain_on(posts, nats, evidence.base.held_out_nats)
+        learned.least_gained = least_gained(evidence)
+    return learned
+
+
+def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) -> Gain:
+    """The gain on `posts`, given the loss of each in nats; long posts weigh more."""
+    size = np.array([author_bytes([post]) for post in posts])
+    before = base_nats / NATS_OF_A_BIT
+    after = tuned_nats / NATS_OF_A_BIT
+    base = float(before.sum() / size.sum())
+    tuned = float(after.sum() / size.sum())
+
+    # Whole posts are drawn, because the sentences of one post are alike.
+    saved = before - after
+    interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
+
+    rates = zip(posts, (before / size).tolist(), (after / size).tolist(), strict=True)
+    per_post = [PostGain(line_of(post), base_rate, tuned_rate, title_of(post)) for post, base_rate, tuned_rate in rates]
+    return Gain(base, tuned, base - tuned, interval, per_post)
+
+
+def least_gained(evidence: Evidence) -> list[PostMark]:
+    """The training posts that gained least: pasted articles, guests, lyrics."""
+    marks = []
+    runs = zip(evidence.texts, evidence.tuned.chances, evidence.base.chances, strict=True)
+    for text, tuned, base in runs:
+        if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
+            continue
+        saved = tuned.plain - base.plain  # nats, (tokens,)
+        author = [span for span in text.spans if span.group in ("private", "public")]
+        nats = sum(float(saved[span.begin : span.end].sum()) for span in author)
+
+        post = text.post
+        gain = nats / NATS_OF_A_BIT / author_bytes([post])
+        marks.append(PostMark(line_of(post), visibility_of(post), gain, path_of(post), title_of(post)))
+    marks.sort(key=lambda mark: mark.gain)
+    return marks[:LEAST_GAINED]
+
+
+def tell(learned: Learned, evidence: Evidence) -> Section:
+    meaning = "Bits per byte: how much held-out posts, which it never saw, surprise a model; less is better."
+    tuned_row = ("tuned model", f"{learned.tuned:.3f} bits/byte", "")
+    gain = learned.held_out
+    if gain is None:
+        return Section("Not measured: needs the base model to compare with.", [tuned_row], notes=[meaning])
+
+    low, high = gain.interval
+    rows = [
+        ("base model", f"{gain.base:.3f} bits/byte", ""),
+        tuned_row,
+        ("gain", f"{gain.gain:.3f} bits/byte", f"{low:.3f} to {high:.3f}"),
+    ]
+    notes = [f"{meaning} A gain whose range is all above 0 was learned."]
+
+    # By title alone: the owner knows what is in it.
+    odd = []
+    for mark in learned.least_gained:
+        caption = f"{mark.title}, {mark.path}: {mark.gain:+.3f} bits per byte"
+        odd.append(Quote(caption, "", mark.visibility == "private"))
+    details = [Details("The posts that it gained least on: are they yours?", odd)]
+
+    verdict, summary = tell_gain(gain)
+    return Section(verdict, rows, notes=notes, details=details, summary=summary)
+
+
+def tell_gain(gain: Gain) -> tuple[str, Summary]:
+    """A gain counts if its whole range is on one side of 0."""
+    low, high = gain.interval
+    answer = "not proven"
+    verdict = "No gain that could not be chance"
+    if low > 0:
+        answer = "yes"
+        verdict = "It learned"
+    elif high < 0:
+        answer = "no"
+        verdict = "It got worse"
+
+    better = sum(post.tuned < post.base for post in gain.posts)
+    of_all = f"{better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
+    caution = "" if len(gain.posts) >= 10 else "; with so few posts the interval is rough"
+    return f"{verdict}: {of_all}{caution}.", Summary(answer, of_all)
