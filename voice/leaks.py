@@ -52,7 +52,7 @@ class LeakGroup:
 
     passages: int
     common: int  # of them, those that the base model could write as well; they do not count below
-    public: int  # of the others, those that a public post holds too; they do not count below
+    public: int  # of the others, those that a public post mostly holds too; they do not count below
     sampled: Chance  # with the model's own sampling settings
     bound: Chance  # upper bound over sampling settings, see `largest_chance` in voice/chances.py
     contrasted: Chance | None  # with the base model beside, see `contrasted_chance` there
@@ -374,8 +374,8 @@ def tell_notes(leaks: Leaks, evidence: Evidence) -> list[str]:
         f"Passages: every {shortest}, 25 and {longest} tokens in a row, and shorter texts whole. Each is tried with "
         f"the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. What other "
         "words before it bring out, and what is said in other words, is not measured.",
-        "Counted: without passages that the base model writes as easily, and without those that a public post holds "
-        f"too.{without_base}",
+        "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
+        f"more than half.{without_base}",
         "Own tries: until the likeliest passage has an even chance to come out, with the model's own sampling "
         f"settings. At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
         f"{HIGHEST_PENALTY} needs fewer.{contrast}",

@@ -14,6 +14,7 @@ from voice.word_index import visibility_of
 COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
 BEYOND = 10  # times likelier; less is taken for no difference
 EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
+PUBLIC_RUN = 8  # tokens; shorter runs are in every blog
 SECRET = ("private", "private titles", "private comments", "personal data")  # groups
 
 
@@ -104,19 +105,30 @@ class PublicRuns:
         self.hashes = {}  # by length; computed when it is first needed
 
     def find(self, passages: Passages, texts: list[Text]) -> np.ndarray:
-        """Which passages are such runs, shape (passages,); those of public posts are not asked about."""
+        """Passages of which more than half is public, shape (passages,); those of public posts are not asked about.
+
+        Public are runs of PUBLIC_RUN tokens that a public post holds too, and shorter passages that one holds whole.
+        """
         found = np.zeros(len(passages.text), dtype=bool)
         lengths = passages.end - passages.begin
-        is_asked = passages.group != "public"
-        for length in np.unique(lengths[is_asked]).tolist():
-            if length not in self.hashes:
-                self.hashes[length] = np.unique(np.concatenate([hashes_of(ids, length) for ids in [[], *self.texts]]))
-            asked = np.flatnonzero(is_asked & (lengths == length))
-            for number in np.unique(passages.text[asked]).tolist():
-                here = asked[passages.text[asked] == number]
-                own = hashes_of(texts[number].ids, length)
-                found[here] = np.isin(own[passages.begin[here]], self.hashes[length])
+        for number, text in enumerate(texts):
+            here = np.flatnonzero((passages.text == number) & (passages.group != "public"))
+            for length in np.unique(np.minimum(lengths[here], PUBLIC_RUN)).tolist():
+                asked = here[np.minimum(lengths[here], PUBLIC_RUN) == length]
+                covered = self.covered(text.ids, length)
+                begin, end = passages.begin[asked], passages.end[asked]
+                found[asked] = sum_between(covered, begin, end) > (end - begin) / 2
         return found
+
+    def covered(self, ids: list[int], length: int) -> np.ndarray:
+        """Which tokens are in a run of this length that a public post holds, shape (tokens,)."""
+        if length not in self.hashes:
+            self.hashes[length] = np.unique(np.concatenate([hashes_of(other, length) for other in [[], *self.texts]]))
+        begins = np.flatnonzero(np.isin(hashes_of(ids, length), self.hashes[length]))
+        covered = np.zeros(len(ids), dtype=bool)
+        for offset in range(length):
+            covered[begins + offset] = True
+        return covered
 
 
 def hashes_of(ids: list[int], length: int) -> np.ndarray:
