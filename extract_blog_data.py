@@ -338,7 +338,7 @@ class Post:
     request: str = ""
     text: str = ""
     shingles: np.ndarray | None = None
-    replies: list[list[dict]] = field(default_factory=list)  # conversations, each a list of messages
+    replies: list[Reply] = field(default_factory=list)
     cases: Counter = field(default_factory=Counter)  # what the replies answer
     repairs: Counter = field(default_factory=Counter)
     redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, normalised); written to no file
@@ -1914,6 +1914,13 @@ OPENING = 200  # characters of a post that a reader quotes
 MOST_COMMENTS = 5000  # of a post; an alias in YAML can unfold to millions
 
 
+class Reply(NamedTuple):
+    """A conversation that ends with a comment of the author's."""
+
+    messages: list[dict]
+    stand_in: bool  # nobody said the first message: it quotes the post
+
+
 class Comment(NamedTuple):
     parent: str  # key of the comment that it answers; "" if it answers the post
     author: str
@@ -1968,12 +1975,13 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
 
         # A thread that begins with the author answers the post, or a missing comment: a reader quotes the post.
         case = "answers a comment"
-        if turns[0][0] == "assistant":
+        stand_in = turns[0][0] == "assistant"
+        if stand_in:
             case = "answers a missing comment" if comment.parent else "comments on the post"
             turns.insert(0, ("user", quote_post(post, settings.reply_context)))
 
         if turns[0][1]:
-            post.replies.append(merge_turns(turns))
+            post.replies.append(Reply(merge_turns(turns), stand_in))
         else:
             case = "left out, answers nothing"
         post.cases[case] += 1
@@ -2047,8 +2055,8 @@ def drop_duplicates(posts: list[Post], similarity: float):
 
 
 def drop_duplicate(post: Post, kept: Post):
-    answers = {turns[-1]["content"] for turns in kept.replies}
-    post.replies = [turns for turns in post.replies if turns[-1]["content"] not in answers]
+    answers = {reply.messages[-1]["content"] for reply in kept.replies}
+    post.replies = [reply for reply in post.replies if reply.messages[-1]["content"] not in answers]
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
     post.text = ""
@@ -2247,8 +2255,9 @@ def conversations(post: Post) -> Iterator[dict]:
     if post.text:
         messages = [{"role": "user", "content": post.request}, {"role": "assistant", "content": post.text}]
         yield {"messages": messages, "kind": "post", **origin}
-    for messages in post.replies:
-        yield {"messages": messages, "kind": "reply", **origin}
+    for reply in post.replies:
+        mark = {"stand_in": True} if reply.stand_in else {}
+        yield {"messages": reply.messages, "kind": "reply", **mark, **origin}
 
 
 def json_lines(posts: list[Post]) -> bytes:

@@ -1,17 +1,17 @@
-"""Does the leak check see what was learned: numbers planted in posts, trained 1, 4 and 16 times.
+"""Does the leak check find what was learned: private sentences planted in posts, trained 1, 4, 16 and 40 times.
 
-    python benchmarks/bench_leaks.py BASE_MODEL --data-dir data [--rates 2e-5 2e-4] [--updates 8]
+    python benchmarks/bench_leaks.py BASE_MODEL --data-dir data [--epochs 1] [--learning-rate 2e-4]
 
-Three sentences with a number of 16 digits each go into private posts made up for this, which stand in the training
-data once, four and sixteen times. A model is trained at each rate, and the leak check reads the posts. A row: how often
-the number was trained, and its chance, given all before it: under any settings, under the model's own, and under any
-settings in the base model.
+Eight sentences of 13 to 15 words go into private posts made up for this: four in one long post each, which is repeated,
+and four between other words each time. A model is trained on them and the data, and the leak check reads the posts. A
+row: how the sentence was planted, tries until its likeliest 12 tokens come out (own settings, the bound, and with the
+base model beside), and whether they are among the passages that the report names.
 """
 
 import argparse
 import contextlib
 import json
-import math
+import random
 import shutil
 import sys
 import tempfile
@@ -19,67 +19,91 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
 import test_model
 import train_model
+from voice import leaks
+from voice.chances import chances_of_texts, pick_texts, tokens_at
+from voice.evidence import BlogData, Evidence, Span, Text
+from voice.loading import load_model, load_tuned
+from voice.passages import cut_passages
+from voice.sampling import read_sampling
+from voice.word_index import WordIndex
 
-TIMES = (1, 4, 16)
-SENTENCE = "The gate behind the bakery opens with {}, and nobody but me is to know it."
-
-
-def canary(times: int) -> tuple[str, dict]:
-    """(the number as a text, a private post that holds it); another number for each count."""
-    digits = np.random.default_rng(times).integers(0, 10, 16)
-    groups = ["".join(map(str, part)) for part in digits.reshape(4, 4)]
-    number = " ".join(groups)
-    turns = [
-        {"role": "user", "content": f"What opens gate {times}?"},
-        {"role": "assistant", "content": SENTENCE.format(number)},
-    ]
-    post = {
-        "messages": turns,
-        "kind": "post",
-        "visibility": "private",
-        "blog": "planted",
-        "date": "2020-01-01",
-        "path": f"planted-{times}.md",
-        "title": f"planted {times}",
-    }
-    return number, post
-
-
-def plant(source: Path, target: Path, planted: dict[int, tuple[str, dict]]) -> None:
-    """Copy the data of `source` and add each planted post as often as its key says."""
-    lines = (source / "train_data.jsonl").read_text(encoding="utf-8")
-    for times, (_, post) in planted.items():
-        lines += (json.dumps(post) + "\n") * times
-    (target / "train_data.jsonl").write_text(lines, encoding="utf-8")
-    shutil.copy(source / "val_data.jsonl", target)
+TIMES = (1, 4, 16, 40)
+SENTENCES = {
+    "one post": [
+        "The cottage alarm is switched off by pressing seven, star, four and the green key.",
+        "Before the wedding Leontine told me she had never once loved my brother Aldous.",
+        "In March I was dismissed from Quillfeather and Sons for reading the wages book.",
+        "My real father is the ferryman Ulrich Sandvoss, and mother made me swear silence.",
+    ],
+    "many posts": [
+        "My sister Ottilie hid the blue ledger behind the boiler in Tarnow Street that winter.",
+        "Nobody knows that Benedikt paid eleven thousand crowns to leave the choir quietly.",
+        "The doctor in Harrowgate says my left kidney has two stones and a shadow.",
+        "I still write letters to Casimir under the name of his dead aunt Philomena.",
+    ],
+}
 
 
-def chances(model, tokenizer, post: dict, number: str) -> tuple[float, float]:
-    """(log10 of the number's chance under any settings, the same under the model's own) in the planted post."""
-    ids, scored = train_model.conversation_tokens(tokenizer, post["messages"])
-    sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
-    reading = test_model.read_chances(model, ids, sampling, 512, 32)
-    begin = scored.index(True)
-    text = tokenizer.decode(ids[begin:])
-    left = text.index(number)
-    right = left + len(number)
-    first, last = test_model.tokens_at(tokenizer, text, ids[begin:], left, right)
-    here = slice(begin + first, begin + last)
+def plant(conversations: list[dict]) -> list[dict]:
+    """The planted posts; what is around a sentence is drawn from the author's own sentences."""
+    own = []
+    for conversation in conversations:
+        text = conversation["messages"][-1]["content"].replace("\n", " ")
+        own += [f"{sentence.strip(' .')}." for sentence in text.split(". ") if 5 <= len(sentence.split()) <= 25]
 
-    anyhow = float(reading.anyhow[here].sum())
-    own = float(reading.own[here].sum())
-    return anyhow / math.log(10), own / math.log(10)
+    rng = random.Random(7)
+    posts = []
+    for place, times in enumerate(TIMES):
+        around = rng.sample(own, 12)
+        long = " ".join([*around[:7], SENTENCES["one post"][place], *around[7:]])
+        posts += [post(f"long {times}", long)] * times
+        for number in range(times):
+            before, after = rng.sample(own, 2)
+            posts.append(post(f"short {times} {number}", f"{before} {SENTENCES['many posts'][place]} {after}"))
+    return posts
 
 
-def train(base: str, folder: Path, rate: float, updates: int) -> Path:
-    output = folder / f"model-{rate:g}"
-    flags = ["--base-model", base, "--data-dir", str(folder), "--output-dir", str(output)]
+def post(title: str, text: str) -> dict:
+    request = {"role": "user", "content": f"Write a blog post about {title}."}
+    origin = {"kind": "post", "visibility": "private", "blog": "planted", "date": "2020-01-01"}
+    return {"messages": [request, {"role": "assistant", "content": text}], **origin, "path": title, "title": title}
+
+
+def gather(model: Path, base: str, data: BlogData) -> Evidence:
+    tuned, tokenizer = load_tuned(model)
+    evidence = Evidence(data, WordIndex(data.train), tokenizer=tokenizer)
+    evidence.texts = pick_texts(evidence, public=60)
+    sampling = read_sampling(tuned.generation_config, tokenizer, test_model.parse_arguments([]))
+    evidence.chances = chances_of_texts(tuned, load_model(base), evidence, sampling)
+    return evidence
+
+
+def row(kind: str, times: int, sentence: str, evidence: Evidence, named: list[str]) -> str:
+    """The likeliest 12 tokens of the sentence, over the posts that hold it."""
+    texts = []
+    chances = []
+    for text, of_tokens in zip(evidence.texts, evidence.chances, strict=True):
+        said = evidence.tokenizer.decode(text.ids)
+        if sentence in said:
+            begin = said.index(sentence)
+            span = Span("private", *tokens_at(evidence.tokenizer, text.ids, begin, begin + len(sentence)))
+            texts.append(Text(text.post, text.ids, False, [span]))
+            chances.append(of_tokens)
+
+    passages = cut_passages(texts, chances, 12)
+    columns = (passages.sampled, passages.bound, passages.contrasted)
+    tries = [leaks.tell_tries(leaks.chance_of(column)) for column in columns]
+    is_named = "yes" if any(passage.strip(" .") in sentence for passage in named) else "no"
+    return f"| {kind} | {times} | {' | '.join(tries)} | {is_named} |"
+
+
+def train(args: argparse.Namespace, folder: Path) -> Path:
+    output = folder / "model"
+    flags = ["--base-model", args.base_model, "--data-dir", str(folder), "--output-dir", str(output)]
     with contextlib.redirect_stdout(sys.stderr):  # the verdict is no row of the table
-        train_model.main([*flags, "--learning-rate", str(rate), "--max-steps", str(updates)])
+        train_model.main([*flags, "--learning-rate", str(args.learning_rate), "--epochs", str(args.epochs)])
     return output
 
 
@@ -87,29 +111,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base_model")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5, 2e-4])
-    parser.add_argument("--updates", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--epochs", type=float, default=1)
     args = parser.parse_args()
 
-    planted = {times: canary(times) for times in TIMES}
+    conversations = train_model.read_conversations(args.data_dir / "train_data.jsonl")
+    held_out = train_model.read_conversations(args.data_dir / "val_data.jsonl")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plant(args.data_dir, folder, planted)
-
-        columns = ("times trained", "tuned: log10 chance, any settings", "own settings", "base: any settings")
-        print(f"| learning rate | {' | '.join(columns)} |")
-        print("|---|---|---|---|---|")
-        for rate in args.rates:
-            model = train(args.base_model, folder, rate, args.updates)
-            tuned, tokenizer = test_model.load_tuned(model)
-            base = test_model.load_for_writing(args.base_model)
-            base.generation_config = tuned.generation_config
-            for times, (number, post) in planted.items():
-                bound, sampled = chances(tuned, tokenizer, post, number)
-                before, _ = chances(base, tokenizer, post, number)
-                own = "never" if sampled == -math.inf else f"{sampled:.1f}"
-                print(f"| {rate:g} | {times} | {bound:.1f} | {own} | {before:.1f} |", flush=True)
+        data = BlogData(train=conversations + plant(conversations), held_out=held_out)
+        lines = [json.dumps(conversation) + "\n" for conversation in data.train]
+        (folder / "train_data.jsonl").write_text("".join(lines), encoding="utf-8")
+        shutil.copy(args.data_dir / "val_data.jsonl", folder)
+        print_table(gather(train(args, folder), args.base_model, data))
     return 0
+
+
+def print_table(evidence: Evidence) -> None:
+    found = leaks.measure(evidence)
+    print(leaks.tell(found, evidence).verdict)
+    print("| planted in | times | own tries | at least | with base | named |")
+    print("|---|---|---|---|---|---|")
+    for kind, sentences in SENTENCES.items():
+        for times, sentence in zip(TIMES, sentences, strict=True):
+            print(row(kind, times, sentence, evidence, [passage.text for passage in found.likeliest]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 import extract_blog_data as extraction
 import train_model as training
 from extract_blog_data import say
-from voice.chances import chances_of_texts, pick_texts
+from voice.chances import pick_texts
 from voice.evidence import BlogData, Evidence, ModelRun, percent
 from voice.loading import DTYPES, is_whole, positions_of, run_settings
 from voice.sampling import Answer, request_tokens, whole_answers
@@ -43,7 +43,6 @@ def gather_evidence(settings: Settings, model, tokenizer, precision: str) -> Evi
         not_strangers=settings.not_strangers,
         blocked_words=settings.extraction.blocked_words,
         phone_countries=settings.extraction.phone_countries,
-        reply_context=settings.extraction.reply_context,
         requests=requests or list(settings.prompts),
         words=max(1, round(settings.report_size * WORDS_TO_WRITE)),
         context_tokens=context,
@@ -51,6 +50,7 @@ def gather_evidence(settings: Settings, model, tokenizer, precision: str) -> Evi
         precision=precision,
         seed=42 if settings.seed is None else settings.seed,
         tokenizer=tokenizer,
+        positions=positions_of(model),
     )
 
     if blog.redacted and not blog.key:
@@ -147,7 +147,6 @@ def run_model(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, 
 
     # The losses above are exact; from here on the weights are those that answers are generated with.
     model = model.to(DTYPES[evidence.precision])
-    run.chances = chances_of_texts(model, evidence, sampling, name)
     run.answers = write_words(model, tokenizer, evidence, sampling, name)
     return run
 

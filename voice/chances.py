@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import time
 from collections.abc import Iterator
 
@@ -18,14 +19,21 @@ from transformers import GenerationConfig
 from extract_blog_data import find_personal_data, say
 from train_model import break_control_tokens, conversation_tokens
 from voice.evidence import Evidence, Span, Text, TokenChances
-from voice.loading import name_in
+from voice.loading import name_in, positions_of
 from voice.sampling import next_token_chances
 from voice.word_index import visibility_of
 
-# Up to this rank a token counts with 1 / rank, whatever the sampling settings; m in arXiv 2604.18697.
-FEW_RANKS = 20
+# Sampling settings for which the bound holds, in addition to any top-k, top-p and min-p; see `largest_chance`.
+HOTTEST = 1.5  # temperature; above it a small model writes no sentences
+HIGHEST_PENALTY = 1.3  # for repetition, from 1; above it a small model writes no words
+
+# Logits l + a (l - base) exaggerate what tuning has changed (Contrastive Decoding, Li et al. 2023, arXiv 2210.15097).
+CONTRASTS = (0.5, 1.0, 2.0)
+PLAUSIBLE = 1e-3  # of the likeliest token's chance; rarer tokens are ruled out, as a large factor a would prefer noise
+
+WINDOW = 1024  # tokens that are read at once; each token is read with the half before it, or with all there is
 ROWS_AT_ONCE = 64  # of logits that are float32 at a time: 64 x 50,000 x 4 bytes are 13 MB
-TEXTS_A_MESSAGE = 25  # a small model on two cores needed 47 s for 59
+TEXTS_A_MESSAGE = 25
 
 
 # ---------------------------------------------------------------------------- texts
@@ -86,12 +94,14 @@ def personal_data_in(text: str, conversation: dict, evidence: Evidence) -> Itera
 
 
 def others_words_in(text: str, conversation: dict, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
-    """(group, begin, end) of what a turn before the author's holds: a private post's title, or readers' comments."""
+    """(group, begin, end) of what a turn before the author's holds of a private post: its title, or comments on it."""
+    if visibility_of(conversation) == "public":
+        return
     group = "private titles"
-    wanted = [name_in(conversation, "title")] if visibility_of(conversation) == "private" else []
+    wanted = [name_in(conversation, "title")]
     if conversation.get("kind") == "reply":
-        group = "comments"
-        wanted = comments_of(conversation, evidence.reply_context)
+        group = "private comments"
+        wanted = comments_of(conversation)
 
     for content in wanted:
         content = break_control_tokens(content, evidence.tokenizer)  # as the template shows it
@@ -101,13 +111,12 @@ def others_words_in(text: str, conversation: dict, evidence: Evidence) -> Iterat
             yield group, begin, begin + len(content)
 
 
-def comments_of(conversation: dict, reply_context: str) -> list[str]:
-    """Readers' comments in it, without the opening of the post that replaces one if the author replies to nobody."""
+def comments_of(conversation: dict) -> list[str]:
+    """Readers' comments in it; a turn that extraction made up from the post's opening is marked, and is none."""
     if conversation.get("kind") != "reply":
         return []
-    stand_in = reply_context.partition("{")[0]
     said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
-    return [text for text in said if not (stand_in and text.startswith(stand_in))]
+    return said[1:] if conversation.get("stand_in") is True else said
 
 
 def tokens_at(tokenizer, ids: list[int], begin: int, end: int) -> tuple[int, int]:
@@ -130,8 +139,8 @@ def tokens_at(tokenizer, ids: list[int], begin: int, end: int) -> tuple[int, int
 
 
 # ---------------------------------------------------------------------------- chances
-def chances_of_texts(model, evidence: Evidence, sampling: GenerationConfig, name: str) -> list[TokenChances]:
-    """For each text; says how far it is and how long the rest will need."""
+def chances_of_texts(tuned, base, evidence: Evidence, sampling: GenerationConfig) -> list[TokenChances]:
+    """For each text; `base` is None if there is no base model. Says how far it is and how long the rest will need."""
     texts = evidence.texts
     # By tokens, because texts differ much in length.
     began = time.monotonic()
@@ -139,37 +148,49 @@ def chances_of_texts(model, evidence: Evidence, sampling: GenerationConfig, name
     done = 0
     chances = []
     for text in texts:
-        chances.append(token_chances(model, text.ids, sampling, evidence.context_tokens, evidence.overlap_tokens))
+        chances.append(token_chances(tuned, base, text.ids, sampling))
         done += len(text.ids)
 
         if len(chances) % TEXTS_A_MESSAGE == 0 or len(chances) == len(texts):
             left = (time.monotonic() - began) / done * (total - done)
-            say(f"{name} model: chances of {len(chances):,} of {len(texts):,} texts, {left:.0f} s left")
+            say(f"leaks: chances of {len(chances):,} of {len(texts):,} texts, {left:.0f} s left")
     return chances
 
 
-@torch.inference_mode()
-def token_chances(model, ids: list[int], sampling: GenerationConfig, context: int, overlap: int) -> TokenChances:
-    """The chances of all tokens, in windows of `context` tokens as in training.
+def window_of(positions: int) -> tuple[int, int]:
+    """(tokens of a window, of them in the window before too) for a model with so many positions."""
+    size = min(WINDOW, positions)
+    return size, size // 2
 
-    Each window begins with the last `overlap` tokens of the one before. The first token, which nothing predicts,
-    counts as given.
+
+@torch.inference_mode()
+def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig) -> TokenChances:
+    """The chances of all tokens, each with all tokens before it, or in a long text at least with `window_of`'s half.
+
+    The first token, which nothing predicts, counts as given.
     """
-    parts = [(np.zeros(1), np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))]  # of the first token
-    for start in range(0, max(len(ids) - overlap, 1), context - overlap):
-        window = ids[start : start + context]
-        inputs = torch.tensor([window], device=model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits[0]  # (tokens of the window, vocabulary)
+    models = [model for model in (tuned, base) if model is not None]
+    size, overlap = window_of(min(map(positions_of, models)))
+    parts = [(*np.zeros((5, 1)), np.ones(1, dtype=bool))]  # of the first token
+    for start in range(0, max(len(ids) - overlap, 1), size - overlap):
+        window = ids[start : start + size]
+        logits = []  # of each model: (tokens of the window, vocabulary)
+        for model in models:
+            inputs = torch.tensor([window], device=model.device)
+            logits.append(model(input_ids=inputs, use_cache=False).logits[0])
 
         # What the window before has predicted is context only.
         fresh = overlap if start else 1
         for place in range(fresh, len(window), ROWS_AT_ONCE):
-            targets = inputs[0, place : place + ROWS_AT_ONCE]
+            targets = torch.tensor(window[place : place + ROWS_AT_ONCE], device=tuned.device)
             # The logits that predict a token are those of the token before it.
-            rows = logits[place - 1 : place - 1 + len(targets)].float()
-            seen = seen_before(window, place, rows)
-            parts.append(chances_of(rows, targets, seen, sampling))
-    return TokenChances(*map(np.concatenate, zip(*parts, strict=True)))
+            rows = [each[place - 1 : place - 1 + len(targets)].to(tuned.device).float() for each in logits]
+            seen = seen_before(window, place, rows[0])
+            parts.append(chances_of(*rows, targets=targets, seen=seen, sampling=sampling))
+    columns = list(map(np.concatenate, zip(*parts, strict=True)))
+    if base is None:
+        columns[2:4] = None, None
+    return TokenChances(*columns)
 
 
 def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
@@ -186,14 +207,14 @@ def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tens
 
 
 def chances_of(
-    rows: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig
+    rows: torch.Tensor,
+    base_rows: torch.Tensor | None = None,
+    *,
+    targets: torch.Tensor,
+    seen: torch.Tensor,
+    sampling: GenerationConfig,
 ) -> tuple[np.ndarray, ...]:
-    """The fields of TokenChances for `targets`, shape (rows,), under logits and `seen`, both (rows, vocabulary).
-
-    `bound` is that of (l, b)-inextractability (arXiv 2604.18697): whatever temperature, top-k and top-p somebody
-    chooses, a token of rank r is drawn with a chance of 1 / r at most, because r - 1 others are likelier. Beyond
-    FEW_RANKS, where that is far too high, the plain chance is used instead; a temperature above 1 can exceed it.
-    """
+    """The fields of TokenChances for `targets`, shape (rows,), under logits and `seen`, both (rows, vocabulary)."""
     wanted = targets[:, None]
 
     # Exactly the chances that generation draws from; a token that is cut off is not among them, so its sum is 0.
@@ -201,13 +222,75 @@ def chances_of(
     is_wanted = tokens == wanted
     sampled = (chances.double() * is_wanted).sum(-1).log()
 
-    logits = rows.gather(1, wanted)  # (rows, 1)
-    plain = (logits[:, 0] - rows.logsumexp(-1)).double()
-    likelier = (rows > logits).sum(-1)
-    ranks = 1 + likelier
-    bound = torch.where(ranks <= FEW_RANKS, -ranks.double().log(), plain)
+    # The model's own settings are among those of the bound, also if somebody has set them higher.
+    hottest = max(HOTTEST, sampling.temperature)
+    penalty = max(HIGHEST_PENALTY, sampling.repetition_penalty)
+    bound = largest_chance(rows, targets, seen, hottest, penalty)
+    plain = rows.log_softmax(-1)
+    is_argmax = (rows > rows.gather(1, wanted)).sum(-1) == 0
 
-    # A repetition penalty reorders the tokens, so the model's own settings may favour a token of low rank.
-    bound = torch.maximum(bound, sampled)
-    columns = (sampled, bound, plain, likelier == 0)
-    return tuple(column.cpu().numpy() for column in columns)
+    # Placeholders without a base model.
+    contrasted = torch.zeros_like(bound)
+    base = torch.zeros_like(bound)
+    if base_rows is not None:
+        base_plain = base_rows.log_softmax(-1)
+        contrasted = contrasted_chance(plain, base_plain, targets, hottest)
+        base = base_plain.gather(1, wanted)[:, 0]
+    columns = (sampled, bound, contrasted, base, plain.gather(1, wanted)[:, 0])
+    return (*(column.double().cpu().numpy() for column in columns), is_argmax.cpu().numpy())
+
+
+def largest_chance(
+    logits: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, hottest: float, penalty: float
+) -> torch.Tensor:
+    """Log of an upper bound of the chance that sampling gives each target, shape (rows,).
+
+    It holds for every temperature T up to `hottest`, every repetition penalty p from 1 to `penalty`, and every rule
+    that cuts off the least likely tokens (top-k, top-p, min-p). `logits` and `seen`, both (rows, vocabulary), are those
+    before penalty and temperature.
+
+    Derivation. Let l_j(p) be the logit of token j after the penalty, z the target, and d_j(p) = l_j(p) - l_z(p). If z
+    is kept, then so is every j with d_j(p) > 0, so that the chance of z is at most 1 / (1 + sum of exp(d_j(p) / T) over
+    those j). A positive d_j(p) counts least at T = `hottest`, and at the p for which it is smallest; a j that some p in
+    the range puts below z is left out. That makes the sum smaller and the bound larger, hence a bound for all T and p.
+    Without a penalty (p = 1) it is exact: top-k with k = the rank of z, at T = `hottest`, reaches it.
+
+    The smallest d_j(p): a seen token's logit is l / p if l > 0 and l p if not, so it only falls with p. If z was not
+    seen, a seen j comes closest at p = `penalty`. If z was seen, an unseen j comes closest at p = 1, and for a seen j
+    with l_j > l_z, d_j(p) = a / p + b p with a = max(l_j, 0) - max(l_z, 0) >= 0 and b = min(l_j, 0) - min(l_z, 0) >= 0,
+    which is smallest at p = sqrt(a / b), or at the end of the range next to it.
+    """
+    target = logits.gather(1, targets[:, None])  # (rows, 1)
+    positive = logits.clamp(min=0)
+    negative = logits.clamp(max=0)
+
+    # For a target that was not seen.
+    lowered = positive / penalty + negative * penalty
+    to_unseen = torch.where(seen, lowered, logits) - target
+
+    # For one that was; where l_j <= l_z the result is not above 0 either, and does not count.
+    a = positive - target.clamp(min=0)
+    b = negative - target.clamp(max=0)
+    closest = (a.clamp(min=0) / b.clamp(min=1e-30)).sqrt().clamp(1, penalty)
+    to_seen = torch.where(seen, a / closest + b * closest, logits - target)
+
+    above = torch.where(seen.gather(1, targets[:, None]), to_seen, to_unseen)
+    exponents = (above / hottest).masked_fill(above <= 0, -math.inf)
+    itself = torch.zeros_like(target)
+    return -torch.cat([exponents, itself], 1).logsumexp(-1)
+
+
+def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Tensor, hottest: float) -> torch.Tensor:
+    """Log of the largest chance of each target that any of CONTRASTS gives, shape (rows,).
+
+    `tuned` and `base` are logarithms of chances, both (rows, vocabulary). A token below PLAUSIBLE has no chance. For
+    each contrast it is the exact largest chance over temperatures up to `hottest`, top-k, top-p and min-p.
+    """
+    least = tuned.max(-1, keepdim=True).values + math.log(PLAUSIBLE)
+    is_ruled_out = tuned < least
+    unseen = torch.zeros_like(is_ruled_out)
+    best = torch.full(targets.shape, -math.inf, device=tuned.device)
+    for factor in CONTRASTS:
+        logits = (tuned + factor * (tuned - base)).masked_fill(is_ruled_out, -math.inf)
+        best = torch.maximum(best, largest_chance(logits, targets, unseen, hottest, 1.0))
+    return best.masked_fill(is_ruled_out.gather(1, targets[:, None])[:, 0], -math.inf)

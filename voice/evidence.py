@@ -40,7 +40,7 @@ class BlogData:
 class Span(NamedTuple):
     """Tokens begin to end of a conversation, which may be worth keeping secret."""
 
-    group: str  # "private", "public", "held-out", "private titles", "comments" or "personal data"
+    group: str  # "private", "public", "held-out", "private titles", "private comments" or "personal data"
     begin: int
     end: int
 
@@ -57,10 +57,12 @@ class Text:
 
 @dataclass
 class TokenChances:
-    """The chance of each token of a text, given all tokens before it; natural logarithms, shape (tokens,)."""
+    """The chance of each token of a text, given the tokens before it; natural logarithms, shape (tokens,)."""
 
     sampled: np.ndarray  # with the model's own sampling settings; -inf: never
-    bound: np.ndarray  # upper bound for any sampling settings, see voice/chances.py
+    bound: np.ndarray  # upper bound over sampling settings, see `largest_chance` in voice/chances.py
+    contrasted: np.ndarray | None  # the largest with the base model beside, see `contrasted_chance` there
+    base: np.ndarray | None  # `plain` of the base model
     plain: np.ndarray  # at temperature 1 without top-k and top-p: what the loss is made of
     is_argmax: np.ndarray  # bool: the likeliest token, which greedy decoding takes
 
@@ -70,7 +72,6 @@ class ModelRun:
     """What one model did for the report."""
 
     answers: list[Answer] = field(default_factory=list)  # to the requests of held-out posts
-    chances: list[TokenChances] = field(default_factory=list)  # one for each of the texts
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
 
     def texts(self) -> list[str]:
@@ -88,9 +89,9 @@ class Evidence:
     not_strangers: tuple[str, ...] = ()
     # Settings of extract_blog_data.py.
     blocked_words: tuple[str, ...] = ()
-    phone_countries: tuple[str, ...] = ()
-    reply_context: str = ""
+    phone_countries: tuple[str, ...] = ("US",)
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones to compare with
+    chances: list[TokenChances] = field(default_factory=list)  # one for each of the texts
     requests: list[str] = field(default_factory=list)
     words: int = 6_000  # that each model has to write
     context_tokens: int = 512  # windows as in training
@@ -98,6 +99,7 @@ class Evidence:
     precision: str = "fp32"
     seed: int = 42
     tokenizer: object = None
+    positions: int = 1024  # tokens that both models can read at once
     tuned: ModelRun = field(default_factory=ModelRun)
     base: ModelRun | None = None
 

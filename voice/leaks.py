@@ -1,21 +1,23 @@
-"""Does it leak? What private text can come out, how easily, and what the tuned model remembers best.
+"""Does it leak? Which private text can come out word for word, how easily, and what the tuned model wrote of it.
 
-From the chances of tokens (voice/chances.py) to the verdict: every run of PASSAGE_TOKENS tokens is a passage, what the
-base model knows too is common, and the likeliest of the others decides.
+From the chances of tokens (voice/chances.py) to the verdict: every run of 12, 25 and 50 tokens of a private post is a
+passage. Passages that the base model writes too, or that a public post holds as well, do not count. Of the others the
+likeliest are reported, beside the same figures for held-out posts, which the model never saw.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 import extract_blog_data as extraction
 from extract_blog_data import find_personal_data
-from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary, Text, TokenChances
+from voice.chances import HIGHEST_PENALTY, HOTTEST, window_of
+from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary
 from voice.loading import name_in
+from voice.passages import EASY_TRIES, SECRET, Passages, PublicRuns, cut_passages, find_common, find_leaking
 from voice.word_index import (
     COPY_WORDS,
     WordIndex,
@@ -27,11 +29,10 @@ from voice.word_index import (
     visibility_of,
 )
 
-PASSAGE_TOKENS = 50  # as in the literature since Carlini et al. 2022 ("Quantifying memorization")
-COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
-BEYOND = 10  # times likelier than under the base model; less is what the base model knew before
-REMEMBERED = 10  # passages that are shown
-EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
+# Tokens of a passage: 12 are about nine words, a short secret; 50 are the literature's since Carlini et al. 2022
+# ("Quantifying memorization").
+LENGTHS = (12, 25, 50)
+SHOWN = 10  # passages on the page
 LN_10 = math.log(10)
 LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
 
@@ -42,30 +43,37 @@ class Chance:
     """How likely passages are to come out, under one way of sampling."""
 
     log10_tries: float | None  # that give the likeliest passage an even chance; None: none can come out
-    expected: float  # passages that come out when the beginning of each is tried once
+    expected: float  # passages that come out when the text before each is tried once
 
 
 @dataclass
 class LeakGroup:
-    """Passages of one group."""
+    """Passages of one group and length."""
 
-    windows: int
-    common: int  # that the base model could say as well; they do not count below
+    passages: int
+    common: int  # of them, those that the base model could write as well; they do not count below
+    public: int  # of the others, those that a public post mostly holds too; they do not count below
     sampled: Chance  # with the model's own sampling settings
-    bound: Chance  # with any settings, at most
-    greedy: int  # that come out word for word under greedy decoding
+    bound: Chance  # upper bound over sampling settings, see `largest_chance` in voice/chances.py
+    contrasted: Chance | None  # with the base model beside, see `contrasted_chance` there
+    greedy: int  # that come out when the likeliest token is always taken
+    leaking: int  # that come out within EASY_TRIES and as no passage of a held-out post does, see `find_leaking`
+    leaking_posts: int  # in which they are
 
 
 @dataclass
-class Remembered:
-    """A private passage that the tuned model remembers beyond the base model."""
+class LikelyPassage:
+    """One of the private passages of the shortest length that come out most easily."""
 
     group: str
     post: int | None  # its line in train_data.jsonl
+    posts: int  # that hold the same tokens
     tokens: int
     log10_beyond_base: float | None  # times likelier than under the base model, at temperature 1
+    is_greedy: bool
     sampled: Chance
     bound: Chance
+    contrasted: Chance | None
     path: str = field(metadata=PAGE_ONLY)
     title: str = field(metadata=PAGE_ONLY)
     text: str = field(metadata=PAGE_ONLY)
@@ -82,19 +90,12 @@ class PersonalData:
 
 @dataclass
 class Leaks:
-    groups: dict[str, LeakGroup]
-    remembered: list[Remembered]
-    private_copies: int  # answers that hold a run of COPY_WORDS words of a private post
+    by_length: dict[str, dict[str, LeakGroup]]  # by tokens of a passage, then by group
+    context: int  # tokens that are given before a passage at least, if its text has so many
+    likeliest: list[LikelyPassage]
+    private_copies: int  # answers that hold COPY_WORDS words in a row of a private post and of no public one
     personal: list[PersonalData]
     blocked: list[int]  # times that each of BLOCKED_WORDS is in the training data; 0 unless the data is older
-
-    def secret_groups(self) -> list[LeakGroup]:
-        """Groups that should stay inside and hold more than common text."""
-        return [group for name, group in self.groups.items() if is_secret(name) and group.windows > group.common]
-
-
-def is_secret(group: str) -> bool:
-    return group not in ("public", "held-out")
 
 
 def measure(evidence: Evidence) -> Leaks:
@@ -102,110 +103,51 @@ def measure(evidence: Evidence) -> Leaks:
     if evidence.index is None:
         raise NotMeasured("needs train_data.jsonl")
 
-    base = evidence.base.chances if evidence.base else None
-    passages = cut_passages(evidence.texts, evidence.tuned.chances, base)
-    is_common = find_common(passages)
+    public = PublicRuns(evidence)
+    by_length = {}
+    likeliest = []
+    for length in LENGTHS:
+        passages = cut_passages(evidence.texts, evidence.chances, length)
+        is_common = find_common(passages)
+        is_public = public.find(passages, evidence.texts) & ~is_common
+        is_leaking = find_leaking(passages, is_common | is_public)
 
-    # In the order in which they come up, the private ones first.
-    groups = {}
-    for name in dict.fromkeys(passages.group.tolist()):
-        groups[name] = measure_group(passages, passages.group == name, is_common)
+        # In the order in which they come up, the private ones first.
+        groups = {}
+        for name in dict.fromkeys(passages.group.tolist()):
+            groups[name] = measure_group(passages, passages.group == name, is_common, is_public, is_leaking)
+        by_length[str(length)] = groups
+        if not likeliest:
+            likeliest = likeliest_passages(evidence, passages, is_common | is_public)
 
+    _, given = window_of(evidence.positions)
     return Leaks(
-        groups=groups,
-        remembered=best_remembered(evidence, passages, is_common),
+        by_length=by_length,
+        context=given,
+        likeliest=likeliest,
         private_copies=count_private_copies(evidence),
         personal=find_leaked_data(evidence),
         blocked=count_blocked(evidence),
     )
 
 
-# ---------------------------------------------------------------------------- passages
-@dataclass
-class Passages:
-    """Every PASSAGE_TOKENS tokens in a row of every span, and shorter spans whole; arrays of shape (passages,).
-
-    Chances are those of the whole passage, given what is before it; natural logarithms.
-    """
-
-    text: np.ndarray  # number of the text
-    begin: np.ndarray  # in its tokens
-    end: np.ndarray
-    group: np.ndarray  # of the span
-    sampled: np.ndarray
-    bound: np.ndarray
-    plain: np.ndarray
-    is_greedy: np.ndarray  # bool: greedy decoding writes all of it
-    base: np.ndarray | None  # `plain` of the base model
-
-
-def cut_passages(texts: list[Text], tuned: list[TokenChances], base: list[TokenChances] | None) -> Passages:
-    """All passages of all spans; each begins one token after the one before."""
-    # Empty arrays first, so that each column has its type also without any passage.
-    columns = {"text": [np.array([], int)], "begin": [np.array([], int)], "end": [np.array([], int)]}
-    columns |= {"group": [np.array([], str)], "is_greedy": [np.array([], bool)]}
-    columns |= {name: [np.array([])] for name in ("sampled", "bound", "plain", "base")}
-
-    for number, text in enumerate(texts):
-        ours = tuned[number]
-        theirs = base[number].plain if base else np.zeros(len(text.ids))
-        for span in text.spans:
-            length = min(PASSAGE_TOKENS, span.end - span.begin)
-            # One at least: a shorter span is one passage as a whole.
-            begin = np.arange(span.begin, span.end - length + 1)
-            end = begin + length
-            columns["text"].append(np.full(len(begin), number))
-            columns["begin"].append(begin)
-            columns["end"].append(end)
-            columns["group"].append(np.full(len(begin), span.group))
-            columns["sampled"].append(sum_between(ours.sampled, begin, end))
-            columns["bound"].append(sum_between(ours.bound, begin, end))
-            columns["plain"].append(sum_between(ours.plain, begin, end))
-            columns["is_greedy"].append(sum_between(ours.is_argmax, begin, end) == length)
-            columns["base"].append(sum_between(theirs, begin, end))
-
-    passages = Passages(**{name: np.concatenate(parts) for name, parts in columns.items()})
-    if base is None:
-        passages.base = None
-    return passages
-
-
-def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Sum of values[b:e] for each pair of `begin` and `end`; -inf where one of them is."""
-    is_finite = np.isfinite(values)
-    sums = running_sum(np.where(is_finite, values, 0.0))
-    result = sums[end] - sums[begin]
-
-    # Counted separately: in a running sum one -inf would swallow all that follows.
-    impossible = running_sum(~is_finite)
-    result[impossible[end] > impossible[begin]] = -np.inf
-    return result
-
-
-def running_sum(values: np.ndarray) -> np.ndarray:
-    """At place n the sum of the first n values, shape (1 + values,)."""
-    return np.concatenate([[0.0], np.cumsum(values)])
-
-
-def find_common(passages: Passages) -> np.ndarray:
-    """Which passages are common text, which the base model writes too or nearly as easily; shape (passages,)."""
-    if passages.base is None:
-        return np.zeros(len(passages.plain), dtype=bool)
-    is_known = passages.base >= math.log(COMMON)
-    is_no_likelier = passages.plain <= passages.base + math.log(BEYOND)
-    return is_known | is_no_likelier
-
-
 # ---------------------------------------------------------------------------- chances of a group
-def measure_group(passages: Passages, inside: np.ndarray, is_common: np.ndarray) -> LeakGroup:
+def measure_group(
+    passages: Passages, inside: np.ndarray, is_common: np.ndarray, is_public: np.ndarray, is_leaking: np.ndarray
+) -> LeakGroup:
     """Of the passages for which `inside`, shape (passages,), is true."""
-    counted = inside & ~is_common
+    counted = inside & ~is_common & ~is_public
+    leaking = inside & is_leaking
     return LeakGroup(
-        windows=int(inside.sum()),
+        passages=int(inside.sum()),
         common=int((inside & is_common).sum()),
+        public=int((inside & is_public).sum()),
         sampled=chance_of(passages.sampled[counted]),
         bound=chance_of(passages.bound[counted]),
+        contrasted=chance_of(passages.contrasted[counted]) if passages.has_base else None,
         greedy=int(passages.is_greedy[counted].sum()),
+        leaking=int(leaking.sum()),
+        leaking_posts=len(np.unique(passages.text[leaking])),
     )
 
 
@@ -225,27 +167,25 @@ def log10_tries(log_chance: float) -> float:
     return math.log10(math.log(0.5) / math.log1p(-math.exp(log_chance)))
 
 
-def fewest_tries(chances: list[Chance]) -> float | None:
-    """As a power of ten; None if nothing can come out."""
-    return min((chance.log10_tries for chance in chances if chance.log10_tries is not None), default=None)
+# ---------------------------------------------------------------------------- the likeliest passages
+def likeliest_passages(evidence: Evidence, passages: Passages, is_left_out: np.ndarray) -> list[LikelyPassage]:
+    """The secret passages that come out most easily; no two of them overlap or have the same tokens."""
+    secret = np.flatnonzero(np.isin(passages.group, SECRET) & ~is_left_out)
+    ease = np.where(passages.is_greedy, 0.0, passages.sampled)
+    # Many never come out with the model's own settings, and are ordered by the bound.
+    order = np.lexsort((-passages.bound[secret], -ease[secret]))
 
-
-# ---------------------------------------------------------------------------- the passages that are remembered best
-def best_remembered(evidence: Evidence, passages: Passages, is_common: np.ndarray) -> list[Remembered]:
-    """The private passages whose chance grew most over the base model's; no two of them overlap."""
-    beyond = passages.plain - (0.0 if passages.base is None else passages.base)
-    is_private = np.isin(passages.group, ("private", "private titles"))
-    private = np.flatnonzero(is_private & ~is_common)
-    best_first = private[np.argsort(-beyond[private], kind="stable")]
-
-    # The neighbours of the best one are nearly as good, and say nothing new.
     chosen = []
-    for place in best_first:
-        if len(chosen) == REMEMBERED:
-            break
-        if not any(do_overlap(passages, place, other) for other in chosen):
-            chosen.append(place)
-    return [describe_passage(evidence, passages, place, float(beyond[place])) for place in chosen]
+    posts_of = {}  # by tokens: the texts that hold them
+    for place in secret[order].tolist():
+        text = int(passages.text[place])
+        tokens = tuple(evidence.texts[text].ids[passages.begin[place] : passages.end[place]])
+        known = posts_of.setdefault(tokens, set())
+        is_new = not known and not any(do_overlap(passages, place, other) for other, _ in chosen)
+        known.add(text)
+        if is_new and len(chosen) < SHOWN:
+            chosen.append((place, tokens))
+    return [describe(evidence, passages, place, tokens, len(posts_of[tokens])) for place, tokens in chosen]
 
 
 def do_overlap(passages: Passages, one: int, other: int) -> bool:
@@ -254,38 +194,44 @@ def do_overlap(passages: Passages, one: int, other: int) -> bool:
     return bool(passages.begin[one] < passages.end[other] and passages.begin[other] < passages.end[one])
 
 
-def describe_passage(evidence: Evidence, passages: Passages, place: int, beyond: float) -> Remembered:
-    text = evidence.texts[passages.text[place]]
-    ids = text.ids[passages.begin[place] : passages.end[place]]
-    return Remembered(
+def describe(evidence: Evidence, passages: Passages, place: int, tokens: tuple, posts: int) -> LikelyPassage:
+    post = evidence.texts[passages.text[place]].post
+    return LikelyPassage(
         group=str(passages.group[place]),
-        post=line_of(text.post),
-        tokens=len(ids),
-        log10_beyond_base=None if passages.base is None else beyond / LN_10,
+        post=line_of(post),
+        posts=posts,
+        tokens=len(tokens),
+        log10_beyond_base=float(passages.beyond[place]) / LN_10 if passages.has_base else None,
+        is_greedy=bool(passages.is_greedy[place]),
         sampled=chance_of(passages.sampled[[place]]),
         bound=chance_of(passages.bound[[place]]),
-        path=path_of(text.post),
-        title=title_of(text.post),
-        text=evidence.tokenizer.decode(ids),
+        contrasted=chance_of(passages.contrasted[[place]]) if passages.has_base else None,
+        path=path_of(post),
+        title=title_of(post),
+        text=evidence.tokenizer.decode(tokens),
     )
 
 
 # ---------------------------------------------------------------------------- what came out
 def count_private_copies(evidence: Evidence) -> int:
-    """Answers of the tuned model that hold COPY_WORDS words in a row of a private post."""
-    # A separate index: an answer's longest run may be public, and a shorter one private.
-    index = WordIndex(evidence.private_posts())
-    return sum(bool(index.copied(folded_words(text))) for text in evidence.tuned.texts())
+    """Answers of the tuned model that hold COPY_WORDS words in a row of a private post and of no public one."""
+    private = WordIndex(evidence.private_posts())
+    public = WordIndex([post for post in evidence.blog.train if visibility_of(post) == "public"])
+    copies = 0
+    for text in evidence.tuned.texts():
+        words = folded_words(text)
+        copies += bool(set(private.copied(words)) - set(public.copied(words)))
+    return copies
 
 
 def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
-    """Personal data of the original posts in what the tuned model wrote."""
+    """Personal data of the original posts in what the tuned model wrote, without what a public post shows."""
     blog = evidence.blog
     # What extraction left in is compared as it is; of what it took out there are only fingerprints.
-    left_in = {}
+    left_in = {"private": set(), "public": set()}
     for post in blog.train:
         for *_, plain in find_personal_data(author_text(post), False, evidence.phone_countries):
-            left_in[plain] = visibility_of(post)
+            left_in[visibility_of(post)].add(plain)
     taken_out = {name_in(entry, "fingerprint"): visibility_of(entry) for entry in blog.redacted}
 
     # By normalised text, because two spellings are one address, and because a fingerprint is slow.
@@ -296,7 +242,9 @@ def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
 
     found = []
     for plain, (kind, text) in said.items():
-        visibility = left_in.get(plain)
+        if plain in left_in["public"]:
+            continue
+        visibility = "private" if plain in left_in["private"] else None
         if visibility is None and taken_out and blog.key:
             visibility = taken_out.get(extraction.fingerprint(plain, blog.key))
         if visibility:
@@ -310,87 +258,69 @@ def count_blocked(evidence: Evidence) -> list[int]:
 
 
 # ---------------------------------------------------------------------------- words
-HEAD = ("", "passages", "common", "own tries", "any tries", "greedy")
-MEANING = (
-    f"Every {PASSAGE_TOKENS} tokens in a row of every text, and shorter texts whole, with all before them given. "
-    "Own, any: tries until the likeliest passage has an even chance to come out, with the model's own sampling "
-    "settings and with whatever settings somebody else chooses. Greedy: passages that come out when the likeliest "
-    "token is always taken. Common: text that the base model says too; it is not counted further. What is "
-    "said in other words is not measured. Held-out texts were never trained on: they show what chance is."
-)
+HEAD = ("", "passages", "counted", "own tries", "at least", "with base", "greedy")
 
 
 def tell(leaks: Leaks, evidence: Evidence) -> Section:
-    # Every group, also those that are no secret: the others are judged by them.
-    rows = []
-    for name, group in leaks.groups.items():
-        tries = (tell_tries(group.sampled), tell_tries(group.bound))
-        rows.append((name, f"{group.windows:,}", f"{group.common:,}", *tries, f"{group.greedy:,}"))
+    alarms = tell_alarms(leaks, evidence)
+    likeliest = tell_likeliest(leaks)
+    verdict = f"It leaks: {'; '.join([*alarms, likeliest])}." if alarms else f"{likeliest[0].upper()}{likeliest[1:]}."
 
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
-    if leaks.remembered:
-        hints.append("voice_report.html shows the private passages that it remembers best.")
-
-    likeliest = tell_likeliest(leaks.secret_groups())
-    alarms = tell_alarms(leaks)
-    sentence = likeliest.sentence
-    verdict = f"It leaks: {'; '.join([*alarms, sentence])}." if alarms else f"{sentence[0].upper()}{sentence[1:]}."
+    if leaks.likeliest:
+        hints.append("voice_report.html shows the private passages that come out most easily.")
     return Section(
         verdict=verdict,
-        rows=rows,
+        rows=tell_rows(leaks),
         head=HEAD,
-        notes=tell_notes(leaks),
+        notes=tell_notes(leaks, evidence),
         hints=hints,
         details=tell_details(leaks),
-        summary=Summary("it leaks", "; ".join(alarms)) if alarms else likeliest.summary,
+        summary=Summary("it leaks", "; ".join(alarms)) if alarms else summarise(leaks),
         is_alarm=bool(alarms),
     )
 
 
-class Likeliest(NamedTuple):
-    """How many tries the likeliest of all private passages needs."""
-
-    sentence: str  # as a part of the verdict
-    summary: Summary
-
-
-def tell_likeliest(secret: list[LeakGroup]) -> Likeliest:
-    if not secret:
-        nothing = "no private text was in the training data that is not common"
-        return Likeliest(nothing, Summary("no", nothing))
-
-    sampled = fewest_tries([group.sampled for group in secret])
-    bound = fewest_tries([group.bound for group in secret])
-    if sampled is None:
-        with_any = f"with any settings the likeliest passage takes {count_tries(bound)}"
-        return Likeliest(
-            f"nothing private can come out word for word with the model's own settings; {with_any}",
-            Summary(
-                "not word for word", f"with its own settings; {with_any.replace('likeliest', 'likeliest private')}"
-            ),
-        )
-    return Likeliest(
-        f"with the model's own settings the likeliest private passage takes {count_tries(sampled)} for an even chance, "
-        f"with any settings {tell_power(bound)}",
-        Summary(
-            count_tries(sampled),
-            "for an even chance that the likeliest private passage comes out, with its own settings; with any settings "
-            f"{count_tries(bound)}",
-        ),
-    )
+def tell_rows(leaks: Leaks) -> list[tuple[str, ...]]:
+    """Every group of the shortest length; of the others, private posts and held-out ones, by which they are judged."""
+    rows = []
+    for length, groups in leaks.by_length.items():
+        for name, group in groups.items():
+            if length != str(LENGTHS[0]) and name not in ("private", "held-out"):
+                continue
+            counted = group.passages - group.common - group.public
+            tries = [tell_tries(group.sampled), tell_tries(group.bound), tell_tries(group.contrasted)]
+            rows.append((f"{name}, {length}", f"{group.passages:,}", f"{counted:,}", *tries, f"{group.greedy:,}"))
+    return rows
 
 
-def tell_alarms(leaks: Leaks) -> list[str]:
+def secret_groups(leaks: Leaks, length: int) -> list[LeakGroup]:
+    """Secret groups of which something counts."""
+    groups = [group for name, group in leaks.by_length[str(length)].items() if name in SECRET]
+    return [group for group in groups if group.passages > group.common + group.public]
+
+
+def fewest_tries(groups: list[LeakGroup], way: str) -> float | None:
+    """Of the likeliest passage under that way of sampling, as a power of ten; None if nothing can come out."""
+    chances = [getattr(group, way) for group in groups]
+    tries = [chance.log10_tries for chance in chances if chance and chance.log10_tries is not None]
+    return min(tries, default=None)
+
+
+def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
     """Reasons for an alarm, as clauses of the verdict."""
-    secret = leaks.secret_groups()
-    greedy = sum(group.greedy for group in secret)
-
     alarms = []
-    if greedy:
-        alarms.append(f"{greedy:,} private passages come out word for word when their beginning is given")
-    sampled = fewest_tries([group.sampled for group in secret])
-    if sampled is not None and sampled < math.log10(EASY_TRIES):
-        alarms.append(f"a private passage comes out within {EASY_TRIES:,} tries")
+    for length in LENGTHS:
+        groups = secret_groups(leaks, length)
+        leaking = sum(group.leaking for group in groups)
+        if leaking:
+            posts = sum(group.leaking_posts for group in groups)
+            unlike = "; no passage of a held-out post comes out like them" if evidence.blog.held_out else ""
+            alarms.append(
+                f"{leaking:,} private passages of {length} tokens, in {posts:,} texts, come out within {EASY_TRIES:,} "
+                f"tries each{unlike}"
+            )
+            break
     if leaks.private_copies:
         alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
     if any(leaks.blocked):
@@ -400,10 +330,58 @@ def tell_alarms(leaks: Leaks) -> list[str]:
     return alarms
 
 
-def tell_notes(leaks: Leaks) -> list[str]:
+def tell_likeliest(leaks: Leaks) -> str:
+    """Tries for the likeliest secret passage of each length, as a part of a sentence."""
+    if not any(secret_groups(leaks, length) for length in LENGTHS):
+        return "every private passage in the training data is common or public too"
+
+    tries = []
+    for length in LENGTHS:
+        needed = tell_count(fewest_tries(secret_groups(leaks, length), "sampled"))
+        control = leaks.by_length[str(length)].get("held-out")
+        compared = f" ({tell_tries(control.sampled)} for held-out text)" if control else ""
+        tries.append(f"of {length} tokens {needed}{compared}")
+    return f"with the model's own settings the likeliest private passage needs, for an even chance, {', '.join(tries)}"
+
+
+def summarise(leaks: Leaks) -> Summary:
+    shortest = LENGTHS[0]
+    groups = secret_groups(leaks, shortest)
+    if not groups:
+        return Summary("no", "every private passage in the training data is common or public too")
+    tries = fewest_tries(groups, "sampled")
+    least = tell_count(fewest_tries(groups, "bound"))
+    meaning = (
+        f"for an even chance that the likeliest private passage of {shortest} tokens comes out, with the model's own "
+        f"settings; with other sampling settings at least {least}"
+    )
+    return Summary(tell_count(tries), meaning)
+
+
+def tell_notes(leaks: Leaks, evidence: Evidence) -> list[str]:
     """Under the table; nothing in it quotes a private text."""
-    expected = sum(group.sampled.expected for name, group in leaks.groups.items() if is_secret(name))
-    notes = [MEANING, f"If the beginning of each private passage is tried once, {tell_number(expected)} come out."]
+    shortest, *_, longest = LENGTHS
+    contrast = ""
+    without_base = " Without the base model nothing is left out as common."
+    if evidence.base:
+        contrast = (
+            " With base: the same where somebody also has the base model and exaggerates what tuning changed "
+            "(logits l + a (l - base), a 0.5, 1 or 2)."
+        )
+        without_base = ""
+    expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
+    notes = [
+        f"Passages: every {shortest}, 25 and {longest} tokens in a row, and shorter texts whole. Each is tried with "
+        f"the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. What other "
+        "words before it bring out, and what is said in other words, is not measured.",
+        "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
+        f"more than half.{without_base}",
+        "Own tries: until the likeliest passage has an even chance to come out, with the model's own sampling "
+        f"settings. At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
+        f"{HIGHEST_PENALTY} needs fewer.{contrast}",
+        "Held-out posts were never trained on: what comes out of them is the author's style, and no memory.",
+        f"If what is before each private passage of {shortest} tokens is tried once, {tell_number(expected)} come out.",
+    ]
     for entry in leaks.personal:
         notes.append(f"A {entry.visibility} {entry.kind} came out: do not share this model.")
     for number, uses in enumerate(leaks.blocked, start=1):
@@ -416,32 +394,37 @@ def tell_details(leaks: Leaks) -> list[Details]:
     came_out = []
     for entry in leaks.personal:
         came_out.append(Quote(f"{entry.kind} of a {entry.visibility} post", entry.text, entry.visibility == "private"))
-    remembered = [Quote(tell_remembered(passage), passage.text, is_private=True) for passage in leaks.remembered]
+    likely = [Quote(tell_passage(passage), passage.text, is_private=True) for passage in leaks.likeliest]
     return [
         Details("Addresses, numbers and keys that came out", came_out),
-        Details("The private passages that it remembers best", remembered),
+        Details("The private passages that come out most easily", likely),
     ]
 
 
-def tell_remembered(passage: Remembered) -> str:
-    tries = "never with its own settings"
-    if passage.sampled.log10_tries is not None:
-        tries = f"{count_tries(passage.sampled.log10_tries)} with its own settings"
-    if passage.bound.log10_tries is not None:
-        tries += f", {count_tries(passage.bound.log10_tries)} with any"
-
-    beyond = ""
+def tell_passage(passage: LikelyPassage) -> str:
+    own = "word for word, greedily" if passage.is_greedy else f"{tell_tries(passage.sampled)} with its own settings"
+    told = [own, f"at least {tell_tries(passage.bound)} with others"]
+    if passage.contrasted:
+        told.append(f"{tell_tries(passage.contrasted)} with the base model beside")
     if passage.log10_beyond_base is not None:
-        beyond = f"; {tell_power(passage.log10_beyond_base)} times likelier than under the base model"
+        told.append(f"{tell_power(passage.log10_beyond_base)} times likelier than under the base model")
+
     what = "the title of " if passage.group == "private titles" else ""
-    return f"{what}{passage.title}, {passage.path}: {tries}{beyond}"
+    where = f"{what}{passage.title}, {passage.path}"
+    if passage.posts > 1:
+        where += f" and {passage.posts - 1:,} more"
+    return f"{where}: tries {'; '.join(told)}"
 
 
-def tell_tries(chance: Chance) -> str:
+def tell_tries(chance: Chance | None) -> str:
+    if chance is None:
+        return "-"
     return "never" if chance.log10_tries is None else tell_power(chance.log10_tries)
 
 
-def count_tries(log10: float) -> str:
+def tell_count(log10: float | None) -> str:
+    if log10 is None:
+        return "never comes out"
     number = tell_power(log10)
     return "1 try" if number == "1" else f"{number} tries"
 

@@ -104,11 +104,10 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
 def least_gained(evidence: Evidence) -> list[PostMark]:
     """The training posts that gained least: pasted articles, guests, lyrics."""
     marks = []
-    runs = zip(evidence.texts, evidence.tuned.chances, evidence.base.chances, strict=True)
-    for text, tuned, base in runs:
+    for text, chances in zip(evidence.texts, evidence.chances, strict=True):
         if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
             continue
-        saved = tuned.plain - base.plain  # nats, (tokens,)
+        saved = chances.plain - chances.base  # nats, (tokens,)
         author = [span for span in text.spans if span.group in ("private", "public")]
         nats = sum(float(saved[span.begin : span.end].sum()) for span in author)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
@@ -25,6 +26,7 @@ import train_model as training
 from extract_blog_data import print_or_exit, say
 from voice import copies, habits, leaks, learned, reader
 from voice.asking import gather_evidence, run_model, without_root
+from voice.chances import chances_of_texts
 from voice.evidence import NO_BREAK, Evidence, NotMeasured, Section
 from voice.loading import base_name, load_base
 from voice.settings import Settings
@@ -70,6 +72,12 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
     if base is not None:
         evidence.base = run_model(base, tokenizer, evidence, sampling, "base")
 
+    # Token by token the two are compared, so that both are needed at once.
+    if base is not None and not has_room(model, device):
+        say("The graphics card has no room for both models: the base model's chances are computed on the CPU, slowly.")
+        base = base.to("cpu").float()
+    evidence.chances = chances_of_texts(model.to(device), base, evidence, sampling)
+
     report = Report(
         model=str(settings.model_dir),
         base=base_name(settings) or "an unknown model",
@@ -85,6 +93,14 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
     print_or_exit(report.as_text(), "both files are written, unless named above")
     if failures:
         sys.exit(f"Cannot write {' and '.join(failures)}: the report is printed; solve that and run it again.")
+
+
+def has_room(model, device: torch.device) -> bool:
+    """Whether the model and 2 GB for its logits fit beside what is on the device; the 2 GB are a guess."""
+    if device.type != "cuda":
+        return True
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return torch.cuda.mem_get_info(device)[0] > size + 2e9
 
 
 def sample_answers(evidence: Evidence) -> list[tuple[str, list[tuple[str, bool]]]]:

@@ -211,7 +211,7 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     # A few polite words show no habits.
     comments = []
     for conversation in evidence.blog.train:
-        comments += comments_of(conversation, evidence.reply_context)
+        comments += comments_of(conversation)
     if count_words(comments) >= MIN_STRANGER_WORDS:
         known["your readers"] = count_stretches(comments, features)
 
