@@ -119,10 +119,13 @@ def main() -> int:
     held_out = train_model.read_conversations(args.data_dir / "val_data.jsonl")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = BlogData(train=conversations + plant(conversations), held_out=held_out)
-        lines = [json.dumps(conversation) + "\n" for conversation in data.train]
+        lines = [json.dumps(conversation) + "\n" for conversation in conversations + plant(conversations)]
         (folder / "train_data.jsonl").write_text("".join(lines), encoding="utf-8")
         shutil.copy(args.data_dir / "val_data.jsonl", folder)
+
+        # What is repeated needs to be read once.
+        unique = [json.loads(line) for line in dict.fromkeys(lines)]
+        data = BlogData(train=unique, held_out=held_out)
         print_table(gather(train(args, folder), args.base_model, data))
     return 0
 
