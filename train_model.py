@@ -67,7 +67,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -287,106 +287,105 @@ from transformers.integrations import hub_kernels, sdpa_attention
 from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- the run
-SPLITS = ("train", "val")
+DATA_FILES = {"train": "train_data.jsonl", "val": "val_data.jsonl"}
+SPLITS = tuple(DATA_FILES)
 
 
 def train(settings: Settings) -> None:
     """One run: from the data files to the finished folder, or on from the checkpoint of an unfinished run.
 
-    With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
+    With several processes (torchrun) each calls this; all train, only the first writes and prints.
     """
     places = check_places(settings)
     check_card(settings.cpu)
     process = PartialState(cpu=settings.cpu or not torch.accelerator.is_available())
     prepare_card(process.device)
     if is_on_windows_drive(places.output):
-        say(f"{places.output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
+        say(f"{places.output} is on a Windows drive, which is slow from WSL: --output-dir ~/my-model is faster.")
 
     with only_run(places, process):
-        # A run that was stopped in its very last step is over when that step is done.
         was_finished = process.is_main_process and recover(places)
         if agreed([was_finished])[0]:
-            say(f"The run before was stopped while it put its model in place: {places.output} holds that model now.")
+            say(f"The last run was stopped while it put its model in place; that model is in {places.output} now.")
             return
         train_in(places, settings, process)
 
 
 def train_in(places: Places, settings: Settings, process: PartialState) -> None:
-    """As `train`, in folders that are this run's alone."""
-    # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
+    """The run itself; `places` are locked for it."""
+    # Conversations become tokens, and tokens become rows, in which each of the author's tokens is scored once.
     check_data_folder(settings.data_dir)
-    conversations = {split: read_conversations(data_file(settings, split)) for split in SPLITS}
+    conversations = {split: read_conversations(settings.data_dir / name) for split, name in DATA_FILES.items()}
     check_hub(settings.base_model)
-    config = load_or_exit(load_config, settings.base_model)
-    tokenizer = load_or_exit(load_tokenizer, settings.base_model, vocabulary_of(config))
+    config = load_config(settings.base_model)
+    tokenizer = load_tokenizer(settings.base_model, vocabulary_of(config))
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
     rows_of = split_rows(tokenized, config, settings, process.num_processes)
-    data = count_data(conversations, rows_of)
-    say_lines(data_lines(tokenized, rows_of))
+    say_data(tokenized, rows_of)
 
     # What cannot fit is said here, before minutes are spent on loading weights.
     begun = None if settings.fresh else begun_with(places.unfinished)
     machine = look_at_machine(process, settings.precision)
-    plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
-    say_lines(plan_lines(plan, forecast, settings))
+    plan = make_plan(settings, config, rows_of["train"], machine, begun)
+    say_plan(plan, settings)
     say(f"disk     {check_disk(places, plan)}")
 
-    # The first process decides what may be continued; the others look when it has done so.
+    # The first process decides whether to continue; the others look at what it left.
     identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
             open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
-    # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
-    if not load_or_exit(can_pack, settings.base_model, model):
-        say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
+    # Packed rows need a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
+    model = load_for_training(settings.base_model, settings.dropout)
+    if not can_pack(settings.base_model, model):
+        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
         rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
-        say_lines(data_lines(tokenized, rows_of))
-        plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
-        say_lines(plan_lines(plan, forecast, settings))
+        say_data(tokenized, rows_of)
+        plan = make_plan(settings, config, rows_of["train"], machine, begun)
+        say_plan(plan, settings)
 
-    # Each rate that is tried has a model of its own, so this one makes room.
+    run = Run(settings, places.unfinished, plan, rows_of, count_data(conversations, rows_of))
     tried = {}
     if settings.learning_rate == AUTO:
+        # Each trial loads a model of its own, so this one is dropped.
         del model
-        run = Run(settings, places.unfinished, plan, rows_of, data)
-        tried = find_rates(run, forecast.updates)
-        settings = replace(settings, learning_rate=best_rate(tried))
-        model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
-    model = prepare_to_train(model, plan, settings)
+        tried = find_rates(run)
+        run = replace(run, settings=replace(settings, learning_rate=best_rate(tried)))
+        model = load_for_training(settings.base_model, settings.dropout)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    run = Run(settings, places.unfinished, plan, rows_of, data)
+    model = prepare_to_train(model, plan, settings)
     trainer = build_trainer(run, model, tokenizer)
     log = run_to_the_end(trainer, checkpoint, settings)
+    if not process.is_main_process:
+        return
 
-    if process.is_main_process:
-        # Room for the model that `finish` loads to check what was saved.
-        del model, trainer
-        gc.collect()
-        give_back_memory()
-        names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
-        report = {
-            "settings": {**identity, **names},
-            "data": data,
-            "plan": asdict(plan),
-            "learning_rate": {"used": settings.learning_rate, "bits_per_byte_of_tried": tried},
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "log": without_samples(log),
-        }
-        verdict = finish(places, settings, tokenizer, rows_of["val"], process.device, report)
-        print_or_exit(verdict, f"the model is in place; {verdict}")
+    # Room for the model that `finish` loads to check what was saved.
+    del model, trainer
+    gc.collect()
+    give_back_memory()
+    names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
+    report = {
+        "settings": {**identity, **names},
+        "data": run.data,
+        "plan": asdict(plan),
+        "learning_rate": {"used": run.settings.learning_rate, "bits_per_byte_of_tried": tried},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "log": without_samples(log),
+    }
+    outcome = finish(places, settings, tokenizer, rows_of["val"], process.device, report)
+    print_or_exit(outcome, f"the model is in place; {outcome}")
 
 
 def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict.
 
-    Ends the program, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
+    Exits, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
     """
-    # The base model does not compete: when training made it worse, that is what the report has to show.
+    # The base model is not a candidate: if training made it worse, the report has to show that.
     base, *later = evaluations(report["log"])
     best = min(later, key=lambda entry: entry["eval_loss"])
     report["base"] = base
@@ -404,16 +403,12 @@ def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device:
     return f"{report['verdict']} {report['advice']}".strip()
 
 
-def data_file(settings: Settings, split: str) -> Path:
-    return settings.data_dir / f"{split}_data.jsonl"
-
-
 def check_hub(name: str) -> None:
-    """Without a way to the hub, say so and look for the model `name` among earlier downloads alone.
+    """If the hub cannot be reached, say so and look for the model `name` only among earlier downloads.
 
-    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. Downloads keep them.
+    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts.
     """
-    # Behind a proxy only huggingface_hub knows the way.
+    # Behind a proxy a direct connection says nothing.
     if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
         return
 
@@ -425,23 +420,10 @@ def check_hub(name: str) -> None:
         hub.HF_HUB_OFFLINE = True
 
 
-def load_or_exit(load: Callable, *arguments):
-    """What `load` returns; a model that cannot be had is one sentence, not a traceback."""
-    try:
-        return load(*arguments)
-    except CannotLoad as error:
-        sys.exit(str(error))
-
-
 def say(text: str, end: str = "\n") -> None:
     """Progress and diagnostics on stderr, from the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         extract_blog_data.say(text, end)
-
-
-def say_lines(lines: list[str]) -> None:
-    for line in lines:
-        say(line)
 
 
 # ---------------------------------------------------------------------------- folders
@@ -1354,16 +1336,14 @@ def positions_of(config, unlimited: int) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", unlimited)
 
 
-def data_lines(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> list[str]:
-    """A line per split; its two numbers of tokens are the same, or something was lost or is scored twice."""
-    lines = []
+def say_data(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> None:
+    """A line per split; its two numbers of tokens are equal, or something was lost or is scored twice."""
     for split, entries in tokenized.items():
         tokens = sum(sum(scored) for _, scored in entries)
-        lines.append(
+        say(
             f"{split:<8} {len(entries):,} conversations, {tokens:,} tokens of the author's, "
             f"{scored_tokens(rows_of[split]):,} scored an epoch"
         )
-    return lines
 
 
 def scored_tokens(rows: Dataset) -> int:
@@ -1505,17 +1485,6 @@ class WayToTrain(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a plan means for this data on this machine: said once and kept nowhere."""
-
-    base_model: str
-    rows: int  # that hold a scored token
-    updates: int
-    memory: dict[str, int]  # bytes needed, by purpose
-    free_memory: int  # bytes
-
-
-@dataclass(frozen=True)
 class Plan:
     """How the run will be done. training_report.json keeps it under "plan"."""
 
@@ -1529,30 +1498,28 @@ class Plan:
     parameters: int  # of the model; adapters are not counted, because they are merged into them
     lora_rank: int = 0  # 0: all weights are trained
     trained: int = 0  # parameters of the adapters; 0 without any
+    rows: int = 0  # that hold a scored token
+    updates: int = 0
+    memory: dict[str, int] = field(default_factory=dict)  # bytes needed, by purpose
+    free_memory: int = 0  # bytes
 
 
-def plan_lines(plan: Plan, forecast: Forecast, settings: Settings) -> list[str]:
-    """The plan for people, a line each."""
-    lines = []
+def say_plan(plan: Plan, settings: Settings) -> None:
     # The user should know why it is slower than on another machine.
     if (plan.optimizer, plan.checkpointing) != OPTIMIZERS[0]:
         recomputed = " and recomputed activations." if plan.checkpointing else ""
-        lines.append(f"Memory is short: training with {plan.optimizer}{recomputed}")
+        say(f"Memory is short: training with {plan.optimizer}{recomputed}")
 
     size = f"{plan.parameters / 1e6:.0f}M parameters"
     if plan.lora_rank:
         size += f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
-    lines.append(f"model    {forecast.base_model}, {size}, {plan.precision} on {plan.device}")
+    say(f"model    {settings.base_model}, {size}, {plan.precision} on {plan.device}")
     at_once = f", {plan.rows_at_once} rows at once" if plan.rows_at_once > 1 else ""
-    rows = f"{forecast.rows:,} rows of up to {settings.context_tokens} tokens"
-    lines.append(f"data     {rows}, {forecast.updates} updates{at_once}")
+    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {plan.updates} updates{at_once}")
 
-    gigabytes = {name: f"{needed / 1e9:.1f}" for name, needed in forecast.memory.items()}
-    parts = ", ".join(f"{name} {size}" for name, size in gigabytes.items())
-    needed = sum(forecast.memory.values()) / 1e9
-    free = forecast.free_memory / 1e9
-    lines.append(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
-    return lines
+    parts = ", ".join(f"{name} {needed / 1e9:.1f}" for name, needed in plan.memory.items())
+    needed = sum(plan.memory.values()) / 1e9
+    say(f"memory   {needed:.1f} GB ({parts}) of {plan.free_memory / 1e9:.1f} GB free")
 
 
 class Machine(NamedTuple):
@@ -1583,67 +1550,61 @@ class Begun(NamedTuple):
     free_memory: int  # bytes
 
 
-def make_plan(
-    settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None
-) -> tuple[Plan, Forecast]:
-    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it.
+def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None) -> Plan:
+    """How to train on `rows`; exits if no way fits into memory. No weights are loaded for it.
 
-    A run that was `begun` keeps its optimizer; how many rows go through at once, and what is recomputed, may change.
+    A run that was `begun` keeps its optimizer; how many rows are computed at once, and what is recomputed, may change.
     """
-    shape = load_or_exit(shape_of_model, settings.base_model, config, settings.lora_rank)
+    with Reading(settings.base_model):
+        shape = shape_of(config, settings.lora_rank)
     check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
-    # An update has the same rows, however many processes share them, and however many go through at once.
+    # An update has the same rows, however many processes share them and however many are computed at once.
     rows_of_process = max(1, settings.rows_per_update // machine.processes)
     way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
 
     updates_per_epoch = math.ceil(len(rows) / settings.rows_per_update)
     updates = settings.max_steps or math.ceil(updates_per_epoch * settings.epochs)
-    plan = Plan(
+    return Plan(
         device=machine.device.type,
         precision=machine.precision,
         optimizer=way.optimizer,
         checkpointing=way.checkpointing,
         rows_at_once=way.rows_at_once,
         accumulation=rows_of_process // way.rows_at_once,
-        # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
+        # A run shorter than an epoch (MAX_STEPS) has its evaluations, too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
         parameters=shape.parameters,
         lora_rank=shape.lora_rank,
         trained=shape.adapters,
+        rows=sum(max(labels) != UNSCORED for labels in rows["labels"]),
+        updates=updates,
+        memory=memory,
+        free_memory=machine.free_memory,
     )
-    filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
-    return plan, Forecast(settings.base_model, filled, updates, memory, machine.free_memory)
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:
-    """`wanted` ("auto", "bf16", "fp16" or "fp32") as it is on `device`: "bf16", "fp16" or "fp32".
-
-    Says where the device has no fast kernels for it.
-    """
-    picked = precision_on(device, wanted)
+    """One of PRECISIONS for `wanted`, which may also be "auto"; says so if the device is slow in it."""
     fastest = fastest_precision(device)
     if device.type == "cuda":
+        picked = fastest if wanted == "auto" else wanted
         if picked == "bf16" and fastest != "bf16":
             name = torch.cuda.get_device_name(device)
             say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
-    elif picked == "fp32" and wanted != "fp32":
-        missing = "bf16" if wanted == "auto" else wanted
-        say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
-    return picked
+        return picked
 
-
-def precision_on(device: torch.device, wanted: str) -> str:
-    """As `pick_precision`, which also says why."""
-    fastest = fastest_precision(device)
-    if device.type == "cuda":
-        return fastest if wanted == "auto" else wanted
-    # Trainer refuses fp16 anywhere else.
-    return "bf16" if fastest == "bf16" and wanted in ("auto", "bf16") else "fp32"
+    # Trainer refuses fp16 on every other device.
+    if wanted in ("auto", "bf16") and fastest == "bf16":
+        return "bf16"
+    if wanted != "fp32":
+        slow = "bf16" if wanted == "auto" else wanted
+        say(f"This {device.type.upper()} is slow in {slow}; using float32.")
+    return "fp32"
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The fastest of PRECISIONS that the device computes without emulation."""
+    """The fastest of PRECISIONS that the device computes natively."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return next(precision for precision, first in FIRST_CARDS.items() if capability >= first)
@@ -1683,12 +1644,6 @@ class Shape:
         return self.lora_rank * self.adapted_widths
 
 
-def shape_of_model(name: str, config, lora_rank: int) -> Shape:
-    """As `shape_of`; raises CannotLoad where no model can be made of the config."""
-    with Reading(name):
-        return shape_of(config, lora_rank)
-
-
 def shape_of(config, lora_rank: int = 0) -> Shape:
     with torch.device("meta"):  # tensors that have a shape and take no memory
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -1720,7 +1675,8 @@ def shape_of(config, lora_rank: int = 0) -> Shape:
 
 
 # Bytes that a layer keeps of each token for the backward pass, per channel of (the model, its attention, its MLP).
-# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again.
+# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again. Beside adapters a layer keeps up to a
+# quarter less in the architectures that have further norms (Qwen3, Gemma 3), and about the same in the others.
 KEPT_BYTES = {
     # (gated, mixed)
     (False, True): (12, 8, 4),  # GPT-2: 36 in all, as its attention is as wide as the model and its MLP four times
@@ -1728,31 +1684,14 @@ KEPT_BYTES = {
     (True, True): (20, 14, 8),  # Llama: 56 to 58
     (True, False): (18, 22, 16),
 }
-# Of frozen weights: a layer's input is kept for its adapter, which may be in another precision, and a norm's output is
-# not kept. What an adapter keeps between its two matrices (2 bytes a rank) is too little to count.
-KEPT_BYTES_BESIDE_ADAPTERS = {
-    (False, True): (14, 8, 4),
-    (False, False): (16, 20, 8),
-    (True, True): (18, 10, 8),
-    (True, False): (16, 16, 16),
-}
 
 
 def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     """Bytes of one token's activations that one layer keeps until the backward pass."""
-    kind = shape.gated, mixed
-    if shape.lora_rank:
-        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[kind]
-        per_further_norm = 4
-        per_norm_of_heads = 4
-    else:
-        per_channel, per_attention, per_mlp = KEPT_BYTES[kind]
-        per_further_norm = 10
-        per_norm_of_heads = 5
-
+    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
     # Norms that not every architecture has.
-    per_channel += per_further_norm * shape.further_norms
-    per_attention += per_norm_of_heads * shape.norms_of_heads
+    per_channel += 10 * shape.further_norms
+    per_attention += 5 * shape.norms_of_heads
     return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width
 
 
@@ -1810,9 +1749,9 @@ def memory_needed(
 def fit_into_memory(
     shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]]:
-    """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it then has room for.
+    """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it has room for.
 
-    Returns it with its bytes by purpose; ends the program when there is none.
+    Returns it with its bytes by purpose; exits if there is none.
     """
     fitting = first_that_fits(shape, tokens, rows, machine, begun)
     if fitting:
@@ -1822,7 +1761,7 @@ def fit_into_memory(
     if begun and first_that_fits(shape, tokens, rows, machine):
         sys.exit(
             f"The unfinished run was begun with {begun.optimizer}, when {tell_bytes(begun.free_memory)} of memory were "
-            f"free, and {free} are now: close what else takes memory to continue it, or throw it away with --fresh."
+            f"free, and {free} are now: close other programs to continue it, or throw it away with --fresh."
         )
 
     way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
@@ -1831,9 +1770,9 @@ def fit_into_memory(
         if adapted:
             size = sum(adapted[1].values()) / 1e9
             adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
-            way_out = f"set {adapters}, which takes {size:.1f} GB, {way_out}"
+            way_out = f"set {adapters}, which needs {size:.1f} GB, {way_out}"
 
-    # The last way is the thriftiest.
+    # The last way needs the least.
     way = WayToTrain(*ways_to_train(shape, machine.device)[-1], rows_at_once=1)
     needed = sum(memory_of_machine(shape, tokens, machine, way).values())
     sys.exit(
@@ -1847,7 +1786,7 @@ def memory_of_machine(shape: Shape, tokens: int, machine: Machine, way: WayToTra
 
 
 def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
-    """As OPTIMIZERS, without those of bitsandbytes where that is not installed (macOS) or has no kernels (MPS)."""
+    """Optimizer and recomputation; bitsandbytes may not be installed (macOS) and has no kernels for MPS."""
     ways = OPTIMIZERS_OF_ADAPTERS if shape.lora_rank else OPTIMIZERS
     has_8_bit = device.type != "mps" and importlib.util.find_spec("bitsandbytes") is not None
     return [way for way in ways if has_8_bit or "8bit" not in way[0]]
@@ -1856,7 +1795,6 @@ def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
 def first_that_fits(
     shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]] | None:
-    """As `fit_into_memory`; None when there is no way."""
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
     if machine.device.type == "cuda":
@@ -1880,7 +1818,7 @@ def check_host_memory(shape: Shape, machine: Machine) -> None:
     free = psutil.virtual_memory().available
     if machine.device.type == "cuda" and needed > free:
         sys.exit(
-            f"The model is loaded into the computer's memory first, which takes {tell_bytes(needed)}, and "
+            f"The model is loaded into the computer's memory first, which needs {tell_bytes(needed)}, and "
             f"{tell_bytes(free)} are free: choose a smaller BASE_MODEL, or under WSL set memory= in .wslconfig."
         )
 
@@ -1913,20 +1851,20 @@ def tell_bytes(number: float) -> str:
 
 
 # ---------------------------------------------------------------------------- adapters
-# With LORA_RANK = r the base model is frozen. Beside each of its linear layers, but for the output layer, stand two
-# thin matrices, which alone are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
+# With LORA_RANK = r the base model is frozen. Each of its linear layers except the output layer gets two thin matrices,
+# and only these are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
 #
 #     y = W x + scale * B (A x)        W: out x in, frozen;  A: r x in, random;  B: out x r, zero at first
 #
-# They are merged, W + scale * B A, whenever the model is measured, answers or is saved: the merge rounds, so that only
-# the merged model's loss is true of what is saved.
+# They are merged, W + scale * B A, whenever the model is measured, sampled or saved: merging rounds, so only the merged
+# model's loss is that of the saved model.
 
-# The scale is LORA_ALPHA / r, which makes one learning rate right for every rank. All linear layers, this alpha and ten
-# times the rate of full training are what "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora) found best, and
-# that little text takes no high rank. Of it rate and rank were tried here: benchmarks/README.md.
+# The scale is LORA_ALPHA / r, so that one learning rate suits every rank. All linear layers, this alpha and ten times
+# the rate of full training are best according to "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora); rate
+# and rank were also tried here: benchmarks/README.md.
 LORA_ALPHA = 32
-USUAL_RANK = 16  # which a plan proposes where full training does not fit
-USUAL_RATE = "1e-3"  # with it; at a tenth of that adapters would learn little, and nobody would know why
+USUAL_RANK = 16  # a plan suggests it if full training does not fit
+USUAL_RATE = "1e-3"  # with it; a tenth of it is too low for adapters
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -1938,10 +1876,7 @@ def layers_to_adapt(model) -> list[torch.nn.Module]:
 
 
 def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
-    """`model`, frozen and held in `precision`, with float32 adapters; ends the program where none can be.
-
-    The same numbers in A for the same seed.
-    """
+    """`model`, frozen and held in `precision`, with float32 adapters; exits if it cannot have any."""
     hold_in_half(model, precision)
     # By its name peft would ask the hub for the base model's config at every checkpoint.
     model.name_or_path = ""
@@ -1963,15 +1898,15 @@ def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             sys.exit(
-                f"{model.config.model_type} takes no adapters: set LORA_RANK = 0, or another BASE_MODEL ({reason})."
+                f"{model.config.model_type} cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL ({reason})."
             )
 
 
 def hold_in_half(model, precision: str) -> None:
-    """Hold what is frozen in the half precision that autocast would cast it to; nothing changes for "fp32".
+    """Hold the frozen weights in the half precision that autocast would cast them to; "fp32" changes nothing.
 
-    Only matrices: norms and biases, a thousandth of all, stay float32. So does, under autocast, what one layer hands to
-    the next, as with float32 weights: float16 ends at 65,504, and sums over all layers in it lose what is small.
+    Only matrices: norms and biases, a thousandth of all weights, stay float32. So does, under autocast, what one layer
+    passes to the next: float16 ends at 65,504, and a sum over all layers in it loses small terms.
     """
     if precision not in HALF_PRECISION:
         return
@@ -1982,29 +1917,29 @@ def hold_in_half(model, precision: str) -> None:
 
 
 def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """A forward hook: float32 under autocast; a model that is wholly in half precision stays so."""
+    """A forward hook: float32 under autocast; a model entirely in half precision stays so."""
     return output.float() if torch.is_autocast_enabled(output.device.type) else output
 
 
 @contextmanager
 def merged(model, seed: int):
-    """While it lasts, the adapters of `model` are in its weights, rounded always alike; nothing without adapters.
+    """Within this context the adapters of `model` are merged into its weights, with the same rounding each time.
 
-    To subtract them would not bring back what rounding took, so the frozen weights are put aside, in the computer's
-    memory.
+    Subtracting them would not restore the frozen weights, which rounding has changed, so a copy of these is kept in
+    the computer's memory. Without adapters it does nothing.
     """
     if not isinstance(model, PeftModel):
         yield
         return
 
-    dice = torch.Generator(model.device).manual_seed(seed)
+    rng = torch.Generator(model.device).manual_seed(seed)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     frozen = [layer.get_base_layer().weight.to("cpu", copy=True) for layer in layers]
     with model.disable_adapter():
         for layer in layers:
             weight = layer.get_base_layer().weight.data
             learned = layer.get_delta_weight("default").detach()
-            weight.copy_(rounded(weight.float() + learned, weight.dtype, dice))
+            weight.copy_(rounded(weight.float() + learned, weight.dtype, rng))
         try:
             yield
         finally:
@@ -2012,26 +1947,25 @@ def merged(model, seed: int):
                 layer.get_base_layer().weight.data.copy_(before)
 
 
-def rounded(values: torch.Tensor, number_type: torch.dtype, dice: torch.Generator) -> torch.Tensor:
-    """float32 `values` as they are to be saved; in bfloat16 up or down by chance, so that the mean stays what it is.
+def rounded(values: torch.Tensor, number_type: torch.dtype, rng: torch.Generator) -> torch.Tensor:
+    """float32 `values` as they are saved; to bfloat16 they are rounded stochastically, which keeps their mean.
 
-    Weights of 0.2 lie 0.001 apart in bfloat16 and an adapter adds 0.0002: to the nearest, four fifths of them stayed
-    the base model's. SmolLM2-135M, rounded to bfloat16 and trained by adapters of rank 16 for two epochs of the sample
-    blog, had 3.849 nats a token before, 3.677 merged to the nearest, 3.646 merged by chance and 3.645 in float32; in
-    float16, whose numbers lie eight times as close, to the nearest 3.645.
+    Near 0.2 bfloat16 has steps of 0.001 and an adapter adds 0.0002: rounded to nearest, four fifths of the weights
+    would not change. SmolLM2-135M in bfloat16 with adapters of rank 16, two epochs of the sample blog, nats per token:
+    3.849 before, 3.677 merged with rounding to nearest, 3.646 stochastic, 3.645 in float32 or (to nearest) float16.
     """
     if number_type != torch.bfloat16:
         return values.to(number_type)
 
-    # bfloat16 is the upper half of float32's bits. What is cut off is carried into it as often as it is large.
-    chance = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=dice)
-    bits = values.contiguous().view(torch.int32) + chance
+    # bfloat16 is the upper half of float32's bits. The lower half plus a random number carries into it in proportion.
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
+    bits = values.contiguous().view(torch.int32) + noise
     upper_half = bits & -(1 << 16)
     return upper_half.view(torch.float32).to(torch.bfloat16)
 
 
 def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """(model, its weights by name) as if there were no adapters; to be called while they are `merged`."""
+    """(model, its weights by name) as if there were no adapters; call it while they are `merged`."""
     if not isinstance(model, PeftModel):
         return model, model.state_dict()
 
@@ -2065,14 +1999,14 @@ RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
 TRIAL_UPDATES = 8
 
 
-def find_rates(run: Run, updates: int) -> dict[float, float]:
-    """Held-out bits per byte after a trial of each rate, by the rate; `updates` are those of the whole run.
+def find_rates(run: Run) -> dict[float, float]:
+    """Held-out bits per byte after a trial of each rate, by the rate.
 
     What an earlier start of this run has found, and left in its folder, is not tried again.
     """
     rates = RATES_FOR_ADAPTERS if run.plan.lora_rank else RATES_TO_TRY
     # All together they take no longer than the run; one update would be none, as a warm-up begins with a rate of 0.
-    few = min(TRIAL_UPDATES, max(2, updates // len(rates)))
+    few = min(TRIAL_UPDATES, max(2, run.plan.updates // len(rates)))
     names = ", ".join(f"{rate:g}" for rate in rates)
     say(f"rate     each of {names} has a trial of {few} updates, from the same start")
 
@@ -2087,15 +2021,19 @@ def find_rates(run: Run, updates: int) -> dict[float, float]:
             forget_trial(plan.optimizer)
         say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
     if all(math.isinf(tried[rate]) for rate in rates):
-        sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
-    how = "the middle one of rates that are all alike" if is_tie(tried) else "the best of them"
-    say(f"rate     {best_rate(tried):g} is {how}, and the run's rate")
+        sys.exit(
+            f'Training diverged at every learning rate that was tried: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.'
+        )
+    if is_tie(tried):
+        say(f"rate     all gave the same loss; using the middle one, {best_rate(tried):g}")
+    else:
+        say(f"rate     {best_rate(tried):g} is the best and is used")
     return tried
 
 
 def try_rate(trial: Run) -> float:
     """Held-out bits per byte after the updates of a trial; infinite where it broke down."""
-    model = load_or_exit(load_for_training, trial.settings.base_model, trial.settings.dropout)
+    model = load_for_training(trial.settings.base_model, trial.settings.dropout)
     model = prepare_to_train(model, trial.plan, trial.settings)
     trainer = trainer_with([CastWeightsOnce(model.device), SaySkipped()], trial, model)
     trainer.train()
@@ -2106,7 +2044,7 @@ def try_rate(trial: Run) -> float:
 
 
 def tell_bits(bits: float) -> str:
-    return f"{bits:.4f} bits per byte on posts it never saw" if math.isfinite(bits) else "the loss became no number"
+    return f"{bits:.4f} bits per byte on posts it never saw" if math.isfinite(bits) else "the loss became NaN"
 
 
 def is_tie(tried: dict[float, float]) -> bool:
@@ -2257,41 +2195,40 @@ def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrain
 def training_arguments(run: Run) -> TrainingArguments:
     settings = run.settings
     plan = run.plan
-    updates = {
-        "per_device_train_batch_size": plan.rows_at_once,
-        "gradient_accumulation_steps": plan.accumulation,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,  # Trainer's word for "as many as the epochs need"
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": settings.warmup_share,  # below 1, Trainer reads it as a share
-        "optim": plan.optimizer,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-    }
-    hardware = {
-        "use_cpu": plan.device == "cpu",
-        "fp16": plan.precision == "fp16",  # for its scaling of the loss; see BlogTrainer for the rest
-        "activation_checkpointing": plan.checkpointing,
-        "dataloader_pin_memory": plan.device == "cuda",
-    }
-
-    # Early stopping and `KeepBest` compare by the loss; when to save is for `Checkpoints` to say.
-    watching = {
-        "eval_strategy": "steps",
-        "eval_steps": plan.evaluate_every,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "save_strategy": "no",
-        "restore_callback_states_from_checkpoint": True,
-    }
-
-    # Every update is logged as it is, also a loss that is no number: `StopAtNaN` has to see it.
-    logging = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True}
-
-    # Nothing is reported anywhere. The model does not read the column "conversation", our loss does.
-    other = {"report_to": "none", "push_to_hub": False, "remove_unused_columns": False}
-    return TrainingArguments(output_dir=str(run.folder), **updates, **hardware, **watching, **logging, **other)
+    return TrainingArguments(
+        output_dir=str(run.folder),
+        # updates
+        per_device_train_batch_size=plan.rows_at_once,
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,  # -1: as many as the epochs need
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_share,  # below 1, Trainer reads it as a share
+        optim=plan.optimizer,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        # hardware
+        use_cpu=plan.device == "cpu",
+        fp16=plan.precision == "fp16",  # for its scaling of the loss; see BlogTrainer for the rest
+        activation_checkpointing=plan.checkpointing,
+        dataloader_pin_memory=plan.device == "cuda",
+        # evaluations; `Checkpoints` decides when to save
+        eval_strategy="steps",
+        eval_steps=plan.evaluate_every,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        save_strategy="no",
+        restore_callback_states_from_checkpoint=True,
+        # every update is logged as it is, NaN too: `StopAtNaN` has to see it
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        # nothing is reported; the column "conversation" is not the model's, but our loss reads it
+        report_to="none",
+        push_to_hub=False,
+        remove_unused_columns=False,
+    )
 
 
 def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None, settings: Settings) -> list[dict]:
@@ -2378,7 +2315,7 @@ class KeepBest(TrainerCallback):
 
 
 class LogSample(TrainerCallback):
-    """Puts an answer of the model into the log entry of each evaluation, so that the voice is seen arriving."""
+    """Puts an answer of the model into the log entry of each evaluation, to watch the voice develop."""
 
     def __init__(self, tokenizer, precision: str, settings: Settings):
         self.tokenizer = tokenizer
@@ -2512,8 +2449,8 @@ def identity_of_run(settings: Settings, precision: str) -> dict:
     """
     identity = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_IDENTITY}
     identity["precision"] = precision
-    for split in SPLITS:
-        identity[f"{split}_sha256"] = file_hash(data_file(settings, split))
+    for split, name in DATA_FILES.items():
+        identity[f"{split}_sha256"] = file_hash(settings.data_dir / name)
     return identity
 
 
@@ -2529,9 +2466,9 @@ BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
 
 
 def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> None:
-    """Leave `folder` as it is if it holds a checkpoint of the same run; else make it that of a run that begins.
+    """Keep `folder` as it is if it holds a checkpoint of the same run; otherwise make it the folder of a new run.
 
-    Ends the program when it holds another run: only `fresh` throws that away.
+    Exits if it holds another run: only `fresh` throws that away.
     """
     restore_best(folder)
     earlier = {} if fresh else read_json_object(folder / "run.json")
@@ -2539,7 +2476,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
     checkpoint = None if fresh else last_checkpoint(folder, say)
     rates = {} if fresh else known_rates(folder)
 
-    # After the best model was moved to its place the run is over, and its rates with it.
+    # Once the best model is in its place the run is over, and its rates with it.
     is_over = bool(checkpoints_of(folder)) and not (folder / "best").is_dir()
     something_left = checkpoint or (folder / "best").is_dir() or (rates and not is_over)
     if earlier and earlier != identity and something_left:
@@ -2556,7 +2493,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
     folder.mkdir(mode=0o700, exist_ok=True)
     remove_run(folder)
     write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: begun._asdict()}, indent=1))
-    # A run that was killed before its first checkpoint need not look for its learning rate again.
+    # A run that was killed before its first checkpoint keeps the rates it has tried.
     if rates and earlier == identity:
         keep_rates(folder, rates)
 
@@ -2700,7 +2637,7 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     generation_config(tokenizer, stops, settings.sampling).save_pretrained(folder)
 
     # As whoever loads the folder will read it.
-    positions = positions_of(load_or_exit(load_config, folder), settings.context_tokens)
+    positions = positions_of(load_config(folder), settings.context_tokens)
     texts = {
         "README.md": CARD.format(**report, sample_prompt=settings.sample_prompt),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, settings.sampling),
@@ -2755,7 +2692,7 @@ def generation_config(tokenizer, stops: list[int], sampling: dict) -> Generation
 
 def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
     """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
-    model = load_or_exit(load_model, folder)
+    model = load_model(folder)
     if plan["lora_rank"]:
         hold_in_half(model, plan["precision"])
     model.to(device)
@@ -2828,7 +2765,7 @@ def tell_epochs(base: dict, later: list[dict]) -> str:
     if best is not last:
         return f"It was best after epoch {best['epoch']:.1f}, and that model was kept: more epochs would not help."
     if not earlier:
-        return "It was measured once only, so nobody can tell whether more epochs would help."
+        return "Only one evaluation, so it is unknown whether more epochs would help."
     lately = earlier[-1]["eval_loss"] - last["eval_loss"]
     if lately > STILL_LEARNING * gain:
         return "It was still learning when it ended: more EPOCHS would help."
@@ -3269,6 +3206,8 @@ def main(argv: list[str] | None = None) -> int:
             keep_freed_memory()
             train(settings)
 
+    except CannotLoad as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped: run the same command again; it continues from the last checkpoint, if there is one.")
     except RuntimeError as error:

@@ -732,8 +732,8 @@ def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(update
         return 1.0
 
     monkeypatch.setattr(train_model, "try_rate", instead)
-    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0)
-    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}), updates)
+    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0, updates=updates)
+    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}))
     assert lengths == [each] * 3
 
 
