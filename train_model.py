@@ -28,9 +28,18 @@ Each line is a section below; they stand in the order in which the run needs the
     command line         main                 settings, flags and signals; errors as one sentence
 """
 
+# ruff: noqa: E402 - the command line is read before the libraries are loaded, which takes seconds
 from __future__ import annotations  # so that the run may stand above the classes that it uses
 
-import argparse
+import os
+import signal
+
+if __name__ == "__main__":
+    # For the seconds in which the libraries are loaded; then main takes over. What is ignored (nohup) stays ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(os.write(2, b"Stopped before anything was begun.\n") and 1))
+
 import contextlib
 import ctypes
 import errno
@@ -42,12 +51,10 @@ import inspect
 import json
 import logging
 import math
-import os
 import pickle
 import platform
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -64,63 +71,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    # A closed stdin, stdout or stderr leaves its number to the next file that is opened: what is said would go there.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-
-    # The libraries take seconds to load; nothing is begun by then.
-    def stop_while_loading(*_):
-        try:
-            os.write(2, b"Stopped before anything was begun.\n")
-        finally:
-            os._exit(1)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # What nohup keeps away stays away.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop_while_loading)
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ["USE_HUB_KERNELS"] = "NO"  # transformers would run code from the hub in place of its own
-if "WORLD_SIZE" not in os.environ:  # one process, one GPU; torchrun starts one process for each
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-if sys.platform == "linux":
-    # Trainer loads peft, and peft bitsandbytes, which misses a package for weights of 4 bits. There are none here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import numpy as np
-import psutil
-import torch
-import transformers
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object
-from datasets import Dataset
-from filelock import FileLock, Timeout
-from huggingface_hub import constants as hub
-from huggingface_hub.errors import StrictDataclassError
-from jinja2.exceptions import TemplateError
-from matplotlib.figure import Figure
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    GenerationConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
+import extract_blog_data
+from extract_blog_data import (
+    FOLDER,
+    NAME,
+    SENTENCE,
+    STOP_SIGNALS,
+    Kind,
+    Setting,
+    above,
+    check_settings,
+    either,
+    flag_type,
+    hold_closed_streams,
+    on_signals,
+    one_of,
+    parser_of,
+    print_or_exit,
+    whole,
 )
-from transformers.integrations import sdpa_attention
-from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- settings
 BASE_MODEL = "gpt2-medium"  # a name on the Hugging Face hub, or a model folder; 355M parameters fit 8 GB
@@ -152,25 +121,183 @@ SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
 # no more often; a penalty of 1.1 costs some of the voice, and without one 3 to 7 % of what is said was said before.
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}
 
-# Every name above is a setting. A new one needs a row in ALLOWED (command line); to the identity of a run
-# (`identity_of_run`) it belongs by itself.
-SETTINGS = [name for name in list(globals()) if name.isupper()]
-# Only these may differ between a run and the one that continues it: they do not change what the model learns.
-NOT_IN_THE_IDENTITY = {"DATA_DIR", "OUTPUT_DIR", "CHECKPOINT_MINUTES", "SAMPLE_PROMPT", "SAMPLING"}
 
+# ---------------------------------------------------------------------------- command line
+@dataclass(frozen=True)
+class Settings:
+    """The settings above, as a run has them: a flag stands in for its setting."""
+
+    base_model: str
+    data_dir: Path
+    output_dir: Path
+    context_tokens: int
+    overlap_tokens: int
+    rows_per_update: int
+    epochs: float
+    max_steps: int
+    learning_rate: float | str
+    warmup_share: float
+    lora_rank: int
+    dropout: float
+    precision: str
+    seed: int
+    evaluations_per_epoch: int
+    patience: int
+    checkpoint_minutes: float
+    sample_prompt: str
+    sampling: dict
+    fresh: bool
+    cpu: bool
+
+
+# Only these may differ between a run and the one that continues it: they do not change what the model learns.
+NOT_IN_THE_IDENTITY = {"data_dir", "output_dir", "checkpoint_minutes", "sample_prompt", "sampling", "fresh", "cpu"}
+
+HERE = Path(__file__).resolve().parent
+AUTO = "auto"
+PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+SHARE = Kind("a number from 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
+POSITIVE = Kind("a number above 0", lambda value: is_number(value) and value > 0, float)
+NOT_NEGATIVE = Kind("a number from 0", lambda value: is_number(value) and value >= 0)
+SAMPLING_KINDS = {
+    "temperature": POSITIVE,
+    "top_k": whole(0, 1_000_000),
+    "top_p": above(0, 1),
+    "repetition_penalty": POSITIVE,
+    "max_new_tokens": whole(1, 1_000_000),
+}
+
+
+def is_sampling(value: object) -> bool:
+    if not isinstance(value, dict) or set(value) != set(SAMPLING_KINDS):
+        return False
+    return all(kind.allows(value[name]) for name, kind in SAMPLING_KINDS.items())
+
+
+SAMPLING_WORDS = "a dict of " + ", ".join(f"{name} ({kind.words})" for name, kind in SAMPLING_KINDS.items())
+
+# Every setting of the settings block; each is also a field of Settings.
+SETTINGS = {
+    "BASE_MODEL": Setting(NAME, '"gpt2-medium"', flag="--base-model"),
+    "DATA_DIR": Setting(FOLDER, '"data"', flag="--data-dir"),
+    "OUTPUT_DIR": Setting(FOLDER, '"blog-model-final"', flag="--output-dir"),
+    "CONTEXT_TOKENS": Setting(whole(16, 1_000_000), "512"),
+    "OVERLAP_TOKENS": Setting(whole(1, 500_000), "32"),
+    "ROWS_PER_UPDATE": Setting(whole(1, 100_000), "8"),
+    "EPOCHS": Setting(POSITIVE, "3", flag="--epochs"),
+    "MAX_STEPS": Setting(whole(0, 1_000_000_000), "0", flag="--max-steps"),
+    "LEARNING_RATE": Setting(either(one_of(AUTO), POSITIVE), '"auto"', flag="--learning-rate"),
+    "WARMUP_SHARE": Setting(SHARE, "0.1"),
+    "LORA_RANK": Setting(whole(0, 100_000), "16"),
+    "DROPOUT": Setting(SHARE, "0.1"),
+    "PRECISION": Setting(one_of("auto", *PRECISIONS), '"auto"'),
+    "SEED": Setting(whole(0, 2**32 - 1), "42"),
+    "EVALUATIONS_PER_EPOCH": Setting(whole(1, 100_000), "2"),
+    "PATIENCE": Setting(whole(1, 100_000), "3"),
+    "CHECKPOINT_MINUTES": Setting(NOT_NEGATIVE, "10"),
+    "SAMPLE_PROMPT": Setting(SENTENCE, '"What is on your mind?"'),
+    "SAMPLING": Setting(
+        Kind(SAMPLING_WORDS, is_sampling),
+        '{"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}',
+    ),
+}
+
+
+def parse_arguments(argv: list[str] | None) -> Settings:
+    """The settings block with the flags applied; exits with a sentence if a setting or flag is wrong."""
+    block = {name: globals().get(name) for name in SETTINGS}
+    check_settings(block, SETTINGS, "train_model.py")
+    if CONTEXT_TOKENS < 2 * OVERLAP_TOKENS:
+        sys.exit("OVERLAP_TOKENS in train_model.py must be at most half of CONTEXT_TOKENS.")
+
+    parser = parser_of("train_model.py", __doc__.splitlines()[0])
+
+    def add(name: str, default: object, metavar: str, remark: str | None = None) -> None:
+        setting = SETTINGS[name]
+        parser.add_argument(setting.flag, type=flag_type(setting), default=default, metavar=metavar, help=remark)
+
+    add("BASE_MODEL", BASE_MODEL, "NAME_OR_FOLDER")
+    add("DATA_DIR", HERE / DATA_DIR, "FOLDER")
+    add("OUTPUT_DIR", HERE / OUTPUT_DIR, "FOLDER")
+    add("EPOCHS", EPOCHS, "NUMBER")
+    add("MAX_STEPS", MAX_STEPS, "NUMBER", "updates; 0: as many as the epochs need")
+    add("LEARNING_RATE", LEARNING_RATE, "NUMBER", 'or "auto"')
+    parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a graphics card")
+    flags = vars(parser.parse_args(argv))
+
+    fields = {name.lower(): value for name, value in block.items()} | flags
+    fields["data_dir"] = Path(fields["data_dir"])
+    fields["output_dir"] = Path(fields["output_dir"])
+    return Settings(**fields)
+
+
+def use_one_card() -> None:
+    """One process uses one card, the first that is visible; torchrun starts a process for each."""
+    if "WORLD_SIZE" not in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+
+
+if __name__ == "__main__":
+    hold_closed_streams()
+    parse_arguments(None)  # --help and a wrong flag do not wait for the libraries
+    use_one_card()  # bitsandbytes looks for cards when it is imported
+
+if sys.platform == "linux":
+    # Trainer imports peft, and peft bitsandbytes, which warns about a package for 4-bit weights. None are used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather_object
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
+from jinja2.exceptions import TemplateError
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    GenerationConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import hub_kernels, sdpa_attention
+from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- the run
 SPLITS = ("train", "val")
 
 
-def train(args: argparse.Namespace) -> None:
+def train(settings: Settings) -> None:
     """One run: from the data files to the finished folder, or on from the checkpoint of an unfinished run.
 
     With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
     """
-    places = check_places(args)
-    check_card(args.cpu)
-    process = PartialState(cpu=args.cpu or not torch.accelerator.is_available())
+    places = check_places(settings)
+    check_card(settings.cpu)
+    process = PartialState(cpu=settings.cpu or not torch.accelerator.is_available())
     prepare_card(process.device)
     if is_on_windows_drive(places.output):
         say(f"{places.output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
@@ -181,77 +308,80 @@ def train(args: argparse.Namespace) -> None:
         if agreed([was_finished])[0]:
             say(f"The run before was stopped while it put its model in place: {places.output} holds that model now.")
             return
-        train_in(places, args, process)
+        train_in(places, settings, process)
 
 
-def train_in(places: Places, args: argparse.Namespace, process: PartialState) -> None:
+def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     """As `train`, in folders that are this run's alone."""
     # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
-    check_data_folder(args.data_dir)
-    conversations = {split: read_conversations(data_file(args, split)) for split in SPLITS}
-    check_hub(args.base_model)
-    config = load_or_exit(load_config, args.base_model)
-    tokenizer = load_or_exit(load_tokenizer, args.base_model, vocabulary_of(config))
+    check_data_folder(settings.data_dir)
+    conversations = {split: read_conversations(data_file(settings, split)) for split in SPLITS}
+    check_hub(settings.base_model)
+    config = load_or_exit(load_config, settings.base_model)
+    tokenizer = load_or_exit(load_tokenizer, settings.base_model, vocabulary_of(config))
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
-    rows_of = split_rows(tokenized, config, process.num_processes)
+    rows_of = split_rows(tokenized, config, settings, process.num_processes)
     data = count_data(conversations, rows_of)
     say_lines(data_lines(tokenized, rows_of))
 
     # What cannot fit is said here, before minutes are spent on loading weights.
-    begun = None if args.fresh else begun_with(places.unfinished)
-    machine = look_at_machine(process)
-    plan, forecast = make_plan(args, config, rows_of["train"], machine, begun)
-    say_lines(plan.lines(forecast))
+    begun = None if settings.fresh else begun_with(places.unfinished)
+    machine = look_at_machine(process, settings.precision)
+    plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
+    say_lines(plan_lines(plan, forecast, settings))
     say(f"disk     {check_disk(places, plan)}")
 
     # The first process decides what may be continued; the others look when it has done so.
-    identity = identity_of_run(args, plan.precision)
+    identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
-            open_unfinished(places.unfinished, identity, args.fresh, Begun(plan.optimizer, machine.free_memory))
+            open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
     # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_or_exit(load_for_training, args.base_model)
-    if not load_or_exit(can_pack, args.base_model, model):
+    model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
+    if not load_or_exit(can_pack, settings.base_model, model):
         say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
-        rows_of = split_rows(tokenized, config, process.num_processes, packed=False)
+        rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
         say_lines(data_lines(tokenized, rows_of))
-        plan, forecast = make_plan(args, config, rows_of["train"], machine, begun)
-        say_lines(plan.lines(forecast))
+        plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
+        say_lines(plan_lines(plan, forecast, settings))
 
     # Each rate that is tried has a model of its own, so this one makes room.
     tried = {}
-    if args.learning_rate == AUTO:
+    if settings.learning_rate == AUTO:
         del model
-        tried = find_rates(args, places.unfinished, plan, forecast.updates, rows_of, data)
-        args = with_flags(args, learning_rate=best_rate(tried))
-        model = load_or_exit(load_for_training, args.base_model)
-    model = prepare_to_train(model, plan)
+        run = Run(settings, places.unfinished, plan, rows_of, data)
+        tried = find_rates(run, forecast.updates)
+        settings = replace(settings, learning_rate=best_rate(tried))
+        model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
+    model = prepare_to_train(model, plan, settings)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    trainer = build_trainer(args, places.unfinished, plan, model, tokenizer, rows_of, data)
-    log = run_to_the_end(trainer, checkpoint)
+    run = Run(settings, places.unfinished, plan, rows_of, data)
+    trainer = build_trainer(run, model, tokenizer)
+    log = run_to_the_end(trainer, checkpoint, settings)
 
     if process.is_main_process:
         # Room for the model that `finish` loads to check what was saved.
         del model, trainer
         gc.collect()
         give_back_memory()
-        names = {"base_model": name_to_share(args.base_model, places.output), "output_dir": places.output.name}
+        names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
         report = {
             "settings": {**identity, **names},
             "data": data,
             "plan": asdict(plan),
-            "learning_rate": {"used": args.learning_rate, "bits_per_byte_of_tried": tried},
+            "learning_rate": {"used": settings.learning_rate, "bits_per_byte_of_tried": tried},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "log": without_samples(log),
         }
-        print_result(finish(places, tokenizer, rows_of["val"], process.device, report))
+        verdict = finish(places, settings, tokenizer, rows_of["val"], process.device, report)
+        print_or_exit(verdict, f"the model is in place; {verdict}")
 
 
-def finish(places: Places, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
+def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict.
 
     Ends the program, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
@@ -264,7 +394,7 @@ def finish(places: Places, tokenizer, rows: Dataset, device: torch.device, repor
     report["verdict"] = verdict(base, best, report["data"]["val"]["conversations"])
     report["advice"] = tell_epochs(base, later)
 
-    save_companions(places.best, tokenizer, report)
+    save_companions(places.best, settings, tokenizer, report)
     check_saved(places.best, rows, device, report["plan"], best["eval_loss"])
 
     # The names must not reach the disk before what they name.
@@ -274,8 +404,8 @@ def finish(places: Places, tokenizer, rows: Dataset, device: torch.device, repor
     return f"{report['verdict']} {report['advice']}".strip()
 
 
-def data_file(args: argparse.Namespace, split: str) -> Path:
-    return args.data_dir / f"{split}_data.jsonl"
+def data_file(settings: Settings, split: str) -> Path:
+    return settings.data_dir / f"{split}_data.jsonl"
 
 
 def check_hub(name: str) -> None:
@@ -304,29 +434,14 @@ def load_or_exit(load: Callable, *arguments):
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Progress and diagnostics go to stderr, from the first process only; where nobody can read it, nothing is said."""
-    if os.environ.get("RANK", "0") != "0" or sys.stderr is None:
-        return
-    # The window may be gone, and the run still has a checkpoint to write.
-    with contextlib.suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
+    """Progress and diagnostics on stderr, from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        extract_blog_data.say(text, end)
 
 
 def say_lines(lines: list[str]) -> None:
     for line in lines:
         say(line)
-
-
-def print_result(text: str) -> None:
-    """On stdout; where that is full or gone, in the sentence that ends the program."""
-    if sys.stdout is None:
-        sys.exit(f"The model is in place; stdout is closed: {text}")
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        # Python would try once more when it ends, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(f"The model is in place; its result cannot be printed ({error.strerror}): {text}")
 
 
 # ---------------------------------------------------------------------------- folders
@@ -392,27 +507,27 @@ class Places(NamedTuple):
         return self.unfinished / "previous"
 
 
-def check_places(args: argparse.Namespace) -> Places:
+def check_places(settings: Settings) -> Places:
     """Where this run may write; ends the program where somebody else's files are. Nothing is touched."""
     try:
-        places = Places(args.output_dir.resolve())
-        problem = why_not_to_write(places, folders_to_keep(args))
+        places = Places(settings.output_dir.resolve())
+        problem = why_not_to_write(places, folders_to_keep(settings))
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
         problem = f"cannot be used ({brief(error)})"
     if problem:
-        sys.exit(f"--output-dir {args.output_dir} {problem}: name a folder that is not there yet, as blog-model-2.")
+        sys.exit(f"--output-dir {settings.output_dir} {problem}: name a folder that is not there yet, as blog-model-2.")
     return places
 
 
-def folders_to_keep(args: argparse.Namespace) -> dict[str, Path]:
+def folders_to_keep(settings: Settings) -> dict[str, Path]:
     folders = {
         "these scripts": HERE,
         "the current folder": Path.cwd(),
         "your home folder": Path.home(),
-        "the data": args.data_dir.resolve(),
+        "the data": settings.data_dir.resolve(),
     }
-    if Path(args.base_model).is_dir():
-        folders["the base model"] = Path(args.base_model).resolve()
+    if Path(settings.base_model).is_dir():
+        folders["the base model"] = Path(settings.base_model).resolve()
     return folders
 
 
@@ -728,6 +843,8 @@ MODEL_JSON = {
 
 def load_config(name: str | Path, only_local: bool = False):
     """The config of a model that can be trained here; raises CannotLoad."""
+    hub_kernels._kernels_enabled = False  # transformers would run code from the hub in place of its own
+    hub.HF_HUB_DISABLE_TELEMETRY = True
     with Reading(name):
         if Path(name).is_dir():
             check_files(Path(name))
@@ -1130,7 +1247,7 @@ UNSCORED = -100  # label of a token that is context only
 
 
 class Window(NamedTuple):
-    """Up to CONTEXT_TOKENS tokens of one conversation."""
+    """Tokens of one conversation that the model reads at once."""
 
     ids: list[int]
     labels: list[int]  # the token itself where it is scored, else UNSCORED
@@ -1218,21 +1335,23 @@ def one_row(windows: list[Window]) -> dict[str, list[int]]:
     return row
 
 
-def split_rows(tokenized: dict[str, list], config, processes: int, packed: bool = True) -> dict[str, Dataset]:
+def split_rows(
+    tokenized: dict[str, list], config, settings: Settings, processes: int, packed: bool = True
+) -> dict[str, Dataset]:
     """Rows of each split, no longer than the model has positions."""
-    context = min(CONTEXT_TOKENS, positions_of(config))
-    overlap = min(OVERLAP_TOKENS, context // 2)
+    context = min(settings.context_tokens, positions_of(config, settings.context_tokens))
+    overlap = min(settings.overlap_tokens, context // 2)
     # Whole updates, so that one process or several shuffle the same rows into the same updates.
-    multiple = math.lcm(ROWS_PER_UPDATE, processes)
+    multiple = math.lcm(settings.rows_per_update, processes)
     return {
         "train": make_rows(tokenized["train"], context, overlap, packed, multiple),
         "val": make_rows(tokenized["val"], context, overlap, packed),
     }
 
 
-def positions_of(config) -> int:
-    """Tokens that the model can read at once; CONTEXT_TOKENS for one without such a limit (Mamba, BLOOM)."""
-    return getattr(config.get_text_config(), "max_position_embeddings", CONTEXT_TOKENS)
+def positions_of(config, unlimited: int) -> int:
+    """Tokens that the model can read at once; `unlimited` for a model without such a limit (Mamba, BLOOM)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", unlimited)
 
 
 def data_lines(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> list[str]:
@@ -1271,26 +1390,26 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------- model and loss
-def load_for_training(name: str):
+def load_for_training(name: str, dropout: float = 0.0):
     """The model in float32: updates of 2e-5 would be rounded away in bfloat16 weights. Raises CannotLoad."""
     config = load_config(name)
-    set_dropout(config)
+    set_dropout(config, dropout)
     usual_names = fuse_activations(config)
     if hasattr(config, "n_positions"):
         config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
 
     model = load_model(name, config)
-    model.generation_config = GenerationConfig()  # SAMPLING is what it answers with
+    model.generation_config = GenerationConfig()  # it answers with the setting SAMPLING
     for key, value in usual_names.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
 
 
-def set_dropout(config) -> None:
-    """DROPOUT wherever the architecture has a place for it: the names of these keys differ."""
+def set_dropout(config, dropout: float) -> None:
+    """Set it wherever the architecture has a place for it: the names of these keys differ."""
     for key, value in config.to_dict().items():
         if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(config, key, DROPOUT)
+            setattr(config, key, dropout)
 
 
 def can_pack(name: str, model) -> bool:
@@ -1350,24 +1469,23 @@ def conversation_losses(model, rows: Dataset) -> np.ndarray:
 
 
 @torch.inference_mode()
-def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
+def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
     """One answer to `prompt`, always the same for the same weights; training's random numbers stay untouched."""
     model.eval()
     text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     # Trainer has switched off the cache in the model's config.
-    settings = {**SAMPLING, "max_new_tokens": max_new_tokens, "do_sample": True, "use_cache": True}
+    options = {**sampling, "do_sample": True, "use_cache": True}
 
     cards = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
-        torch.manual_seed(SEED)
-        output = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
+        torch.manual_seed(seed)
+        output = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
     prompt_length = inputs["input_ids"].shape[1]
     return tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------- plan
-PRECISIONS = ("bf16", "fp16", "fp32")
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
 # The compute capability from which on a card has kernels of its own: RTX 30xx and A100; V100 and RTX 20xx; all.
 FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
@@ -1412,29 +1530,29 @@ class Plan:
     lora_rank: int = 0  # 0: all weights are trained
     trained: int = 0  # parameters of the adapters; 0 without any
 
-    def lines(self, forecast: Forecast) -> list[str]:
-        """The plan for people, a line each."""
-        lines = []
-        # The user should know why it is slower than on another machine.
-        if (self.optimizer, self.checkpointing) != OPTIMIZERS[0]:
-            recomputed = " and recomputed activations." if self.checkpointing else ""
-            lines.append(f"Memory is short: training with {self.optimizer}{recomputed}")
 
-        size = f"{self.parameters / 1e6:.0f}M parameters"
-        if self.lora_rank:
-            size += f" frozen, {self.trained / 1e6:.1f}M trained in adapters of rank {self.lora_rank}"
-        lines.append(f"model    {forecast.base_model}, {size}, {self.precision} on {self.device}")
-        at_once = f", {self.rows_at_once} rows at once" if self.rows_at_once > 1 else ""
-        lines.append(
-            f"data     {forecast.rows:,} rows of up to {CONTEXT_TOKENS} tokens, {forecast.updates} updates{at_once}"
-        )
+def plan_lines(plan: Plan, forecast: Forecast, settings: Settings) -> list[str]:
+    """The plan for people, a line each."""
+    lines = []
+    # The user should know why it is slower than on another machine.
+    if (plan.optimizer, plan.checkpointing) != OPTIMIZERS[0]:
+        recomputed = " and recomputed activations." if plan.checkpointing else ""
+        lines.append(f"Memory is short: training with {plan.optimizer}{recomputed}")
 
-        gigabytes = {name: f"{needed / 1e9:.1f}" for name, needed in forecast.memory.items()}
-        parts = ", ".join(f"{name} {size}" for name, size in gigabytes.items())
-        needed = sum(forecast.memory.values()) / 1e9
-        free = forecast.free_memory / 1e9
-        lines.append(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
-        return lines
+    size = f"{plan.parameters / 1e6:.0f}M parameters"
+    if plan.lora_rank:
+        size += f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
+    lines.append(f"model    {forecast.base_model}, {size}, {plan.precision} on {plan.device}")
+    at_once = f", {plan.rows_at_once} rows at once" if plan.rows_at_once > 1 else ""
+    rows = f"{forecast.rows:,} rows of up to {settings.context_tokens} tokens"
+    lines.append(f"data     {rows}, {forecast.updates} updates{at_once}")
+
+    gigabytes = {name: f"{needed / 1e9:.1f}" for name, needed in forecast.memory.items()}
+    parts = ", ".join(f"{name} {size}" for name, size in gigabytes.items())
+    needed = sum(forecast.memory.values()) / 1e9
+    free = forecast.free_memory / 1e9
+    lines.append(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
+    return lines
 
 
 class Machine(NamedTuple):
@@ -1446,13 +1564,13 @@ class Machine(NamedTuple):
     free_memory: int  # bytes
 
 
-def look_at_machine(process: PartialState) -> Machine:
+def look_at_machine(process: PartialState, wanted: str) -> Machine:
     free = free_memory(process.device)
     if process.num_processes > 1:
         # All have to make the same plan, also the one whose card has the desktop.
         free = min(gather_object([free]))
 
-    precision = pick_precision(process.device, PRECISION)
+    precision = pick_precision(process.device, wanted)
     if process.device.type == "cuda" and precision == "bf16" != fastest_precision(process.device):
         sys.exit('Training with emulated bfloat16 takes memory that no plan counts: set PRECISION = "auto".')
     return Machine(process.device, process.num_processes, precision, free)
@@ -1466,21 +1584,21 @@ class Begun(NamedTuple):
 
 
 def make_plan(
-    args: argparse.Namespace, config, rows: Dataset, machine: Machine, begun: Begun | None = None
+    settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None
 ) -> tuple[Plan, Forecast]:
     """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it.
 
     A run that was `begun` keeps its optimizer; how many rows go through at once, and what is recomputed, may change.
     """
-    shape = load_or_exit(shape_of_model, args.base_model, config)
+    shape = load_or_exit(shape_of_model, settings.base_model, config, settings.lora_rank)
     check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
     # An update has the same rows, however many processes share them, and however many go through at once.
-    rows_of_process = max(1, ROWS_PER_UPDATE // machine.processes)
+    rows_of_process = max(1, settings.rows_per_update // machine.processes)
     way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
 
-    updates_per_epoch = math.ceil(len(rows) / ROWS_PER_UPDATE)
-    updates = args.max_steps or math.ceil(updates_per_epoch * args.epochs)
+    updates_per_epoch = math.ceil(len(rows) / settings.rows_per_update)
+    updates = settings.max_steps or math.ceil(updates_per_epoch * settings.epochs)
     plan = Plan(
         device=machine.device.type,
         precision=machine.precision,
@@ -1489,13 +1607,13 @@ def make_plan(
         rows_at_once=way.rows_at_once,
         accumulation=rows_of_process // way.rows_at_once,
         # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
-        evaluate_every=math.ceil(min(updates, updates_per_epoch) / EVALUATIONS_PER_EPOCH),
+        evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
         parameters=shape.parameters,
         lora_rank=shape.lora_rank,
         trained=shape.adapters,
     )
     filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
-    return plan, Forecast(args.base_model, filled, updates, memory, machine.free_memory)
+    return plan, Forecast(settings.base_model, filled, updates, memory, machine.free_memory)
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:
@@ -1565,10 +1683,10 @@ class Shape:
         return self.lora_rank * self.adapted_widths
 
 
-def shape_of_model(name: str, config) -> Shape:
+def shape_of_model(name: str, config, lora_rank: int) -> Shape:
     """As `shape_of`; raises CannotLoad where no model can be made of the config."""
     with Reading(name):
-        return shape_of(config, LORA_RANK)
+        return shape_of(config, lora_rank)
 
 
 def shape_of(config, lora_rank: int = 0) -> Shape:
@@ -1819,25 +1937,25 @@ def layers_to_adapt(model) -> list[torch.nn.Module]:
     return [layer for layer in model.modules() if isinstance(layer, linear) and layer is not output]
 
 
-def add_adapters(model, precision: str) -> PeftModel:
-    """`model`, frozen and held in `precision`, with float32 adapters of LORA_RANK; ends the program where none can be.
+def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
+    """`model`, frozen and held in `precision`, with float32 adapters; ends the program where none can be.
 
-    The same numbers in A for the same SEED.
+    The same numbers in A for the same seed.
     """
     hold_in_half(model, precision)
     # By its name peft would ask the hub for the base model's config at every checkpoint.
     model.name_or_path = ""
     has_conv1d = any(isinstance(layer, Conv1D) for layer in layers_to_adapt(model))
     config = LoraConfig(
-        r=LORA_RANK,
+        r=settings.lora_rank,
         lora_alpha=LORA_ALPHA,
-        lora_dropout=DROPOUT,
+        lora_dropout=settings.dropout,
         target_modules="all-linear",
         fan_in_fan_out=has_conv1d,
     )
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(SEED)
+        torch.manual_seed(settings.seed)
         # peft asks by a name that transformers has given up.
         warnings.simplefilter("ignore", FutureWarning)
         try:
@@ -1869,7 +1987,7 @@ def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def merged(model):
+def merged(model, seed: int):
     """While it lasts, the adapters of `model` are in its weights, rounded always alike; nothing without adapters.
 
     To subtract them would not bring back what rounding took, so the frozen weights are put aside, in the computer's
@@ -1879,7 +1997,7 @@ def merged(model):
         yield
         return
 
-    dice = torch.Generator(model.device).manual_seed(SEED)
+    dice = torch.Generator(model.device).manual_seed(seed)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     frozen = [layer.get_base_layer().weight.to("cpu", copy=True) for layer in layers]
     with model.disable_adapter():
@@ -1925,11 +2043,11 @@ def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     return base, weights
 
 
-def prepare_to_train(model, plan: Plan):
+def prepare_to_train(model, plan: Plan, settings: Settings):
     """`model` on its device, as it is trained: with adapters if there are to be any."""
     # Halved before it meets the card, which need not have room for it in float32.
     if plan.lora_rank:
-        model = add_adapters(model, plan.precision)
+        model = add_adapters(model, plan.precision, settings)
     model.to(PartialState().device)
     use_sparse_embedding_gradient(model)
     return model
@@ -1939,7 +2057,6 @@ def prepare_to_train(model, plan: Plan):
 # LEARNING_RATE = "auto": from the same weights, a short run at each of three rates, with a warm-up and fall of its
 # own, on the rows that the run begins with. The rate that leaves the least to guess of held-out posts is taken, and the
 # run begins anew with it: to the last bit the run that has this number for a LEARNING_RATE.
-AUTO = "auto"
 # The first is best for Gemma 3 270M, the last for SmolLM2-135M, as trials of two to eight updates found on real blogs
 # (benchmarks/README.md). Higher rates look good in a trial and overfit later. Those for adapters are ten times as high,
 # see LORA_ALPHA.
@@ -1948,25 +2065,25 @@ RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
 TRIAL_UPDATES = 8
 
 
-def find_rates(
-    args: argparse.Namespace, folder: Path, plan: Plan, updates: int, rows_of: dict[str, Dataset], data: dict
-) -> dict[float, float]:
+def find_rates(run: Run, updates: int) -> dict[float, float]:
     """Held-out bits per byte after a trial of each rate, by the rate; `updates` are those of the whole run.
 
-    What an earlier start of this run has found, and left in `folder`, is not tried again.
+    What an earlier start of this run has found, and left in its folder, is not tried again.
     """
-    rates = RATES_FOR_ADAPTERS if plan.lora_rank else RATES_TO_TRY
+    rates = RATES_FOR_ADAPTERS if run.plan.lora_rank else RATES_TO_TRY
     # All together they take no longer than the run; one update would be none, as a warm-up begins with a rate of 0.
     few = min(TRIAL_UPDATES, max(2, updates // len(rates)))
     names = ", ".join(f"{rate:g}" for rate in rates)
     say(f"rate     each of {names} has a trial of {few} updates, from the same start")
 
-    tried = known_rates(folder)
+    tried = known_rates(run.folder)
     for rate in rates:
         if rate not in tried:
-            trial = with_flags(args, learning_rate=rate, max_steps=few)
-            tried[rate] = try_rate(trial, folder, plan, rows_of, data)
-            keep_rates(folder, tried)
+            trial = replace(run.settings, learning_rate=rate, max_steps=few)
+            # Measured once, at its end.
+            plan = replace(run.plan, evaluate_every=few)
+            tried[rate] = try_rate(replace(run, settings=trial, plan=plan))
+            keep_rates(run.folder, tried)
             forget_trial(plan.optimizer)
         say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
     if all(math.isinf(tried[rate]) for rate in rates):
@@ -1976,13 +2093,11 @@ def find_rates(
     return tried
 
 
-def try_rate(args: argparse.Namespace, folder: Path, plan: Plan, rows_of: dict[str, Dataset], data: dict) -> float:
-    """Held-out bits per byte after `args.max_steps` updates at `args.learning_rate`; infinite where it broke down."""
-    model = prepare_to_train(load_or_exit(load_for_training, args.base_model), plan)
-
-    # Measured once, at its end.
-    plan = replace(plan, evaluate_every=args.max_steps)
-    trainer = trainer_with([CastWeightsOnce(model.device), SaySkipped()], args, folder, plan, model, rows_of, data)
+def try_rate(trial: Run) -> float:
+    """Held-out bits per byte after the updates of a trial; infinite where it broke down."""
+    model = load_or_exit(load_for_training, trial.settings.base_model, trial.settings.dropout)
+    model = prepare_to_train(model, trial.plan, trial.settings)
+    trainer = trainer_with([CastWeightsOnce(model.device), SaySkipped()], trial, model)
     trainer.train()
 
     [measured] = evaluations(trainer.state.log_history)
@@ -2033,10 +2148,6 @@ def keep_rates(folder: Path, tried: dict[float, float]) -> None:
         write_whole(folder / "rates.json", json.dumps(finite(tried)))
 
 
-def with_flags(args: argparse.Namespace, **values) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **values})
-
-
 # ---------------------------------------------------------------------------- training
 class BlogTrainer(Trainer):
     """Trainer whose loss is the author's tokens' only, each of the same weight, and whose evaluation is exact.
@@ -2081,7 +2192,7 @@ class BlogTrainer(Trainer):
         rank = self.args.process_index
         mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
         # What is measured is what is saved, and what gives the sample.
-        with merged(self.model):
+        with merged(self.model, self.args.seed):
             with self.compute_loss_context_manager():
                 losses = conversation_losses(self.model, mine)
             # As Python numbers, because not every device has float64.
@@ -2096,41 +2207,42 @@ class BlogTrainer(Trainer):
         return metrics
 
 
-def build_trainer(
-    args: argparse.Namespace, folder: Path, plan: Plan, model, tokenizer, rows_of: dict[str, Dataset], data: dict
-) -> BlogTrainer:
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how; a trial of a learning rate is a short one."""
+
+    settings: Settings
+    folder: Path  # for checkpoints and the best model
+    plan: Plan
+    rows_of: dict[str, Dataset]
+    data: dict[str, dict]  # see `count_data`
+
+
+def build_trainer(run: Run, model, tokenizer) -> BlogTrainer:
     # They are called in this order: a loss that is no number ends the run before anything is printed about it,
     # and Progress prints the sample that LogSample has left in the log.
     callbacks = [
         CastWeightsOnce(model.device),
-        StopAtNaN(plan.precision),
+        StopAtNaN(run.plan.precision),
         SaySkipped(),
         KeepBest(),
-        LogSample(tokenizer, plan.precision),
-        Progress(data["train"]["author_tokens"]),
-        EarlyStoppingCallback(PATIENCE),
+        LogSample(tokenizer, run.plan.precision, run.settings),
+        Progress(run.data["train"]["author_tokens"], run.settings.sample_prompt),
+        EarlyStoppingCallback(run.settings.patience),
     ]
-    return trainer_with(callbacks, args, folder, plan, model, rows_of, data)
+    return trainer_with(callbacks, run, model)
 
 
-def trainer_with(
-    callbacks: list[TrainerCallback],
-    args: argparse.Namespace,
-    folder: Path,
-    plan: Plan,
-    model,
-    rows_of: dict[str, Dataset],
-    data: dict,
-) -> BlogTrainer:
+def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrainer:
     """What a run and a trial have in common: rows, loss and evaluation; they differ in `callbacks`."""
     trainer = BlogTrainer(
         model=model,
-        args=training_arguments(args, folder, plan),
+        args=training_arguments(run),
         data_collator=collate,
-        train_dataset=rows_of["train"],
-        eval_dataset=rows_of["val"],
-        validation_bytes=data["val"]["author_bytes"],
-        precision=plan.precision,
+        train_dataset=run.rows_of["train"],
+        eval_dataset=run.rows_of["val"],
+        validation_bytes=run.data["val"]["author_bytes"],
+        precision=run.plan.precision,
         callbacks=callbacks,
     )
 
@@ -2142,18 +2254,20 @@ def trainer_with(
     return trainer
 
 
-def training_arguments(args: argparse.Namespace, folder: Path, plan: Plan) -> TrainingArguments:
+def training_arguments(run: Run) -> TrainingArguments:
+    settings = run.settings
+    plan = run.plan
     updates = {
         "per_device_train_batch_size": plan.rows_at_once,
         "gradient_accumulation_steps": plan.accumulation,
-        "num_train_epochs": args.epochs,
-        "max_steps": args.max_steps or -1,  # Trainer's word for "as many as the epochs need"
-        "learning_rate": args.learning_rate,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,  # Trainer's word for "as many as the epochs need"
+        "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": WARMUP_SHARE,  # below 1, Trainer reads it as a share
+        "warmup_steps": settings.warmup_share,  # below 1, Trainer reads it as a share
         "optim": plan.optimizer,
-        "seed": SEED,
-        "data_seed": SEED,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
     }
     hardware = {
         "use_cpu": plan.device == "cpu",
@@ -2177,23 +2291,25 @@ def training_arguments(args: argparse.Namespace, folder: Path, plan: Plan) -> Tr
 
     # Nothing is reported anywhere. The model does not read the column "conversation", our loss does.
     other = {"report_to": "none", "push_to_hub": False, "remove_unused_columns": False}
-    return TrainingArguments(output_dir=str(folder), **updates, **hardware, **watching, **logging, **other)
+    return TrainingArguments(output_dir=str(run.folder), **updates, **hardware, **watching, **logging, **other)
 
 
-def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None) -> list[dict]:
+def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None, settings: Settings) -> list[dict]:
     """Train, from `checkpoint` if there is one; returns the log. A run that the user stopped ends the program here."""
-    checkpoints = Checkpoints()
+    checkpoints = Checkpoints(settings.checkpoint_minutes)
     trainer.add_callback(checkpoints)
     # The base model is measured before the first update.
     trainer.args.eval_on_start = checkpoint is None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with on_signals(checkpoints.ask_to_stop):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     done = trainer.state.global_step
     planned = trainer.state.max_steps
     if checkpoints.asked_to_stop and done < planned:
         sys.exit(f"Stopped after update {done} of {planned}: run the same command again to continue.")
     if done < planned:
-        say(f"Stopped early after update {done} of {planned}: validation did not improve in {PATIENCE} evaluations.")
+        patience = f"{settings.patience} evaluations"
+        say(f"Stopped early after update {done} of {planned}: validation did not improve in {patience}.")
     return trainer.state.log_history
 
 
@@ -2264,23 +2380,27 @@ class KeepBest(TrainerCallback):
 class LogSample(TrainerCallback):
     """Puts an answer of the model into the log entry of each evaluation, so that the voice is seen arriving."""
 
-    def __init__(self, tokenizer, precision: str):
+    def __init__(self, tokenizer, precision: str, settings: Settings):
         self.tokenizer = tokenizer
         self.precision = precision
+        self.prompt = settings.sample_prompt
+        self.sampling = {**settings.sampling, "max_new_tokens": 40}
+        self.seed = settings.seed
 
     def on_evaluate(self, args, state, control, model, **_):
         if not state.is_world_process_zero:
             return
         with autocast(model.device, self.precision):
-            words = answer(model, self.tokenizer, SAMPLE_PROMPT, max_new_tokens=40).split()
+            words = answer(model, self.tokenizer, self.prompt, self.sampling, self.seed).split()
         state.log_history[-1]["sample"] = " ".join(words)
 
 
 class Progress(TrainerCallback):
     """Prints a line every few updates and at each evaluation."""
 
-    def __init__(self, tokens_per_epoch: int):
+    def __init__(self, tokens_per_epoch: int, prompt: str):
         self.tokens_per_epoch = tokens_per_epoch
+        self.prompt = prompt  # of the samples
         self.seconds = 0.0  # in updates only, without evaluations
         self.updates = 0  # of this process: fewer than the state's after a checkpoint
         self.losses = []  # since the last line
@@ -2326,30 +2446,32 @@ class Progress(TrainerCallback):
         say(
             f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  "
             f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)\n"
-            f"  {SAMPLE_PROMPT} {state.log_history[-1]['sample']}"
+            f"  {self.prompt} {state.log_history[-1]['sample']}"
         )
 
 
 class Checkpoints(TrainerCallback):
-    """Keeps one complete checkpoint (two while the next is written), a new one every CHECKPOINT_MINUTES.
+    """Keeps one complete checkpoint (two while the next is written), a new one every so many minutes.
 
     Ctrl-C, SIGTERM or SIGHUP (the window is closed) writes one and stops.
     """
 
-    def __init__(self):
+    def __init__(self, minutes: float):
+        self.minutes = minutes
         self.asked_to_stop = False
         self.saved = time.monotonic()
-        on_stop_signals(self.ask_to_stop)
 
-    def ask_to_stop(self, number, frame):
+    def ask_to_stop(self, *_):
+        """A signal handler; the second call ends the process."""
+        if self.asked_to_stop:
+            stop_at_once()
         self.asked_to_stop = True
         say("Stopping after this update; once more stops at once.")
-        on_stop_signals(stop_at_once)
 
     def on_step_end(self, args, state, control, **_):
         minutes = (time.monotonic() - self.saved) / 60
         # Each process has its own clock and is sent its own signal, and a checkpoint takes all of them.
-        is_due, stop = agreed([minutes >= CHECKPOINT_MINUTES, self.asked_to_stop])
+        is_due, stop = agreed([minutes >= self.minutes, self.asked_to_stop])
 
         # After the last update there is the model itself to save.
         is_last = state.global_step >= state.max_steps
@@ -2383,23 +2505,15 @@ def agreed(answers: list[bool]) -> list[bool]:
 
 
 # ---------------------------------------------------------------------------- unfinished runs
-def identity_of_run(args: argparse.Namespace, precision: str) -> dict:
+def identity_of_run(settings: Settings, precision: str) -> dict:
     """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass.
 
     `precision` is the one that was picked: "auto" means another on another device, with other losses.
     """
-    settings = {}
-    for name in SETTINGS:
-        if name not in NOT_IN_THE_IDENTITY:
-            settings[name.lower()] = globals()[name]
-
-    settings["precision"] = precision
-
-    # A flag, or its default, is what the run really has.
-    flags = {name: value for name, value in vars(args).items() if name in settings}
-    identity = {**flags, **(settings | flags)}
+    identity = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_IDENTITY}
+    identity["precision"] = precision
     for split in SPLITS:
-        identity[f"{split}_sha256"] = hashlib.sha256(data_file(args, split).read_bytes()).hexdigest()
+        identity[f"{split}_sha256"] = file_hash(data_file(settings, split))
     return identity
 
 
@@ -2578,18 +2692,18 @@ print(write([{{"role": "user", "content": "{sample_prompt}"}}])[0]["generated_te
 """
 
 
-def save_companions(folder: Path, tokenizer, report: dict) -> None:
+def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -> None:
     """Everything that belongs beside the weights: tokenizer, sampling settings, report, card, Modelfile and curve."""
     stops = stop_tokens(tokenizer)
     written = {Path(path).name for path in tokenizer.save_pretrained(folder)}
     written |= {path.name for path in folder.glob("model*.safetensors*")}
-    generation_config(tokenizer, stops).save_pretrained(folder)
+    generation_config(tokenizer, stops, settings.sampling).save_pretrained(folder)
 
     # As whoever loads the folder will read it.
-    positions = positions_of(load_or_exit(load_config, folder))
+    positions = positions_of(load_or_exit(load_config, folder), settings.context_tokens)
     texts = {
-        "README.md": CARD.format(**report, sample_prompt=SAMPLE_PROMPT),
-        "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions),
+        "README.md": CARD.format(**report, sample_prompt=settings.sample_prompt),
+        "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, settings.sampling),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -2629,9 +2743,9 @@ def stop_tokens(tokenizer) -> list[int]:
     return sorted({ids[last_scored], tokenizer.eos_token_id})
 
 
-def generation_config(tokenizer, stops: list[int]) -> GenerationConfig:
+def generation_config(tokenizer, stops: list[int], sampling: dict) -> GenerationConfig:
     return GenerationConfig(
-        **SAMPLING,
+        **sampling,
         do_sample=True,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
@@ -3009,7 +3123,7 @@ OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_p
 LONGEST_CHAT = 4_096  # tokens
 
 
-def modelfile(tokenizer, stops: list[str], positions: int) -> str:
+def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> str:
     """Text of the Modelfile for blog-model.gguf, which `make gguf` writes.
 
     `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
@@ -3017,10 +3131,10 @@ def modelfile(tokenizer, stops: list[str], positions: int) -> str:
     # Ollama forgets the beginning of a text that outgrows num_ctx, so half of it is the prompt's.
     context = min(positions, LONGEST_CHAT)
     longest_answer = max(1, context // 2)
-    settings = {**SAMPLING, "max_new_tokens": min(SAMPLING["max_new_tokens"], longest_answer)}
+    options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], longest_answer)}
 
     lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
-    for name, value in settings.items():
+    for name, value in options.items():
         lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
     lines.append(f"PARAMETER num_ctx {context}")
 
@@ -3127,146 +3241,33 @@ def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
     return SystemPieces(start, (before.removeprefix(start), after))
 
 
-# ---------------------------------------------------------------------------- command line
-HERE = Path(__file__).resolve().parent
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed window
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_sampling(value: object) -> bool:
-    if not isinstance(value, dict) or set(value) != set(OLLAMA_NAMES) | {"temperature", "top_k", "top_p"}:
-        return False
-    return (
-        is_number(value["temperature"])
-        and value["temperature"] > 0
-        and is_whole(value["top_k"], 0)
-        and is_number(value["top_p"])
-        and 0 < value["top_p"] <= 1
-        and is_number(value["repetition_penalty"])
-        and value["repetition_penalty"] > 0
-        and is_whole(value["max_new_tokens"], 1)
-    )
-
-
-class Allowed(NamedTuple):
-    """What a setting can be."""
-
-    holds: Callable[[object], bool]
-    wanted: str  # what is wanted, as in "EPOCHS takes ..."
-
-
-ALLOWED = {
-    "BASE_MODEL": Allowed(is_text, "the name of a model on the hub or of a model folder"),
-    "DATA_DIR": Allowed(is_text, "the name of a folder"),
-    "OUTPUT_DIR": Allowed(is_text, "the name of a folder"),
-    "CONTEXT_TOKENS": Allowed(lambda value: is_whole(value, 16), "a whole number from 16, as 512"),
-    "OVERLAP_TOKENS": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 32"),
-    "ROWS_PER_UPDATE": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 8"),
-    "EPOCHS": Allowed(lambda value: is_number(value) and value > 0, "a number above 0, as 3"),
-    "MAX_STEPS": Allowed(lambda value: is_whole(value, 0), "a whole number, 0 for as many as the epochs need"),
-    "LEARNING_RATE": Allowed(
-        lambda value: value == AUTO or (is_number(value) and value > 0), '"auto" or a number above 0, as 1e-4'
-    ),
-    "WARMUP_SHARE": Allowed(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 and below 1, as 0.1"),
-    "LORA_RANK": Allowed(lambda value: is_whole(value, 0), "0, which trains all weights, or a whole number, as 16"),
-    "DROPOUT": Allowed(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 and below 1, as 0.1"),
-    "PRECISION": Allowed(lambda value: value in ("auto", *PRECISIONS), '"auto", "bf16", "fp16" or "fp32"'),
-    "SEED": Allowed(lambda value: is_whole(value, 0) and value < 2**32, "a whole number from 0, as 42"),
-    "EVALUATIONS_PER_EPOCH": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 2"),
-    "PATIENCE": Allowed(lambda value: is_whole(value, 1), "a whole number from 1, as 3"),
-    "CHECKPOINT_MINUTES": Allowed(lambda value: is_number(value) and value >= 0, "a number of minutes, as 10"),
-    "SAMPLE_PROMPT": Allowed(is_text, "a sentence in quotation marks"),
-    "SAMPLING": Allowed(
-        is_sampling,
-        "temperature above 0, top_k from 0, top_p above 0 and up to 1, repetition_penalty above 0 and max_new_tokens "
-        "from 1, by these names",
-    ),
-}
-
-
-def check_settings(values: dict[str, object]) -> None:
-    """Ends the program at the first of these settings, by name, that is not what it takes."""
-    for name, value in values.items():
-        if not ALLOWED[name].holds(value):
-            sys.exit(f"{name} is {value!r}, and takes {ALLOWED[name].wanted}.")
-    if values["CONTEXT_TOKENS"] < 2 * values["OVERLAP_TOKENS"]:
-        sys.exit("OVERLAP_TOKENS takes at most half of CONTEXT_TOKENS.")
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    settings = {name: globals()[name] for name in SETTINGS}
-    check_settings(settings)
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    # One sentence as for every other error, without the usage that argparse prints before it.
-    parser.error = lambda message: sys.exit(f"train_model.py: {message} (--help lists the flags)")
-    parser.add_argument("--base-model", default=BASE_MODEL, metavar="NAME_OR_FOLDER")
-    parser.add_argument("--data-dir", type=Path, default=HERE / DATA_DIR, metavar="FOLDER")
-    parser.add_argument("--output-dir", type=Path, default=HERE / OUTPUT_DIR, metavar="FOLDER")
-    parser.add_argument("--epochs", type=float, default=EPOCHS)
-    parser.add_argument("--max-steps", type=int, default=MAX_STEPS, help="updates; 0: as many as the epochs need")
-    parser.add_argument("--learning-rate", type=number_or_auto, default=LEARNING_RATE, help='a number, or "auto"')
-    parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
-    parser.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a graphics card")
-    args = parser.parse_args(argv)
-
-    # A flag is checked as the setting is that it stands for.
-    flags = ("BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE")
-    check_settings({**settings, **{name: getattr(args, name.lower()) for name in flags}})
-    return args
-
-
-def number_or_auto(text: str) -> float | str:
-    if text == AUTO:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor "auto"') from None
-
-
-def on_stop_signals(handler: Callable) -> None:
-    """Have `handler` called at each of STOP_SIGNALS, but for those that are ignored, as under nohup."""
+# ---------------------------------------------------------------------------- signals and errors
+def stop(*_):
+    """A signal handler: the first signal stops what is being done, the second ends the process."""
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def stop(number, frame):
-    """A signal handler: ends what is being done; a second signal ends the program without more ado."""
-    on_stop_signals(stop_at_once)
+        if signal.getsignal(number) is stop:
+            signal.signal(number, stop_at_once)
     raise KeyboardInterrupt
 
 
-def stop_at_once(number, frame):
-    """A signal handler. What is on the disk is whole at every moment, so nothing has to be tidied."""
-    with contextlib.suppress(OSError):
+def stop_at_once(*_):
+    """What is on the disk is whole at every moment, so nothing has to be tidied."""
+    try:
         os.write(2, b"\nStopped at once: run the same command again to continue from the last checkpoint.\n")
-    os._exit(1)
+    finally:
+        os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> int:
     os.umask(0o077)  # whatever is written can repeat what is private
-    on_stop_signals(stop)
-
     try:
-        args = parse_arguments(argv)
-        transformers.logging.set_verbosity_error()
-        if Path(args.base_model).is_dir():  # a download shows its progress
-            transformers.logging.disable_progress_bar()
-        keep_freed_memory()
-        train(args)
+        with on_signals(stop):
+            settings = parse_arguments(argv)
+            transformers.logging.set_verbosity_error()
+            if Path(settings.base_model).is_dir():  # a download shows its progress
+                transformers.logging.disable_progress_bar()
+            keep_freed_memory()
+            train(settings)
 
     except KeyboardInterrupt:
         sys.exit("Stopped: run the same command again; it continues from the last checkpoint, if there is one.")

@@ -72,7 +72,8 @@ def in_go(cases: list[dict]) -> list[str]:
 
 
 def template_of(tokenizer) -> str:
-    return re.search(r'TEMPLATE """(.*?)"""', train_model.modelfile(tokenizer, ["</s>"], 512), re.DOTALL)[1]
+    text = train_model.modelfile(tokenizer, ["</s>"], 512, train_model.SAMPLING)
+    return re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -139,9 +139,9 @@ def test_nothing_keeps_a_parameter_of_a_trial(optimizer, rank, gpt2_folder, data
     still_there = []
     load = train_model.load_for_training
 
-    def watched(name):
+    def watched(name, dropout):
         still_there.append(sum(weight() is not None for weight in seen))
-        model = load(name)
+        model = load(name, dropout)
         seen.extend(weakref.ref(weight) for weight in model.parameters())
         return model
 
@@ -203,9 +203,9 @@ def test_a_stopped_run_goes_on_with_its_optimizer_where_memory_now_allows_anothe
     order = iter([((first, False), (second, False)), ((second, False), (first, False))])
     original = train_model.look_at_machine
 
-    def changed(process):
+    def changed(process, wanted):
         monkeypatch.setattr(train_model, "OPTIMIZERS", next(order))
-        return original(process)
+        return original(process, wanted)
 
     monkeypatch.setattr(train_model, "look_at_machine", changed)
     continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *LEARN)
@@ -216,7 +216,7 @@ def test_a_stopped_run_goes_on_with_its_optimizer_where_memory_now_allows_anothe
 def test_several_processes_plan_from_the_least_memory_and_with_their_gradients_twice(medium, monkeypatch):
     process = argparse.Namespace(device=torch.device("cpu"), num_processes=2)
     monkeypatch.setattr(train_model, "gather_object", lambda mine: [*mine, 3])
-    assert train_model.look_at_machine(process).free_memory == 3
+    assert train_model.look_at_machine(process, "auto").free_memory == 3
 
     way = train_model.WayToTrain(FUSED, False, 1)
     one, two = (train_model.memory_of_machine(medium, 512, machine(24, processes=n), way) for n in (1, 2))
@@ -258,12 +258,11 @@ def test_a_number_that_no_card_has_is_not_taken_for_an_old_driver(monkeypatch):
 
 
 def test_emulated_bfloat16_is_refused_for_training(monkeypatch):
-    monkeypatch.setattr(train_model, "PRECISION", "bf16")
     monkeypatch.setattr(train_model, "free_memory", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 2080")
     with pytest.raises(SystemExit, match='takes memory that no plan counts: set PRECISION = "auto"'):
-        train_model.look_at_machine(argparse.Namespace(device=torch.device("cuda"), num_processes=1))
+        train_model.look_at_machine(argparse.Namespace(device=torch.device("cuda"), num_processes=1), "bf16")
 
 
 def test_a_card_needs_room_for_the_weights_in_the_computer_s_memory_too(medium, monkeypatch):

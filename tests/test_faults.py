@@ -1,6 +1,7 @@
 """train_model.py and what it shares: odd folders, models of others, settings. Nothing is deleted, run or half taken."""
 
 import ast
+import dataclasses
 import json
 import math
 import os
@@ -574,18 +575,52 @@ WRONG_SETTINGS = [
 @pytest.mark.parametrize(("name", "value"), WRONG_SETTINGS)
 def test_a_setting_that_is_none_is_one_sentence_before_anything_is_read(name, value, monkeypatch):
     monkeypatch.setattr(train_model, name, value)
-    with pytest.raises(SystemExit, match=rf"^{name} is {re.escape(repr(value))}, and takes .*\.$"):
+    with pytest.raises(SystemExit, match=rf"^{name} in train_model.py must be .*: {name} = .*\.$"):
         train_model.main([])
 
 
 def test_every_setting_has_a_row_that_its_default_passes():
-    assert list(train_model.ALLOWED) == train_model.SETTINGS
+    fields = [field.name.upper() for field in dataclasses.fields(train_model.Settings)]
+    assert [*train_model.SETTINGS, "FRESH", "CPU"] == fields
+    train_model.parse_arguments([])
 
 
 def test_an_overlap_of_more_than_half_a_window_is_one_sentence(monkeypatch):
     monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 33)
-    with pytest.raises(SystemExit, match="OVERLAP_TOKENS takes at most half of CONTEXT_TOKENS"):
+    with pytest.raises(SystemExit, match="OVERLAP_TOKENS in train_model.py must be at most half of CONTEXT_TOKENS"):
         train_model.main([])
+
+
+def in_a_child(*lines: str) -> str:
+    command = [sys.executable, "-c", "\n".join(lines)]
+    environment = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    return done.stdout.strip()
+
+
+def test_importing_the_script_changes_no_environment_variable():
+    lines = ["import os", "before = dict(os.environ)", "import train_model", "print(before == dict(os.environ))"]
+    assert in_a_child(*lines) == "True"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--no-such-flag"]])
+def test_flags_are_answered_before_the_libraries_are_loaded(arguments):
+    lines = [
+        "import runpy, sys",
+        f"sys.argv = ['train_model.py', *{arguments}]",
+        "try: runpy.run_path('train_model.py', run_name='__main__')",
+        "except SystemExit: print('torch' in sys.modules)",
+    ]
+    assert in_a_child(*lines).splitlines()[-1] == "False"
+
+
+def test_no_model_is_loaded_with_kernels_from_the_hub(gpt2_folder, monkeypatch):
+    """Whoever loads it: test_model.py and the benchmarks load here, too."""
+    monkeypatch.setattr(train_model.hub_kernels, "_kernels_enabled", True)
+    monkeypatch.setattr(train_model.hub, "HF_HUB_DISABLE_TELEMETRY", False)
+    train_model.load_model(gpt2_folder)
+    assert not train_model.hub_kernels._kernels_enabled
+    assert train_model.hub.HF_HUB_DISABLE_TELEMETRY
 
 
 SLOW_START = """
@@ -627,8 +662,8 @@ def test_a_signal_in_training_leaves_a_checkpoint(number, gpt2_folder, data_fold
 
 def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_folder, tmp_path):
     twice = "import signal, train_model as t\n"
-    twice += "t.check_data_folder = lambda *_: [signal.raise_signal(2), signal.raise_signal(2)]\n"
-    twice += "t.stop = lambda *_: t.on_stop_signals(t.stop_at_once)\n"
+    twice += "def again(folder):\n try: signal.raise_signal(2)\n finally: signal.raise_signal(2)\n"
+    twice += "t.check_data_folder = again\n"
     process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), launcher=("-c", twice + DRIVER))
     _, said = process.communicate()
     assert process.returncode == 1 and said.strip().startswith("Stopped at once") and "Traceback" not in said
@@ -638,9 +673,9 @@ def test_under_nohup_a_closed_window_is_no_reason_to_stop(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        train_model.on_stop_signals(train_model.stop)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) is train_model.stop
+        with train_model.on_signals(train_model.stop):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is train_model.stop
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -650,7 +685,7 @@ def test_a_result_that_cannot_be_printed_is_said_and_the_model_is_there(gpt2_fol
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         process = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("The model is in place; its result cannot be printed")
+    assert process.stderr.splitlines()[-1].startswith("Cannot print on stdout"), process.stderr
     assert (tmp_path / "model" / "config.json").exists()
 
 

@@ -61,6 +61,10 @@ def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
     return json.loads((output / "training_report.json").read_text())
 
 
+def settings_with(**values) -> train_model.Settings:
+    return replace(train_model.parse_arguments([]), **values)
+
+
 def losses(report: dict) -> list[float]:
     return [entry.get("loss", entry.get("eval_loss")) for entry in report["log"] if "train_loss" not in entry]
 
@@ -281,9 +285,8 @@ def test_naming_the_rows_of_the_embedding_changes_no_gradient(folder, request):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folder, monkeypatch):
-    monkeypatch.setattr(train_model, "DROPOUT", 0.25)
-    model = train_model.load_for_training(gpt2_folder)
+def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folder):
+    model = train_model.load_for_training(gpt2_folder, 0.25)
     layers = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
     assert layers and set(layers) == {0.25}
 
@@ -466,7 +469,7 @@ def rank_4(monkeypatch):
 
 def adapted(folder: Path, precision: str = "fp32"):
     """A model whose adapters have learned something: B is no longer zero."""
-    model = train_model.add_adapters(train_model.load_for_training(folder), precision)
+    model = train_model.add_adapters(train_model.load_for_training(folder), precision, settings_with(lora_rank=4))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -491,7 +494,7 @@ def test_merged_adapters_give_the_logits_of_the_base_with_adapters_and_the_base_
     with torch.no_grad():
         base, _ = train_model.scored_logits(train_model.load_for_training(folder).eval(), batch)
         beside, _ = train_model.scored_logits(model, batch)
-        with train_model.merged(model):
+        with train_model.merged(model, 42):
             inside, _ = train_model.scored_logits(model, batch)
             plain, weights = train_model.without_adapters(model)
             alone = AutoModelForCausalLM.from_config(plain.config).eval()
@@ -510,7 +513,7 @@ def test_the_frozen_weights_survive_merging_bit_by_bit(precision, gpt2_folder, r
     model = adapted(gpt2_folder, precision)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     for _ in range(3):
-        with train_model.merged(model):
+        with train_model.merged(model, 42):
             assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     frozen = {weight.dtype for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad}
@@ -724,14 +727,13 @@ def test_where_no_rate_keeps_the_loss_a_number_the_run_does_not_begin(
 def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(updates, each, tmp_path, monkeypatch):
     lengths = []
 
-    def instead(trial, *_) -> float:
-        lengths.append(trial.max_steps)
+    def instead(trial) -> float:
+        lengths.append(trial.settings.max_steps)
         return 1.0
 
     monkeypatch.setattr(train_model, "try_rate", instead)
-    args = train_model.parse_arguments(["--learning-rate", "auto"])
     plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0)
-    train_model.find_rates(args, tmp_path, plan, updates, {}, {})
+    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}), updates)
     assert lengths == [each] * 3
 
 
@@ -751,11 +753,11 @@ def test_a_run_killed_in_its_trials_tries_only_what_is_left(
     tried = []
     try_rate = train_model.try_rate
 
-    def dying_at_the_second(trial, *given) -> float:
-        tried.append(trial.learning_rate)
+    def dying_at_the_second(trial) -> float:
+        tried.append(trial.settings.learning_rate)
         if len(tried) == 2:
             raise KeyboardInterrupt
-        return try_rate(trial, *given)
+        return try_rate(trial)
 
     monkeypatch.setattr(train_model, "try_rate", dying_at_the_second)
     with pytest.raises(SystemExit, match="Stopped: run the same command again; it continues"):
@@ -785,9 +787,12 @@ def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, 
             run(gpt2_folder, data_folder, tmp_path / "model", *learn)
 
     tried = []
-    monkeypatch.setattr(
-        train_model, "try_rate", lambda trial, *_: tried.append(trial.learning_rate) or trial.learning_rate
-    )
+
+    def remember(trial) -> float:
+        tried.append(trial.settings.learning_rate)
+        return trial.settings.learning_rate
+
+    monkeypatch.setattr(train_model, "try_rate", remember)
     run(gpt2_folder, data_folder, tmp_path / "model", *learn, "--fresh")
     assert tried == list(TRIED)
 
@@ -1002,8 +1007,8 @@ def test_a_half_written_checkpoint_is_not_used(tmp_path):
 def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, data_folder, tmp_path, capsys):
     """Killed between moving its best model out and removing the rest: the checkpoint belongs to no model any more."""
     unfinished = tmp_path / "model-unfinished"
-    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    identity = train_model.identity_of_run(args, "fp32")
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    identity = train_model.identity_of_run(settings, "fp32")
     make_checkpoint(unfinished / "checkpoint-9", 1.0)
     (unfinished / "rates.json").write_text('{"0.1": 1.0}')
     (unfinished / "run.json").write_text(json.dumps(identity))
@@ -1012,40 +1017,47 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
     assert not capsys.readouterr().err
 
 
-def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
+def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path):
     """But for those that are named as making no difference; so a new setting cannot be forgotten."""
-    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
-    before = train_model.identity_of_run(args, "bf16")
-    assert list(before)[:6] == [
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    before = train_model.identity_of_run(settings, "bf16")
+    assert set(before) == {
         "base_model",
-        "epochs",
-        "max_steps",
-        "learning_rate",
         "context_tokens",
+        "dropout",
+        "epochs",
+        "evaluations_per_epoch",
+        "learning_rate",
+        "lora_rank",
+        "max_steps",
         "overlap_tokens",
-    ]
-    assert list(before)[-2:] == ["train_sha256", "val_sha256"]
-    by_arguments = {"BASE_MODEL", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "PRECISION"}
-    for name in set(train_model.SETTINGS) - train_model.NOT_IN_THE_IDENTITY - by_arguments:
-        with monkeypatch.context() as patch:
-            patch.setattr(train_model, name, "another")
-            changed = train_model.identity_of_run(args, "bf16")
-        assert [key for key in before if changed[key] != before[key]] == [name.lower()]
+        "patience",
+        "precision",
+        "rows_per_update",
+        "seed",
+        "train_sha256",
+        "val_sha256",
+        "warmup_share",
+    }
+    for name in vars(settings):
+        changed = train_model.identity_of_run(replace(settings, **{name: data_folder}), "bf16")
+        differ = [key for key in before if changed[key] != before[key]]
+        assert differ == ([] if name in {*train_model.NOT_IN_THE_IDENTITY, "precision"} else [name])
 
 
-def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_folder, tmp_path, capsys):
     """PRECISION is "auto" in both: the card, or the torch, has changed. Named by hand, the same one is the same run."""
-    monkeypatch.setattr(train_model, "PRECISION", "auto")
-    args = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    settings = replace(settings, precision="auto")
     unfinished = tmp_path / "model-unfinished"
-    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False, begun=BEGUN)
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
     make_checkpoint(unfinished / "checkpoint-5", None)
 
-    monkeypatch.setattr(train_model, "PRECISION", "fp16")
-    train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "fp16"), fresh=False, begun=BEGUN)
+    settings = replace(settings, precision="fp16")
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
     assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=re.escape("had PRECISION = 'fp16' (now 'bf16')")):
-        train_model.open_unfinished(unfinished, train_model.identity_of_run(args, "bf16"), fresh=False, begun=BEGUN)
+        train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "bf16"), fresh=False, begun=BEGUN)
     assert (unfinished / "checkpoint-5").exists()
 
 
@@ -1423,12 +1435,11 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
         config = AutoConfig.for_model(
             architecture, hidden_size=256, num_attention_heads=4, vocab_size=600, num_hidden_layers=layers, **sizes
         )
-        train_model.set_dropout(config)
+        train_model.set_dropout(config, 0.0)
         train_model.fuse_activations(config)
         model = AutoModelForCausalLM.from_config(config).train()
         if rank:
-            monkeypatch.setattr(train_model, "LORA_RANK", rank)
-            model = train_model.add_adapters(model, "bf16" if mixed else "fp32")
+            model = train_model.add_adapters(model, "bf16" if mixed else "fp32", settings_with(lora_rank=rank))
         weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
         saved = {}
 
@@ -1815,13 +1826,12 @@ def test_json_gets_no_number_that_it_cannot_hold():
 
 @pytest.mark.parametrize("flag", ["--learning-rate=nan", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"])
 def test_numbers_out_of_range_are_one_sentence(flag):
-    name = flag.split("=")[0].strip("-").replace("-", "_").upper()
-    with pytest.raises(SystemExit, match=f"^{name} is .*, and takes "):
+    with pytest.raises(SystemExit, match=rf"^train_model.py: argument {flag.split('=')[0]}: '.*' must be a "):
         train_model.main([flag])
 
 
 def test_a_word_that_is_no_rate_is_one_sentence():
-    with pytest.raises(SystemExit, match="'high' is neither a number nor \"auto\""):
+    with pytest.raises(SystemExit, match="'high' must be \"auto\" or a number above 0"):
         train_model.main(["--learning-rate", "high"])
 
 
