@@ -487,6 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     training.keep_freed_memory()
 
+    training.use_one_card()
     training.check_card(args.cpu)
     device = choose_device(args.cpu)
     training.prepare_card(device)

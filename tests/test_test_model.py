@@ -288,7 +288,7 @@ def test_chat_remembers_repeats_clears_writes_posts_and_goes_on(model_folder, pr
         "the kettle",
         'User: Write a blog post titled "Bread".\nAssistant:',
     ]
-    assert "nothing to do again" in err and err.count("/quit") == 2  # at the start and after /nonsense
+    assert "nothing to repeat" in err and err.count("/quit") == 2  # at the start and after /nonsense
 
 
 def test_again_after_continue_goes_on_from_the_same_beginning(model_folder, prompts, monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_base_answers_the_same_question_and_is_not_remembered(model_folder, monk
 
     monkeypatch.setattr(test_model, "stream", stream)
     out, err = chat(folder, monkeypatch, capsys, "/base\nhi\n/base\nso\n")
-    assert out == "answer 1\nanswer 2\nanswer 3\n" and "nothing to do again" in err
+    assert out == "answer 1\nanswer 2\nanswer 3\n" and "nothing to repeat" in err
     assert [text for _, text in given] == [
         "User: hi\nAssistant:",
         "User: hi\nAssistant:",
@@ -497,7 +497,7 @@ def everything(monkeypatch):
 
 
 def passages_of(chances: TokenChances, begin: int, length: int) -> voice.leaks.Passages:
-    text = Text({}, [], False, [Span("private", begin, begin + length)])
+    text = Text({}, [0] * (begin + length), False, [Span("private", begin, begin + length)])
     return voice.leaks.cut_passages([text], [chances], None)
 
 
@@ -619,7 +619,7 @@ def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, e
 def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(capsys, model_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     redact(tmp_path, SECRETS[0])
-    said = "what was redacted cannot be recognised; run extract_blog_data.py again."
+    said = "redacted data cannot be recognised; run extract_blog_data.py again."
     report(folder, tmp_path)
     assert said not in capsys.readouterr().err
     (tmp_path / "redaction_key").unlink()
@@ -1523,7 +1523,7 @@ def start(*command: str, until: str) -> subprocess.Popen:
         (signal.SIGINT, "import time: .* numpy$", []),
         (signal.SIGTERM, "import time: .* torch$", []),
         (signal.SIGHUP, "import time: .* numpy$", []),
-        (signal.SIGINT, ": reading", ["--report"]),
+        (signal.SIGINT, "held-out conversations", ["--report"]),
         (signal.SIGTERM, "^/post TITLE", ["--chat"]),
     ],
 )

@@ -1,6 +1,8 @@
 """The measures of the report: does the voice measure know an author, are the intervals right."""
 
+import ast
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ import voice.evidence
 import voice.habits
 import voice.learned
 import voice.reader
+import voice.report
 import voice.sampling
 import voice.style
 import voice.word_index
@@ -257,3 +260,40 @@ def test_gain_is_weighted_by_bytes_and_measured_per_post():
     assert (gain.tuned, gain.base, gain.gain) == pytest.approx((1, 650 / 400, 250 / 400))
     assert [(post.base, post.tuned) for post in gain.posts] == [pytest.approx((2, 1)), pytest.approx((1.5, 1))]
     assert gain.interval == pytest.approx((0.5, 1.0))
+
+
+# ---------------------------------------------------------------------------- modules
+FOLDER = Path(voice.report.__file__).parent
+LAYERS = [
+    {"settings"},
+    {"loading"},
+    {"sampling", "word_index"},
+    {"evidence"},
+    {"chances"},
+    {"style"},
+    {"asking", "learned", "reader", "habits", "copies", "leaks"},
+    {"report"},
+]
+
+
+def test_imports_go_one_way_and_a_question_is_a_module():
+    layer_of = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+    files = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+    assert set(files) == set(layer_of)
+    for module, path in files.items():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 470 and "test_model" not in imports_of(text), module
+        for name in imports_of(text):
+            below = name.removeprefix("voice.")
+            assert below not in layer_of or layer_of[below] < layer_of[module], f"{module} imports {below}"
+    assert all(question.measure.__module__ == f"voice.{question.key}" for question in voice.report.QUESTIONS)
+
+
+def imports_of(text: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names} if node.module == "voice" else {node.module}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
