@@ -23,7 +23,6 @@ import extract_blog_data as x
 SCRIPT = Path(x.__file__).resolve()
 DATA_FILES = ("redaction_key", "train_data.jsonl", "val_data.jsonl", "extraction_report.json")
 SAMPLE = SCRIPT.parent / "sample"
-PROSE = "the {0} cat sat on the {0} mat and looked at the {0} sea, which was {0} and wide and {0} again, so there."
 
 
 def write_blog(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -39,10 +38,9 @@ def post(body: str, **meta: str) -> str:
 
 
 def many_posts(count: int) -> dict[str, str]:
-    names = ["amber", "blue", "coral", "dun", "ecru", "fawn", "gold", "hazel", "indigo", "jade"]
     files = {}
     for n in range(count):
-        body = " ".join(PROSE.format(names[(n // 10**place) % 10] + str(n * 7 + place)) for place in range(3))
+        body = " ".join(f"word{n}of{place}" for place in range(30))
         files[f"_posts/20{n % 20:02}-01-{n % 27 + 1:02}-post-{n}.md"] = post(body, title=f"About number {n} of them")
     return files
 
@@ -91,35 +89,13 @@ COMMENTS = """---
 title: The boat
 date: 2006-08-25 22:17:00 +0000
 comments:
-- id: 1
-  author: mossy
-  author_email: mossy@example.com
-  content: |
-    <p>is it <i>really</i> a boat? call 415-555-0123</p>
-- id: 2
-  author: Wren
-  parent: 1
-  content: it floats, it&#039;s a boat &lt;3
-- id: 3
-  author: mossy
-  parent: 2
-  content: <blockquote>it floats</blockquote>so does soap
-- id: 4
-  author: wren
-  parent: 3
-  content: soap is a *small* boat
-- id: 5
-  author: wrenfan
-  parent: 1
-  content: hello
-- id: 6
-  author: wren
-  parent: 99
-  content: i meant the other one
-- id: 7
-  author: wren
-  parent: 7
-  content: talking to myself here
+- {id: 1, author: mossy, author_email: mossy@example.com, content: "<p>is it <i>really</i> one? call 415-555-0123</p>"}
+- {id: 2, author: Wren, parent: 1, content: "it floats, it&#039;s a boat &lt;3"}
+- {id: 3, author: mossy, parent: 2, content: <blockquote>it floats</blockquote>so does soap}
+- {id: 4, author: wren, parent: 3, content: soap is a *small* boat}
+- {id: 5, author: wrenfan, parent: 1, content: hello}
+- {id: 6, author: wren, parent: 99, content: i meant the other one}
+- {id: 7, author: wren, parent: 7, content: talking to myself here}
 ---
 i bought a boat today. it is red.
 """
@@ -139,7 +115,7 @@ def test_comments_become_conversations(tmp_path):
     assert replies.pop("_posts/2006-08-25-cycle.md") == [["two", "one"]]
 
     first, second, *of_the_post = replies.pop("_posts/2006-08-25-boat.md")
-    assert first == ["is it *really* a boat? call [phone]", "it floats, it's a boat <3"]
+    assert first == ["is it *really* one? call [phone]", "it floats, it's a boat <3"]
     assert second == [*first, "so does soap", "soap is a *small* boat"]
     assert [turns[1] for turns in of_the_post] == ["i meant the other one", "talking to myself here"]
     assert all("The boat" in turns[0] and "i bought a boat today." in turns[0] for turns in of_the_post)
@@ -206,12 +182,17 @@ def test_every_file_is_accounted_for(tmp_path):
     assert report["files_found"] == len(expected) + 3
 
 
-def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
-    files = {
-        "_more/_posts/2006-01-01-a.md": post("words in an included folder"),
-        ".more/_posts/2006-01-02-b.md": post("more words in a folder with a dot"),
+def test_posts_are_read_in_the_source_in_included_folders_and_among_drafts_with_the_flag(tmp_path):
+    config = {
+        "_config.yml": "source: src\ninclude: [_more, .more]",
+        "_posts/2006-01-01-a.md": post("out of the source"),
     }
-    lines, report = run_over(tmp_path, files | {"_config.yml": "include: [_more, .more]"})
+    files = {
+        "src/_more/_posts/2006-01-01-a.md": post("words in an included folder"),
+        "src/.more/_posts/2006-01-02-b.md": post("more words in a folder with a dot"),
+        "src/_drafts/idea.md": post("an idea for a later post"),
+    }
+    lines, report = run_over(tmp_path, files | config, "--drafts")
     assert {line["path"] for line in lines} == files.keys()
     assert report["config_problems"] == []
 
@@ -271,13 +252,12 @@ def test_a_source_that_is_no_folder_of_the_repository_is_not_read(tmp_path, sour
 
 
 def test_problems_of_a_config_are_said_and_stand_in_the_report(tmp_path, capsys):
-    broken = write_blog(tmp_path / "broken", {"_config.yml": "exclude: [_posts"} | many_posts(2))
-    lost = write_blog(
-        tmp_path / "lost", {"_config.yml": "source: nowhere", "_drafts/a.md": post("one more to be read")}
-    )
-    _, _, report = run(tmp_path, "--public", str(broken), "--public", str(lost), "--drafts")
+    posts = {"_posts/2006-01-01-a.md": post("words to be read")}
+    write_blog(tmp_path / "broken", {"_config.yml": "exclude: [_posts", **posts})
+    write_blog(tmp_path / "lost", {"_config.yml": "source: nowhere", **many_posts(1)})
+    _, _, report = run(tmp_path, "--public", str(tmp_path / "broken"), "--public", str(tmp_path / "lost"))
     said = capsys.readouterr()
-    assert report["files_kept"] == 3
+    assert report["files_kept"] == 2
     assert [row["blog"] for row in report["config_problems"]] == ["broken", "lost"]
     for row in report["config_problems"]:
         sentence = f"{tmp_path / row['blog']}/_config.yml {row['problem']}; correct it and run again."
@@ -311,20 +291,13 @@ def test_a_file_that_nobody_may_ask_for_is_unreadable(monkeypatch):
     assert x.why_no_file(Path("a.md")) == "unreadable"
 
 
-@pytest.mark.parametrize(
-    ("configs", "read"),
-    [
-        ({"_config.yaml": "exclude: [one]\n"}, "two"),
-        ({"_config.toml": 'exclude = ["one"]\n'}, "two"),
-        ({"_config.toml": 'source = "one"\n[author]\nname = "Wren"\n'}, "one"),
-        ({"_config.yml": "exclude: [two]", "_config.yaml": "exclude: [one]", "_config.toml": "broken"}, "one"),
-    ],
-)
-def test_the_config_has_three_names_and_the_first_wins(tmp_path, configs, read):
-    files = {f"{name}/_posts/2006-01-01-a.md": post(f"words of the folder {name}") for name in ("one", "two")}
-    lines, report = run_over(tmp_path, files | configs)
-    assert [line["path"] for line in lines] == [f"{read}/_posts/2006-01-01-a.md"]
-    assert report["config_problems"] == []
+def test_the_config_has_three_names_and_the_first_wins(tmp_path):
+    for name in ("_config.toml", "_config.yaml", "_config.yml"):
+        sign = "=" if name.endswith("toml") else ":"
+        write_blog(tmp_path, {name: f"exclude{sign} ['{name}']"})
+        site = x.read_site(tmp_path, "public", 4_000_000)
+        assert site.config.name == name
+        assert site.excluded.match(name)
 
 
 @pytest.mark.parametrize("config", ["", "# nothing but a remark\n", "---\n", "title: x\n"])
@@ -337,11 +310,6 @@ def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path, config
 @pytest.mark.parametrize("cores", [1, 2, 16, 1000])
 def test_every_machine_gets_chunks_that_a_pool_accepts(cores):
     assert [x.chunk_size(posts, cores) for posts in (60, 10**6)] == [max(1, 60 // (4 * cores)), 64]
-
-
-def test_drafts_come_in_with_their_flag(tmp_path):
-    lines, _ = run_over(tmp_path, {"_drafts/idea.md": post("an idea for a later post")}, "--drafts")
-    assert [line["path"] for line in lines] == ["_drafts/idea.md"]
 
 
 def test_other_authors_are_left_out_only_when_the_author_is_known(tmp_path, capsys):
@@ -413,22 +381,15 @@ def test_redaction_is_reported_by_fingerprints_only(tmp_path):
 
 
 NAMED = {
-    "_posts/2006-01-01-anna-is-born.md": f"""---
+    "_posts/2006-01-01-anna-is-born.md": """---
 title: Anna is born
 tags: [anna, babies]
 comments:
-- id: 1
-  author: anna's aunt
-  content: give ANNA a kiss, elm  street, call 415-555-0123
-- id: 2
-  author: wren
-  parent: 1
-  content: Anna's asleep
-- id: 3
-  author: wren
-  content: i meant that anna
+- {id: 1, author: anna's aunt, content: "give ANNA a kiss, elm  street, call 415-555-0123"}
+- {id: 2, author: wren, parent: 1, content: Anna's asleep}
+- {id: 3, author: wren, content: i meant that anna}
 ---
-{PROSE.format("anna")} Anna's room at 12 Elm\nStreet is ready. anna@example.org
+anna sleeps and anna sings. Anna's room at 12 Elm\nStreet is ready. anna@example.org
 """,
     "_posts/2006-01-02-copy-of-annas-day.md": post("Anna slept all day and then she sang", title="Anna", tags="[Anna]"),
     "_posts/2006-01-03-anna_again.md": post("Anna slept all day and then she sang", title="Anna"),
@@ -462,10 +423,10 @@ def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch
     assert "anna" not in said.out.lower()
 
     # The words are counted by their places; what comes from where can still be told.
-    assert report["blocked_words"] == [86, 1, 1, 0]
-    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 88}
+    assert report["blocked_words"] == [83, 1, 1, 0]
+    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 85}
     assert {row["kind"] for row in report["redacted"]} == {"email", "phone"}
-    assert re.search(r"redacted: private word +88\b", said.out)
+    assert re.search(r"redacted: private word +85\b", said.out)
     assert re.search(r"private words found nowhere +1\b", said.out)
     assert "files with a private word in their names, [private] in the data: 74" in said.err
     assert {row["path"]: row["detail"] for row in report["skipped"]} == {
@@ -533,14 +494,14 @@ def test_what_this_script_has_not_written_is_not_replaced(tmp_path, monkeypatch,
     write_blog(tmp_path, {"data/elsewhere": "ab" * 32})
     (data / name).unlink(missing_ok=True)
     make(data / name, content)
-    before = sorted(path.lstat() for path in data.iterdir())
+    before = sorted(path.lstat()[:7] for path in data.iterdir())
 
     monkeypatch.setattr(x, "list_posts", None)  # nothing is read before
     with pytest.raises(SystemExit) as stopped:
         x.main(["--public", str(blog), "--data-dir", str(data)])
     assert stopped.value.code.startswith(f"{data / name} ")
     assert re.search("move it away, (or name another data folder|and a new one will be made)", stopped.value.code)
-    assert sorted(path.lstat() for path in data.iterdir()) == before
+    assert sorted(path.lstat()[:7] for path in data.iterdir()) == before
 
 
 def test_files_of_an_earlier_run_are_replaced_and_the_same_blog_gives_the_same_bytes(tmp_path, blog):
@@ -557,13 +518,10 @@ def test_files_of_an_earlier_run_are_replaced_and_the_same_blog_gives_the_same_b
 @pytest.mark.parametrize(
     ("folder", "sentence"),
     [
-        ("file", "file is not a folder: name another data folder"),
         ("file/data", "file is not a folder: name another data folder"),
         ("nowhere", "nowhere is not a folder: name another data folder"),
         ("/", "/ is the home folder or contains it: "),
-        ("home", "home is the home folder or contains it: "),
         ("to-home", "to-home is the home folder or contains it: "),
-        ("blog", "blog is a blog's repository or its folder of posts: "),
         ("to-blog", "to-blog is a blog's repository or its folder of posts: "),
         ("blog/_posts", "_posts is a blog's repository or its folder of posts: "),
         ("blog/cat/_drafts/new", "new is a blog's repository or its folder of posts: "),
@@ -723,7 +681,6 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
 
 STREAMS = [
     # redirection, status, sentence
-    ("", 0, ""),
     ("> /dev/full", 1, "Cannot print on stdout (No space left on device): the data are complete"),
     (">&-", 1, "Cannot print on stdout, which is closed: the data are complete"),
     ("| true", 0, ""),
@@ -813,10 +770,7 @@ def test_an_interrupted_file_does_not_spoil_the_next_one(tmp_path):
                 raise RecursionError
 
     x.converter((), False).treeprocessors.register(Stop(), "stop", 99)
-    files = {
-        "_posts/2006-01-01-slow.md": post("so slow"),
-        "_posts/2006-01-02-next.md": post("one and two\n\nand three"),
-    }
+    files = {"_posts/2006-01-01-a.md": post("so slow"), "_posts/2006-01-02-b.md": post("one and two\n\nand three")}
     [line], report = run_over(tmp_path, files)
     assert report["files_skipped"] == {"nested too deep": 1}
     assert line["messages"][-1]["content"] == "one and two\n\nand three"
