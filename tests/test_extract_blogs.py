@@ -7,11 +7,10 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import stat
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import markdown
@@ -24,7 +23,6 @@ import extract_blog_data as x
 SCRIPT = Path(x.__file__).resolve()
 DATA_FILES = ("redaction_key", "train_data.jsonl", "val_data.jsonl", "extraction_report.json")
 SAMPLE = SCRIPT.parent / "sample"
-PROSE = "the {0} cat sat on the {0} mat and looked at the {0} sea, which was {0} and wide and {0} again, so there."
 
 
 def write_blog(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -40,23 +38,37 @@ def post(body: str, **meta: str) -> str:
 
 
 def many_posts(count: int) -> dict[str, str]:
-    names = ["amber", "blue", "coral", "dun", "ecru", "fawn", "gold", "hazel", "indigo", "jade"]
     files = {}
     for n in range(count):
-        body = " ".join(PROSE.format(names[(n // 10**place) % 10] + str(n * 7 + place)) for place in range(3))
+        body = " ".join(f"word{n}of{place}" for place in range(30))
         files[f"_posts/20{n % 20:02}-01-{n % 27 + 1:02}-post-{n}.md"] = post(body, title=f"About number {n} of them")
     return files
+
+
+@pytest.fixture
+def blog(tmp_path):
+    return write_blog(tmp_path / "blog", many_posts(3))
 
 
 def run(tmp_path: Path, *flags: str) -> tuple[list[dict], list[dict], dict]:
     """(train lines, validation lines, report) of a run that must succeed."""
     data = tmp_path / "data"
     assert x.main([*flags, "--data-dir", str(data)]) == 0
-    lines = [
-        [json.loads(line) for line in (data / name).read_text("utf-8").splitlines()]
-        for name in ("train_data.jsonl", "val_data.jsonl")
-    ]
-    return *lines, json.loads((data / "extraction_report.json").read_text("utf-8"))
+    report = json.loads((data / "extraction_report.json").read_text("utf-8"))
+    train, val = (read_lines(data / name) for name in report["sha256"])
+    check_contract(train + val, report)
+    return train, val, report
+
+
+def run_over(tmp_path: Path, files: dict[str, str | bytes], *flags: str) -> tuple[list[dict], dict]:
+    """(all lines, report) of a run over a public blog of these files."""
+    blog = write_blog(tmp_path / "blog", files)
+    train, val, report = run(tmp_path, "--public", str(blog), *flags)
+    return train + val, report
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def check_contract(lines: list[dict], report: dict):
@@ -73,77 +85,45 @@ def check_contract(lines: list[dict], report: dict):
         assert all(turn["content"].strip() for turn in line["messages"])
 
 
-COMMENTS = """title: The boat
+COMMENTS = """---
+title: The boat
 date: 2006-08-25 22:17:00 +0000
 comments:
-- id: 1
-  author: mossy
-  author_email: mossy@example.com
-  content: |
-    <p>is it <i>really</i> a boat? call 415-555-0123</p>
-- id: 2
-  author: Wren
-  parent: 1
-  content: it floats, it&#039;s a boat &lt;3
-- id: 3
-  author: mossy
-  parent: 2
-  content: <blockquote>it floats</blockquote>so does soap
-- id: 4
-  author: wren
-  parent: 3
-  content: soap is a *small* boat
-- id: 5
-  author: wrenfan
-  parent: 1
-  content: hello
-- id: 6
-  author: wren
-  parent: 99
-  content: i meant the other one
-- id: 7
-  author: wren
-  parent: 7
-  content: talking to myself here
+- {id: 1, author: mossy, author_email: mossy@example.com, content: "<p>is it <i>really</i> one? call 415-555-0123</p>"}
+- {id: 2, author: Wren, parent: 1, content: "it floats, it&#039;s a boat &lt;3"}
+- {id: 3, author: mossy, parent: 2, content: <blockquote>it floats</blockquote>so does soap}
+- {id: 4, author: wren, parent: 3, content: soap is a *small* boat}
+- {id: 5, author: wrenfan, parent: 1, content: hello}
+- {id: 6, author: wren, parent: 99, content: i meant the other one}
+- {id: 7, author: wren, parent: 7, content: talking to myself here}
+---
+i bought a boat today. it is red.
 """
+NESTED = "comments:\n- name: mossy\n  message: hi there\n  replies:\n  - name: wren\n    text: hi yourself\n"
+CYCLE = "comments:\n- {id: 1, parent: 2, author: wren, content: one}\n- {id: 2, parent: 1, author: mo, content: two}\n"
 
 
 def test_comments_become_conversations(tmp_path):
-    text = f"---\n{COMMENTS}---\ni bought a boat today. it is red.\n"
-    blog = write_blog(tmp_path / "blog", {"_posts/2006/2006-08-25-boat.md": text})
-    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
-    lines = train + val
-    check_contract(lines, report)
-    asked, answered = "is it *really* a boat? call [phone]", "it floats, it's a boat <3"
-    replies = [[turn["content"] for turn in line["messages"]] for line in lines if line["kind"] == "reply"]
-    assert replies[0] == [asked, answered]
-    assert replies[1] == [asked, answered, "so does soap", "soap is a *small* boat"]
-    for turns in replies[2:]:
-        assert "The boat" in turns[0]
-        assert "i bought a boat today." in turns[0]
-    assert [turns[1] for turns in replies[2:]] == ["i meant the other one", "talking to myself here"]
-    assert report["replies"] == {"answers a comment": 2, "answers a missing comment": 2}
+    files = {"boat": COMMENTS, "nested": f"---\n{NESTED}---\n", "cycle": f"---\n{CYCLE}---\n"}
+    paths = {f"_posts/2006-08-25-{name}.md": text for name, text in files.items()}
+    lines, report = run_over(tmp_path, paths, "--author", "wren")
+    replies = defaultdict(list)
+    for line in lines:
+        if line["kind"] == "reply":
+            replies[line["path"]].append([turn["content"] for turn in line["messages"]])
+    assert replies.pop("_posts/2006-08-25-nested.md") == [["hi there", "hi yourself"]]
+    assert replies.pop("_posts/2006-08-25-cycle.md") == [["two", "one"]]
+
+    first, second, *of_the_post = replies.pop("_posts/2006-08-25-boat.md")
+    assert first == ["is it *really* one? call [phone]", "it floats, it's a boat <3"]
+    assert second == [*first, "so does soap", "soap is a *small* boat"]
+    assert [turns[1] for turns in of_the_post] == ["i meant the other one", "talking to myself here"]
+    assert all("The boat" in turns[0] and "i bought a boat today." in turns[0] for turns in of_the_post)
+
+    assert report["replies"] == {"answers a comment": 4, "answers a missing comment": 2}
     assert report["redactions"] == {"phone": 1}
     assert "mossy@example.com" not in json.dumps(lines) + json.dumps(report)
     assert {line["date"] for line in lines} == {"2006-08-25"}
-    assert {line["path"] for line in lines} == {"_posts/2006/2006-08-25-boat.md"}
-
-
-def test_nested_replies_and_other_spellings(tmp_path):
-    meta = "comments:\n- name: mossy\n  message: hi there\n  replies:\n  - name: wren\n    text: hi yourself\n"
-    blog = write_blog(tmp_path / "blog", {"_posts/2006-08-25-x.md": f"---\n{meta}---\n"})
-    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
-    assert [turn["content"] for turn in (train + val)[0]["messages"]] == ["hi there", "hi yourself"]
-    assert report["files_kept"] == 1
-
-
-def test_a_cycle_of_comments_ends(tmp_path):
-    meta = (
-        "comments:\n- {id: 1, parent: 2, author: wren, content: one}\n- {id: 2, parent: 1, author: mo, content: two}\n"
-    )
-    blog = write_blog(tmp_path / "blog", {"_posts/2006-08-25-x.md": f"---\n{meta}---\n"})
-    train, val, _ = run(tmp_path, "--public", str(blog), "--author", "wren")
-    assert [turn["content"] for turn in (train + val)[0]["messages"]] == ["two", "one"]
 
 
 SKIPS = {
@@ -157,7 +137,6 @@ SKIPS = {
     "_posts/2006-01-08-other.md": (post("words by somebody else entirely", author="ann"), "other author"),
     "_posts/2006-01-09-bin.md": (b"---\n---\n\x00\x01\x02", "undecodable"),
     "_posts/2006-01-10-x.textile": (post("h1. textile"), "unsupported format"),
-    "_posts/2006-01-11-x.png": (b"\x89PNG", "unsupported format"),
     "_posts/template.md": (post("the template of a post"), "undated file name"),
     "_posts/9999-12-31-later.md": (post("what the future brings to us"), "dated in the future"),
     "_posts/2006-01-12-copy.md": (post("a good long post of mine", title="Copy"), "duplicate"),
@@ -170,7 +149,6 @@ SKIPS = {
     "old/_drafts/old-idea.md": (post("an idea of old times"), "excluded in _config.yml"),
     "_other/cat/_posts/2006-01-01-x.md": (post("in a folder that Jekyll passes over"), "hidden from Jekyll"),
     "_other/2006-01-01-x.md": (post("in a collection, no post"), "not found"),
-    "old/2006-01-01-x.md": (post("a page of old times, no post"), "not found"),
     "_site/_posts/2006-01-01-built.md": (post("what Jekyll has built there"), "not found"),
     "vendor/x/_posts/2006-01-01-gem.md": (post("a gem has posts, too"), "not found"),
     ".git/_posts/2006-01-01-git.md": (post("what git keeps for itself"), "not found"),
@@ -180,193 +158,160 @@ CONFIG = "exclude:\n- old/\n- _posts/*ruled-out.md\n"
 
 
 def test_every_file_is_accounted_for(tmp_path):
-    blog = write_blog(tmp_path / "blog", {"_config.yml": CONFIG} | {name: text for name, (text, _) in SKIPS.items()})
+    blog = write_blog(tmp_path / "blog", {"deep/x": ""})
     outside = write_blog(tmp_path / "outside", {"2006-01-16-x.md": post("not of this blog at all")})
+    write_blog(blog, {"_config.yml": CONFIG} | {name: text for name, (text, _) in SKIPS.items()})
     (blog / "_posts/2006-01-16-x.md").symlink_to(outside / "2006-01-16-x.md")
     (blog / "_posts/folder").symlink_to(outside)
     (blog / "_posts/around").symlink_to(blog)
-    (blog / "_drafts/around").symlink_to(blog / "cat")
     (blog / "_posts/2006-01-17-x.md").symlink_to("nowhere")
     (blog / "elsewhere").symlink_to(outside)
     (blog / "kitten").symlink_to("cat")
     (blog / "kitten/_drafts").symlink_to(outside)
-    (blog / "deep").mkdir()
     (blog / "deep/_posts").symlink_to("../_posts")
-    (blog / "deep/_drafts").symlink_to("../_drafts")
     (blog / "vendor/linked").symlink_to(outside)
     train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
-    check_contract(train + val, report)
+
     expected = {name: reason for name, (_, reason) in SKIPS.items() if reason not in (None, "not found")}
     link = "link that leads out of the repository"
     expected |= dict.fromkeys(["_posts/2006-01-16-x.md", "_posts/folder", "elsewhere", "cat/_drafts"], link)
-    within = ["_posts/around", "_drafts/around", "kitten", "deep/_posts", "deep/_drafts"]
-    expected |= dict.fromkeys(within, "link to a folder")
+    expected |= dict.fromkeys(["_posts/around", "kitten", "deep/_posts"], "link to a folder")
     expected["_posts/2006-01-17-x.md"] = "not a regular file"
     assert {row["path"]: row["reason"] for row in report["skipped"]} == expected
     assert {line["path"] for line in train + val} == {name for name, (_, reason) in SKIPS.items() if reason is None}
     assert report["files_found"] == len(expected) + 3
 
 
-def test_posts_of_a_folder_that_is_included_are_read(tmp_path):
-    files = {
-        "_config.yml": "include: [_more, .more]",
-        "_more/_posts/2006-01-01-a.md": post("words in an included folder"),
+def test_posts_are_read_in_the_source_in_included_folders_and_among_drafts_with_the_flag(tmp_path):
+    config = {
+        "_config.yml": "source: src\ninclude: [_more, .more]",
+        "_posts/2006-01-01-a.md": post("out of the source"),
     }
-    files[".more/_posts/2006-01-02-b.md"] = post("more words in a folder with a dot")
-    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files)))
-    assert {line["path"] for line in train + val} == files.keys() - {"_config.yml"}
+    files = {
+        "src/_more/_posts/2006-01-01-a.md": post("words in an included folder"),
+        "src/.more/_posts/2006-01-02-b.md": post("more words in a folder with a dot"),
+        "src/_drafts/idea.md": post("an idea for a later post"),
+    }
+    lines, report = run_over(tmp_path, files | config, "--drafts")
+    assert {line["path"] for line in lines} == files.keys()
     assert report["config_problems"] == []
 
 
-@pytest.mark.parametrize(
-    ("config", "problem"),
-    [
-        ("exclude: [secret\ntitle: x\n", "line 2: "),
-        ("exclude: secret\n- x\n", "line 2: "),
-        (b"title: caf\xe9\nexclude: [secret]\n", "not UTF-8"),
-        ("exclude: " + "[" * 9000, "nested too deep"),
-        ("- exclude\n- secret\n", "it holds no settings"),
-        ("exclude: \x01\n", "characters are not allowed"),
-        ("exclude: \0\n", "characters are not allowed"),
-        (None, "Is a directory"),
-        ("exclude: [secret]\n#" + "x" * 4_000_000, "larger than 4,000,000 bytes"),
-        ({"_config.toml": f"exclude = [{'9' * 5000}]\n"}, "Exceeds the limit (4300 digits)"),
-        ({"_config.toml": "exclude = " + "[" * 9000}, "nested too deep"),
-        ({"_config.yaml": "exclude: [secret\n"}, "_config.yaml cannot be read (line 2: "),
-        ({"_config.toml": "exclude = [secret]\n"}, "_config.toml cannot be read (Invalid value (at line 1"),
-    ],
-)
-def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, config, problem):
-    files = {
-        "_posts/2006-01-01-a.md": post("what everybody may read"),
-        "secret/_posts/2006-01-02-b.md": post("not for you"),
-    }
-    if not isinstance(config, dict):
-        config = {"_config.yml/x": ""} if config is None else {"_config.yml": config}
-    blog = write_blog(tmp_path / "blog", files | config)
-    train, val, report = run(tmp_path, "--public", str(blog))
-    check_contract(train + val, report)
+ODD_FILES = {
+    "folder": Path.mkdir,
+    "fifo": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link": lambda path: path.symlink_to("elsewhere"),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
+def make(path: Path, content: str | bytes):
+    """Makes a file of this content or, by its name, an odd one."""
+    if content in ODD_FILES:
+        ODD_FILES[content](path)
+    else:
+        write_blog(path.parent, {path.name: content})
+
+
+NO_CONFIGS = {"_config.txt": "[", "_config.yml": "", "_config.yaml": "# a remark\n", "_config.toml": "title = 'x'\n"}
+
+
+@pytest.mark.parametrize("name", NO_CONFIGS)
+def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path, name):
+    write_blog(tmp_path, {name: NO_CONFIGS[name]})
+    assert x.read_site(tmp_path, "public", 4_000_000).problem == ""
+
+
+BROKEN_CONFIGS = [
+    ("_config.yml", "exclude: [secret\ntitle: x\n", "line 2: "),
+    ("_config.yml", b"title: caf\xe9\nexclude: [secret]\n", "not UTF-8"),
+    ("_config.yml", "exclude: " + "[" * 9000, "nested too deep"),
+    ("_config.yml", "- exclude\n- secret\n", "it holds no settings"),
+    ("_config.yml", "exclude: \x01\n", "unacceptable character"),
+    ("_config.yml", "exclude: [secret]\n#" + "x" * 4_000_000, "larger than 4,000,000 bytes"),
+    ("_config.yml", "folder", "Is a directory"),
+    ("_config.yml", "fifo", "not a regular file"),
+    ("_config.yml", "device", "not a regular file"),
+    ("_config.yml", "loop", "Too many levels of symbolic links"),
+    ("_config.toml", "exclude = [secret]\n", "Invalid value (at line 1"),
+    ("_config.toml", f"exclude = [{'9' * 5000}]\n", "Exceeds the limit (4300 digits)"),
+    ("_config.toml", "exclude = " + "[" * 9000, "nested too deep"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), BROKEN_CONFIGS)
+def test_a_config_that_cannot_be_read_is_not_applied(tmp_path, name, content, problem):
+    make(tmp_path / name, content)
+    site = x.read_site(tmp_path, "public", 4_000_000)
+    assert site.problem.startswith(f"cannot be read ({problem}")
+    assert site.problem.endswith("): its exclude, include and source are not applied")
+    assert not site.excluded.match("secret")
+
+
+@pytest.mark.parametrize("source", ["a" * 300, '"a\\0b"', "nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
+def test_a_source_that_is_no_folder_of_the_repository_is_not_read(tmp_path, source):
+    write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": ""})
+    blog = write_blog(tmp_path / "blog", {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": ""})
+    (blog / "link").symlink_to(tmp_path / "elsewhere")
+    site = x.read_site(blog, "public", 4_000_000)
+    assert site.root == blog
+    assert site.problem.startswith('names a source, "')
+    assert site.problem.endswith('", that is no folder of the repository: all of the repository is read')
+
+
+def test_problems_of_a_config_are_said_and_stand_in_the_report(tmp_path, capsys):
+    posts = {"_posts/2006-01-01-a.md": post("words to be read")}
+    write_blog(tmp_path / "broken", {"_config.yml": "exclude: [_posts", **posts})
+    write_blog(tmp_path / "lost", {"_config.yml": "source: nowhere", **many_posts(1)})
+    _, _, report = run(tmp_path, "--public", str(tmp_path / "broken"), "--public", str(tmp_path / "lost"))
     said = capsys.readouterr()
-    sentence = next(line for line in said.err.splitlines() if "_config." in line)
-    assert str(blog / "_config.") in sentence
-    assert problem in sentence
-    assert "exclude, include and source are not applied; correct it and run again." in sentence
-    assert re.search(r"_config\.yml not applied in full +1\b", said.out)
-    assert [row["blog"] for row in report["config_problems"]] == ["blog"]
-    assert report["config_problems"][0]["problem"] in sentence
+    assert report["files_kept"] == 2
+    assert [row["blog"] for row in report["config_problems"]] == ["broken", "lost"]
+    for row in report["config_problems"]:
+        sentence = f"{tmp_path / row['blog']}/_config.yml {row['problem']}; correct it and run again."
+        assert sentence in said.err.splitlines()
+    assert re.search(r"_config\.yml not applied in full +2\b", said.out)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        "os.mkfifo(path)",
-        "path.symlink_to('/dev/zero')",
-        "path.symlink_to('/dev/tty')",
-        "path.symlink_to('_config.yml')",
-        "socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))",
-    ],
-)
-def test_a_config_that_is_no_file_is_not_waited_for(tmp_path, monkeypatch, make):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "_config.yml"
-    exec(make, {"os": os, "path": path, "socket": socket})
-    config, problem = x.read_config(path, 4_000_000)
-    assert config == {}
-    assert problem in ("not a regular file", "Too many levels of symbolic links")
-
-
-@pytest.mark.parametrize("error", [MemoryError, RecursionError, ValueError("no; why"), PermissionError(13, "denied")])
-def test_a_config_that_no_parser_takes_is_a_problem(tmp_path, monkeypatch, error):
-    def fail(_):
-        raise error
-
-    monkeypatch.setattr(x, "parse_yaml", fail)
-    config = write_blog(tmp_path, {"_config.yml": ""}) / "_config.yml"
-    assert x.read_config(config, 4_000_000)[1] in ("nested too deep", "no", "denied")
-
-
-@pytest.mark.parametrize("folder", [".", "_posts", "_posts/deep", "other", "_drafts"])
-def test_a_folder_that_cannot_be_read_is_a_row_of_the_table(tmp_path, monkeypatch, capsys, folder):
+def test_a_folder_that_cannot_be_read_is_a_row_of_the_table(tmp_path, monkeypatch, capsys):
     files = {f"{name}/2006-01-01-a.md": post("words and words") for name in ("_posts/deep", "other/_posts", "_drafts")}
-    blog = write_blog(tmp_path / "blog", files | {"good/_posts/2006-01-01-a.md": post("what everybody may read")})
+    unreadable = ["_drafts", "_posts/deep", "other"]
+    places = [str(tmp_path / "blog" / name) for name in unreadable]
     scandir = os.scandir
 
     def refuse(path):
-        if path == str(blog / folder):
+        if path in places:
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    if folder == ".":
-        with pytest.raises(SystemExit, match=r"could be used \(1 unreadable folder\)"):
-            run(tmp_path, "--public", str(blog))
-        return
-    train, val, report = run(tmp_path, "--public", str(blog))
-    check_contract(train + val, report)
-    assert {"blog": "blog", "path": folder, "reason": "unreadable folder", "detail": ""} in report["skipped"]
-    assert re.search(r"skipped: unreadable folder +1\b", capsys.readouterr().out)
+    _, report = run_over(tmp_path, files | {"good/_posts/2006-01-01-a.md": post("what everybody may read")})
+    row = {"blog": "blog", "reason": "unreadable folder", "detail": ""}
+    assert report["skipped"] == [row | {"path": name} for name in unreadable]
+    assert re.search(r"skipped: unreadable folder +3\b", capsys.readouterr().out)
 
 
-def test_a_file_that_nobody_may_ask_for_is_unreadable(tmp_path, monkeypatch):
-    blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("words and words")})
-    file = blog / "_posts/2006-01-01-a.md"
-
-    def refuse(self, **_):
-        raise PermissionError(13, "Permission denied", str(self))
+def test_a_file_that_nobody_may_ask_for_is_unreadable(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "stat", refuse)
-    assert x.why_no_file(file) == "unreadable"
+    assert x.why_no_file(Path("a.md")) == "unreadable"
 
 
-@pytest.mark.parametrize("source", ["a" * 300, '"a\\0b"', "nowhere", "../elsewhere", "link", "_posts/2006-01-01-a.md"])
-def test_a_source_that_is_no_folder_of_the_repository_is_said(tmp_path, capsys, source):
-    write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": post("words of somebody else")})
-    files = {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": post("what everybody may read")}
-    blog = write_blog(tmp_path / "blog", files)
-    (blog / "link").symlink_to(tmp_path / "elsewhere")
-    train, val, report = run(tmp_path, "--public", str(blog))
-    assert [line["path"] for line in train + val] == ["_posts/2006-01-01-a.md"]
-    source = source.strip('"').replace("\\0", "\0")
-    sentence = f'{blog}/_config.yml names a source, "{source}", that is no folder of the repository: '
-    assert sentence + "all of the repository is read; correct it and run again." in capsys.readouterr().err.splitlines()
-    assert sentence.endswith(report["config_problems"][0]["problem"].partition(": ")[0] + ": ")
-
-
-@pytest.mark.parametrize(
-    ("configs", "read"),
-    [
-        ({"_config.yaml": "exclude: [one]\n"}, "two"),
-        ({"_config.toml": 'exclude = ["one"]\n'}, "two"),
-        ({"_config.toml": 'source = "one"\n[author]\nname = "Wren"\n'}, "one"),
-        ({"_config.yml": "exclude: [two]", "_config.yaml": "exclude: [one]", "_config.toml": "broken"}, "one"),
-        ({"_config.yaml": "exclude: [two]", "_config.toml": "broken"}, "one"),
-    ],
-)
-def test_the_config_has_three_names_and_the_first_wins(tmp_path, configs, read):
-    files = {f"{name}/_posts/2006-01-01-a.md": post(f"words of the folder {name}") for name in ("one", "two")}
-    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files | configs)))
-    assert [line["path"] for line in train + val] == [f"{read}/_posts/2006-01-01-a.md"]
-    assert report["config_problems"] == []
-
-
-@pytest.mark.parametrize("config", [None, "", "# nothing but a remark\n", "---\n", "title: x\n"])
-def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path, capsys, config):
-    files = {"_posts/2006-01-01-a.md": post("what everybody may read")}
-    blog = write_blog(tmp_path / "blog", files if config is None else files | {"_config.yml": config})
-    _, _, report = run(tmp_path, "--public", str(blog))
-    assert report["config_problems"] == []
-    assert "_config.yml" not in "".join(capsys.readouterr())
+def test_the_config_has_three_names_and_the_first_wins(tmp_path):
+    for name in ("_config.toml", "_config.yaml", "_config.yml"):
+        sign = "=" if name.endswith("toml") else ":"
+        write_blog(tmp_path, {name: f"exclude{sign} ['{name}']"})
+        site = x.read_site(tmp_path, "public", 4_000_000)
+        assert site.config.name == name
+        assert site.excluded.match(name)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 16, 1000])
 def test_every_machine_gets_chunks_that_a_pool_accepts(cores):
     assert [x.chunk_size(posts, cores) for posts in (60, 10**6)] == [max(1, 60 // (4 * cores)), 64]
-
-
-def test_drafts_come_in_with_their_flag(tmp_path):
-    blog = write_blog(tmp_path / "blog", {name: text for name, (text, _) in SKIPS.items()})
-    train, val, _ = run(tmp_path, "--public", str(blog), "--drafts")
-    assert "_drafts/idea.md" in {line["path"] for line in train + val}
 
 
 def test_other_authors_are_left_out_only_when_the_author_is_known(tmp_path, capsys):
@@ -375,60 +320,40 @@ def test_other_authors_are_left_out_only_when_the_author_is_known(tmp_path, caps
         "_posts/2006-01-02-b.md": post("nobody says who wrote this one"),
         "_posts/2006-01-03-c.md": post("this one is by two people", authors="[ann, {name: Wren}]"),
     }
-    blog = write_blog(tmp_path / "blog", files)
-    _, _, report = run(tmp_path, "--public", str(blog))
+    _, report = run_over(tmp_path, files)
     assert report["files_kept"] == 3
     assert 'No post or comment is by "judytuna", so every post is treated as yours.' in capsys.readouterr().err
-    _, _, report = run(tmp_path, "--public", str(blog), "--author", "wren")
+    _, report = run_over(tmp_path, files, "--author", "wren")
     assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-a.md"]
-    _, _, report = run(tmp_path, "--public", str(blog), "--author", "wre")
+    _, report = run_over(tmp_path, files, "--author", "wre")
     assert report["files_kept"] == 1
 
 
 def test_a_post_in_two_repositories_is_kept_once_and_the_public_one_wins(tmp_path):
     words = [f"word{n}" for n in range(100)]
-    public, private = " ".join(words), " ".join([*words[:98], "two", "more", "edits"])
+    edited = " ".join([*words[:98], "two", "more", "edits"])
     reply = "comments:\n- {id: 1, author: mo, content: why}\n- {id: 2, parent: 1, author: wren, content: because}\n"
-    a = write_blog(tmp_path / "a", {"_posts/2006-01-01-x.md": post(public, title="X rays")})
-    b = write_blog(tmp_path / "b", {"_posts/2007-01-01-y.md": f"---\n{reply}---\n{private}"})
-    train, val, report = run(tmp_path, "--public", str(a), "--private", str(b), "--author", "wren")
-    lines = train + val
-    check_contract(lines, report)
-    assert [(line["kind"], line["blog"]) for line in lines] == [("post", "a"), ("reply", "b")]
-    assert len({line in val for line in lines}) == 1 or not val
-    different = " ".join([*words[:60], *(f"other{n}" for n in range(40))])
-    write_blog(b, {"_posts/2007-01-01-y.md": post(different)})
-    _, _, report = run(tmp_path, "--public", str(a), "--private", str(b))
-    assert report["files_kept"] == 2
+    a = write_blog(tmp_path / "a", {"_posts/2006-01-01-x.md": post(" ".join(words), title="X rays")})
+    b = write_blog(tmp_path / "b", {"_posts/2007-01-01-y.md": f"---\n{reply}---\n{edited}"})
+    train, val, _ = run(tmp_path, "--public", str(a), "--private", str(b), "--author", "wren")
+    assert [(line["kind"], line["blog"]) for line in train + val] == [("post", "a"), ("reply", "b")]
+    assert not (train and val)
 
 
-@pytest.mark.parametrize("count", [2, 9, 25, 130])
-def test_exactly_a_tenth_goes_to_validation(tmp_path, count):
-    blog = write_blog(tmp_path / "blog", many_posts(count))
-    train, val, report = run(tmp_path, "--public", str(blog))
-    check_contract(train + val, report)
-    assert report["files_kept"] == count
-    assert len(val) == max(1, int(count * 0.1 + 0.5))
-    assert not {line["path"] for line in train} & {line["path"] for line in val}
-
-
-def test_adding_a_post_moves_few_others_and_the_same_input_gives_the_same_bytes(tmp_path):
-    mail = {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org, both will do")}
-    blog = write_blog(tmp_path / "blog", many_posts(100) | mail)
-    _, before, _ = run(tmp_path, "--public", str(blog))
-    first = [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES]
-    run(tmp_path, "--public", str(blog))
-    assert [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES] == first
-    write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
-    _, after, _ = run(tmp_path, "--public", str(blog))
-    assert len({line["path"] for line in before} ^ {line["path"] for line in after}) <= 2
+@pytest.mark.parametrize(("count", "tenth"), [(1, 0), (2, 1), (9, 1), (25, 3), (130, 13)])
+def test_exactly_a_tenth_goes_to_validation_and_a_new_post_moves_few_others(count, tenth):
+    posts = [x.Post("b", "public", f"{n}.md", group=str(n)) for n in range(count + 1)]
+    chosen = x.choose_validation(posts[:count], 0.1)
+    assert len(chosen) == tenth
+    assert len(chosen ^ x.choose_validation(posts, 0.1)) <= 2
 
 
 def test_related_posts_stay_on_one_side():
     posts = [x.Post("b", "public", f"{n}.md", group=str(n // 3)) for n in range(60)]
-    chosen = x.choose_validation(posts, 0.1)
-    assert len(chosen) == 6
-    assert Counter(n // 3 for n in chosen) == Counter(dict.fromkeys({n // 3 for n in chosen}, 3))
+    splits = x.split_posts(posts, 0.1)
+    groups = {split: {post.group for post in members} for split, members in splits.items()}
+    assert len(splits["validation"]) == 6
+    assert not groups["train"] & groups["validation"]
 
 
 def test_near_duplicates_are_exact():
@@ -443,60 +368,30 @@ def test_near_duplicates_are_exact():
 
 
 def test_redaction_is_reported_by_fingerprints_only(tmp_path):
-    blog = write_blog(tmp_path / "blog", {"_posts/2006-01-01-a.md": post("my address is Wren@Example.org, write me")})
-    _, _, report = run(tmp_path, "--private", str(blog))
+    files = {"_posts/2006-01-01-a.md": post("my address is Wren@Example.org, write me")}
+    _, report = run_over(tmp_path, files)
     key = x.read_key(tmp_path / "data")
     mark = x.fingerprint("wren@example.org", key)
-    assert report["redacted"] == [{"fingerprint": mark, "kind": "email", "visibility": "private"}]
+    assert report["redacted"] == [{"fingerprint": mark, "kind": "email", "visibility": "public"}]
     text = (tmp_path / "data/extraction_report.json").read_text().lower()
     assert "example.org" not in text
     assert key.hex() not in text
 
     # Another folder has another key, so that two reports cannot be compared either.
     (tmp_path / "data").rename(tmp_path / "old")
-    assert run(tmp_path, "--private", str(blog))[2]["redacted"][0]["fingerprint"] != mark
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"abc", b"zz" * 32, b"ab" * 31, b"ab" * 3200, b"\xff" * 64, "folder", "fifo", "link"]
-)
-def test_a_key_that_is_none_is_said_and_stays(tmp_path, content):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
-    key = tmp_path / "data/redaction_key"
-    key.parent.mkdir(0o700)
-    if content == "folder":
-        key.mkdir()
-    elif content == "fifo":
-        os.mkfifo(key)
-    elif content == "link":
-        write_blog(tmp_path, {"key": "ab" * 32})
-        key.symlink_to("../key")
-    else:
-        key.write_bytes(content)
-    assert content == "link" or x.read_key(key.parent) is None
-    with pytest.raises(SystemExit, match="redaction_key cannot be read or is no key of this script: move it away"):
-        x.main(["--public", str(blog), "--data-dir", str(key.parent)])
-    assert list(key.parent.iterdir()) == [key]
-    assert isinstance(content, str) or key.read_bytes() == content
+    assert run_over(tmp_path, files)[1]["redacted"][0]["fingerprint"] != mark
 
 
 NAMED = {
-    "_posts/2006-01-01-anna-is-born.md": f"""---
+    "_posts/2006-01-01-anna-is-born.md": """---
 title: Anna is born
 tags: [anna, babies]
 comments:
-- id: 1
-  author: anna's aunt
-  content: give ANNA a kiss, elm  street, call 415-555-0123
-- id: 2
-  author: wren
-  parent: 1
-  content: Anna's asleep
-- id: 3
-  author: wren
-  content: i meant that anna
+- {id: 1, author: anna's aunt, content: "give ANNA a kiss, elm  street, call 415-555-0123"}
+- {id: 2, author: wren, parent: 1, content: Anna's asleep}
+- {id: 3, author: wren, content: i meant that anna}
 ---
-{PROSE.format("anna")} Anna's room at 12 Elm\nStreet is ready. anna@example.org
+anna sleeps and anna sings. Anna's room at 12 Elm\nStreet is ready. anna@example.org
 """,
     "_posts/2006-01-02-copy-of-annas-day.md": post("Anna slept all day and then she sang", title="Anna", tags="[Anna]"),
     "_posts/2006-01-03-anna_again.md": post("Anna slept all day and then she sang", title="Anna"),
@@ -506,15 +401,13 @@ comments:
 }
 
 
-@pytest.fixture
-def spawned(monkeypatch):
-    """Worker processes that know nothing of what a test has set, as on a Mac."""
+@pytest.mark.slow
+def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch, capsys):
+    # Worker processes that know nothing of what a test has set, as on a Mac.
     pool = functools.partial(x.ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     monkeypatch.setattr(x, "ProcessPoolExecutor", pool)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
 
-
-def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch, capsys, spawned):
     others = {name.replace("-post-", "-anna-"): text for name, text in many_posts(70).items()}
     blog = write_blog(tmp_path / "anna-blog", {"_config.yml": "source: anna\n"} | NAMED | others)
     flags = ["--private", str(blog), "--author", "wren", "--author", "Anna Wren"]
@@ -523,17 +416,16 @@ def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch
 
     monkeypatch.setattr(x, "BLOCKED_WORDS", ["Anna", "12 Elm Street", "elm street", "Smiht"])
     train, val, report = run(tmp_path, *flags)
-    check_contract(train + val, report)
     said = capsys.readouterr()
     for file in (tmp_path / "data").iterdir():
         assert not re.search(r"\banna\b|elm\s+street|smiht", file.read_text("utf-8").replace("\\n", " "), re.IGNORECASE)
     assert "anna" not in said.out.lower()
 
     # The words are counted by their places; what comes from where can still be told.
-    assert report["blocked_words"] == [86, 1, 1, 0]
-    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 88}
+    assert report["blocked_words"] == [83, 1, 1, 0]
+    assert report["redactions"] == {"email": 1, "phone": 1, "private word": 85}
     assert {row["kind"] for row in report["redacted"]} == {"email", "phone"}
-    assert re.search(r"redacted: private word +88\b", said.out)
+    assert re.search(r"redacted: private word +85\b", said.out)
     assert re.search(r"private words found nowhere +1\b", said.out)
     assert "files with a private word in their names, [private] in the data: 74" in said.err
     assert {row["path"]: row["detail"] for row in report["skipped"]} == {
@@ -557,21 +449,16 @@ def test_private_words_stand_in_no_file_of_the_data_folder(tmp_path, monkeypatch
     assert replies[0][1]["content"] == "[private]'s asleep"
 
 
-def test_without_private_words_nothing_is_looked_for(tmp_path, monkeypatch):
-    blog = write_blog(tmp_path / "blog", NAMED)
-    monkeypatch.setattr(x, "blocked_pattern", None)
-    train, val, report = run(tmp_path, "--public", str(blog), "--author", "wren")
-    assert report["blocked_words"] == []
-    assert "_posts/2006-01-01-anna-is-born.md" in {line["path"] for line in train + val}
-
-
 def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("umask", [0, 0o022, 0o777])
-def test_what_is_written_is_its_owners_alone_whatever_the_umask(tmp_path, umask):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_what_is_written_is_its_owners_alone_whatever_the_umask(tmp_path, blog, umask):
     before = os.umask(umask)
     try:
         run(tmp_path, "--public", str(blog))
@@ -581,70 +468,59 @@ def test_what_is_written_is_its_owners_alone_whatever_the_umask(tmp_path, umask)
     assert {path.name: mode_of(path) for path in (tmp_path / "data").iterdir()} == dict.fromkeys(DATA_FILES, 0o600)
 
 
-@pytest.mark.parametrize("is_linked", [False, True])
-@pytest.mark.parametrize(("mode", "is_said"), [(0o2775, True), (0o755, True), (0o701, True), (0o700, False)])
-def test_a_folder_that_was_there_keeps_its_mode_and_all_that_is_in_it(tmp_path, capsys, mode, is_said, is_linked):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+@pytest.mark.parametrize(("mode", "is_said"), [(0o2775, True), (0o701, True), (0o700, False)])
+def test_a_folder_that_was_there_keeps_its_mode_and_all_that_is_in_it(tmp_path, capsys, blog, mode, is_said):
+    others = {"mine.txt": "mine", ".train_data.jsonl.bak": "mine, too"}
     data = tmp_path / "data"
-    write_blog(tmp_path / "real" if is_linked else data, {"mine.txt": "mine", ".train_data.jsonl.bak": "mine, too"})
-    if is_linked:
-        data.symlink_to("real")
+    data.symlink_to(write_blog(tmp_path / "real", others))
     data.chmod(mode)
     run(tmp_path, "--public", str(blog))
     assert mode_of(data) == mode
-    assert data.is_symlink() == is_linked
-    assert {path.name for path in data.iterdir()} == {*DATA_FILES, "mine.txt", ".train_data.jsonl.bak"}
+    assert data.is_symlink()
+    assert contents(data).keys() == {*DATA_FILES, *others}
     assert ("Others can list" in capsys.readouterr().err) == is_said
 
 
 LINE = '{"messages": [], "kind": "post", "visibility": "public", "blog": "b", "path": "p"}\n'
-NOT_OURS = ["mine\n", "\n" + LINE, "[]\n", "3\n", '{"messages": []}\n', "[" * 100_000, b"\xff\n"]
-NOT_OURS += ["folder", "fifo", "link"]
+NO_DATA = ["mine\n", "\n" + LINE, "[]\n", '{"messages": []}\n', "[" * 100_000, b"\xff\n", "folder", "fifo", "link"]
+NO_KEY = ["", "abc", "zz" * 32, "ab" * 31, "ab" * 3200, b"\xff" * 64, "folder", "fifo", "link"]
+NOT_OURS = [(name, content) for name in DATA_FILES for content in (NO_KEY if name == "redaction_key" else NO_DATA)]
 
 
-@pytest.mark.parametrize("content", NOT_OURS)
-@pytest.mark.parametrize("name", ["train_data.jsonl", "val_data.jsonl", "extraction_report.json"])
-def test_what_this_script_has_not_written_is_not_replaced(tmp_path, monkeypatch, name, content):
+@pytest.mark.parametrize(("name", "content"), NOT_OURS)
+def test_what_this_script_has_not_written_is_not_replaced(tmp_path, monkeypatch, blog, name, content):
     data = write_blog(tmp_path / "data", {"extraction_report.json": '{"files_found": 3}', "train_data.jsonl": LINE})
-    file = data / name
-    file.unlink(missing_ok=True)
-    if content == "folder":
-        file.mkdir()
-    elif content == "fifo":
-        os.mkfifo(file)
-    elif content == "link":
-        file.symlink_to("elsewhere")
-    else:
-        write_blog(data, {name: content})
-    before = sorted(path.lstat() for path in data.iterdir())
+    write_blog(tmp_path, {"data/elsewhere": "ab" * 32})
+    (data / name).unlink(missing_ok=True)
+    make(data / name, content)
+    before = sorted(path.lstat()[:7] for path in data.iterdir())
 
     monkeypatch.setattr(x, "list_posts", None)  # nothing is read before
     with pytest.raises(SystemExit) as stopped:
-        x.main(["--public", str(write_blog(tmp_path / "blog", many_posts(3))), "--data-dir", str(data)])
-    assert stopped.value.code.startswith(f"{file} ")
-    assert stopped.value.code.endswith("move it away, or name another data folder with --data-dir.")
-    assert sorted(path.lstat() for path in data.iterdir()) == before
+        x.main(["--public", str(blog), "--data-dir", str(data)])
+    assert stopped.value.code.startswith(f"{data / name} ")
+    assert re.search("move it away, (or name another data folder|and a new one will be made)", stopped.value.code)
+    assert sorted(path.lstat()[:7] for path in data.iterdir()) == before
 
 
-@pytest.mark.parametrize("content", ["", None])
-def test_what_an_earlier_run_has_written_is_replaced(tmp_path, content):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+def test_files_of_an_earlier_run_are_replaced_and_the_same_blog_gives_the_same_bytes(tmp_path, blog):
+    write_blog(blog, {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org")})
     run(tmp_path, "--public", str(blog))
-    if content is not None:
-        write_blog(tmp_path / "data", dict.fromkeys(DATA_FILES[1:], content))
-    assert run(tmp_path, "--public", str(blog))[2]["files_found"] == 3
+    before = contents(tmp_path / "data")
+    run(tmp_path, "--public", str(blog))
+    assert contents(tmp_path / "data") == before
+    write_blog(tmp_path / "data", dict.fromkeys(DATA_FILES[1:], ""))
+    run(tmp_path, "--public", str(blog))
+    assert contents(tmp_path / "data") == before
 
 
 @pytest.mark.parametrize(
     ("folder", "sentence"),
     [
-        ("file", "file is not a folder: name another data folder"),
         ("file/data", "file is not a folder: name another data folder"),
         ("nowhere", "nowhere is not a folder: name another data folder"),
         ("/", "/ is the home folder or contains it: "),
-        ("home", "home is the home folder or contains it: "),
         ("to-home", "to-home is the home folder or contains it: "),
-        ("blog", "blog is a blog's repository or its folder of posts: "),
         ("to-blog", "to-blog is a blog's repository or its folder of posts: "),
         ("blog/_posts", "_posts is a blog's repository or its folder of posts: "),
         ("blog/cat/_drafts/new", "new is a blog's repository or its folder of posts: "),
@@ -661,8 +537,7 @@ def test_a_folder_that_is_no_place_for_data_is_refused_before_anything_is_read(t
         x.main(["--public", str(tmp_path / "blog"), "--data-dir", str(tmp_path / folder)])
 
 
-def test_a_folder_in_a_repository_is_warned_of(tmp_path, capsys):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+def test_a_folder_in_a_repository_is_warned_of(capsys, blog):
     assert x.main(["--public", str(blog), "--data-dir", str(blog / "new/data")]) == 0
     assert f"{blog}: Jekyll or git would publish what is written there" in capsys.readouterr().err
 
@@ -670,84 +545,59 @@ def test_a_folder_in_a_repository_is_warned_of(tmp_path, capsys):
 def test_what_killed_runs_have_left_is_swept_and_nothing_else(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     dead = gone.stdout.strip()
-    ours = [f".{name}.{process}" for name in DATA_FILES for process in (dead, os.getpid())]
+    ours = [f".train_data.jsonl.{dead}", f".extraction_report.json.{dead}", f".redaction_key.{os.getpid()}"]
     others = [".train_data.jsonl.1", f".train_data.jsonl.{os.getppid()}", f"train_data.jsonl.{dead}", ".mine.1234567"]
     others += [f".train_data.jsonl.{end}" for end in (f"{dead}.bak", "0", "-1", "12345678")]
     write_blog(tmp_path, dict.fromkeys(ours + others, ""))
-    (tmp_path / f".val_data.jsonl.0{dead}").mkdir()
+    make(tmp_path / f".val_data.jsonl.{dead}", "folder")
+    make(tmp_path / f".redaction_key.{dead}", "link")
     x.sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*others, f".val_data.jsonl.0{dead}"}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, f".val_data.jsonl.{dead}", f".redaction_key.{dead}"}
 
 
-def test_a_folder_or_a_link_with_the_name_of_a_leftover_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(x, "is_running", lambda _: False)
-    (tmp_path / ".train_data.jsonl.77").mkdir()
-    (tmp_path / ".val_data.jsonl.77").symlink_to("nowhere")
-    x.sweep(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+# The function that finds the disk full, after how many calls, and how many files have been moved by then.
+FULL_DISKS = [(os, "fsync", 0, 0), (os, "fsync", 3, 0), *((Path, "replace", moved, moved) for moved in range(4))]
 
 
-def test_the_report_knows_the_data_that_it_was_written_with(tmp_path):
-    _, _, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", many_posts(20))))
-    names = ("train_data.jsonl", "val_data.jsonl")
-    assert report["sha256"] == {n: hashlib.sha256((tmp_path / "data" / n).read_bytes()).hexdigest() for n in names}
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2, 3])
-def test_a_run_that_ends_between_two_moves_can_be_told_by_its_digests(tmp_path, monkeypatch, moved):
-    blog = write_blog(tmp_path / "blog", many_posts(12))
+@pytest.mark.parametrize(("owner", "name", "calls", "moved"), FULL_DISKS)
+def test_a_full_disk_leaves_whole_files_and_those_of_two_runs_are_told_by_their_digests(
+    tmp_path, monkeypatch, blog, owner, name, calls, moved
+):
     run(tmp_path, "--public", str(blog))
+    before = contents(tmp_path / "data")
     write_blog(blog, many_posts(40))
-    replace = Path.replace
+    write = getattr(owner, name)
     done = []
 
-    def fail(self, target):
-        if len(done) == moved:
-            raise OSError(28, "No space left on device", str(self), None, str(target))
-        done.append(target.name)
-        return replace(self, target)
+    def fail(*args):
+        if len(done) == calls:
+            raise OSError(28, "No space left on device")
+        done.append(args)
+        return write(*args)
 
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(SystemExit, match=f"/{DATA_FILES[moved]}: No space left on device.$"):
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(SystemExit, match=f"/{DATA_FILES[calls]}: No space left on device.$"):
         x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")])
-    report = json.loads((tmp_path / "data/extraction_report.json").read_text("utf-8"))
-    fits = [
-        hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() == digest
-        for name, digest in report["sha256"].items()
-    ]
-    assert all(fits) == (moved < 2)
-    assert {path.name for path in (tmp_path / "data").iterdir()} == set(DATA_FILES)
+    after = contents(tmp_path / "data")
+    assert after.keys() == before.keys()
+    assert {file for file in DATA_FILES[1:] if after[file] != before[file]} == set(DATA_FILES[1:moved])
+
+    digests = json.loads(after["extraction_report.json"])["sha256"]
+    is_right = [hashlib.sha256(after[file]).hexdigest() == digest for file, digest in digests.items()]
+    assert all(is_right) == (moved < 2)
 
 
-def test_a_run_that_fails_leaves_the_old_files_whole(tmp_path, monkeypatch):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+@pytest.mark.slow
+def test_a_killed_run_leaves_the_old_files_whole(tmp_path, blog):
     run(tmp_path, "--public", str(blog))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    before = contents(tmp_path / "data")
     write_blog(blog, many_posts(9))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="/redaction_key: No space left on device.$"):
-        x.main(["--public", str(blog), "--data-dir", str(tmp_path / "data")])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
-
-
-def test_a_killed_run_leaves_the_old_files_whole(tmp_path):
-    blog = write_blog(tmp_path / "blog", many_posts(3))
+    assert stopped_run(tmp_path, blog, "os.fsync", [9]).returncode == -9
+    left = contents(tmp_path / "data")
+    assert {name: left[name] for name in DATA_FILES} == before
+    assert len(left) == 5
     run(tmp_path, "--public", str(blog))
-    before = (tmp_path / "data/train_data.jsonl").read_bytes()
-    write_blog(blog, many_posts(9))
-    kill = (
-        "import os, sys, extract_blog_data as x; os.fsync = lambda _: os._exit(9); "
-        f"x.main(['--public', {str(blog)!r}, '--data-dir', {str(tmp_path / 'data')!r}])"
-    )
-    assert subprocess.run([sys.executable, "-c", kill], cwd=SCRIPT.parent, capture_output=True).returncode == 9
-    assert (tmp_path / "data/train_data.jsonl").read_bytes() == before
-    assert len(list((tmp_path / "data").iterdir())) == 5
-    run(tmp_path, "--public", str(blog))
-    assert {path.name for path in (tmp_path / "data").iterdir()} == set(DATA_FILES)
+    assert contents(tmp_path / "data").keys() == before.keys()
 
 
 # The script as a user runs it, with a library function that first sends signals to the run.
@@ -765,13 +615,14 @@ def stop(*args, **options):
 {module}.{name} = stop
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-MOMENTS = [
-    # posts, function that is called then
-    ("libraries are loaded", 1, "re.compile"),
-    ("a post is read", 9, "zlib.crc32"),
-    ("workers read posts", 70, "zlib.crc32"),
-    ("posts are compared", 9, "numpy.repeat"),
-    ("files are written", 9, "os.fsync"),
+STOPS = [
+    # when, posts, function that is called then, signals
+    ("libraries are loaded", 1, "re.compile", "SIGHUP"),
+    ("a post is read", 9, "zlib.crc32", "SIGTERM"),
+    ("workers read posts", 70, "zlib.crc32", "SIGINT"),
+    ("workers read posts", 70, "zlib.crc32", "SIGHUP SIGTERM SIGINT SIGINT"),
+    ("posts are compared", 9, "numpy.repeat", "SIGINT SIGINT SIGTERM SIGHUP"),
+    ("files are written", 9, "os.fsync", "SIGINT SIGINT SIGTERM SIGHUP"),
 ]
 
 
@@ -782,29 +633,33 @@ def stopped_run(tmp_path: Path, blog: Path, function: str, signals: list[int]) -
     return subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("signals", ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT SIGINT SIGTERM SIGHUP"])
-@pytest.mark.parametrize(("moment", "posts", "function"), MOMENTS)
+def sentences(stderr: str) -> list[str]:
+    """Without progress, and without what is said of an author whom no post names."""
+    return [line for line in stderr.splitlines() if not line.startswith(("read ", "No post or comment"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "posts", "function", "signals"), STOPS)
 def test_a_run_that_is_stopped_says_one_sentence(tmp_path, moment, posts, function, signals):
     blog = write_blog(tmp_path / "blog", many_posts(posts))
     done = stopped_run(tmp_path, blog, function, [int(getattr(signal, one)) for one in signals.split()])
-    said = [line for line in done.stderr.splitlines() if not line.startswith(("read ", "No post or comment"))]
-    assert len(said) == 1
-    assert said[0].startswith("Stopped before ")
+    [said] = sentences(done.stderr)
+    assert said.startswith("Stopped before ")
     assert done.returncode == 1
     assert done.stdout == ""
-    left = {path.name for path in (tmp_path / "data").iterdir()} if (tmp_path / "data").exists() else set()
+    left = {path.name for path in (tmp_path / "data").glob("*")}
     assert left == (set(DATA_FILES) if function == "os.fsync" else set())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_caller_of_main_keeps_its_handlers(tmp_path, monkeypatch, number):
+def test_a_caller_of_main_keeps_its_handlers(tmp_path, monkeypatch, blog, number):
     def of_the_caller(*_):
         raise AssertionError
 
     before = signal.signal(number, of_the_caller)
     monkeypatch.setattr(x, "fill_post", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit, match="^Stopped before the end"):
-        run(tmp_path, "--public", str(write_blog(tmp_path / "blog", many_posts(3))))
+        run(tmp_path, "--public", str(blog))
     assert signal.signal(number, before) is of_the_caller
 
 
@@ -816,6 +671,7 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
         assert heard == [signal.SIGINT, signal.SIGTERM]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed(tmp_path):
     blog = write_blog(tmp_path / "blog", many_posts(70))
     # Whoever of them lived on would hold the other end of stdout, and the call would not return.
@@ -824,7 +680,6 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
 
 STREAMS = [
     # redirection, status, sentence
-    ("", 0, ""),
     ("> /dev/full", 1, "Cannot print on stdout (No space left on device): the data are complete"),
     (">&-", 1, "Cannot print on stdout, which is closed: the data are complete"),
     ("| true", 0, ""),
@@ -834,22 +689,22 @@ STREAMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("redirection", "status", "sentence"), STREAMS)
 def test_a_stream_that_is_full_or_closed_costs_no_data(tmp_path, redirection, status, sentence):
     write_blog(tmp_path / "blog", many_posts(70))
     command = f"{sys.executable} {SCRIPT} --public blog --data-dir data {redirection}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if not line.startswith(("read ", "No post or comment"))]
-    assert said == [line for line in said if sentence and line.startswith(sentence)]
-    assert bool(said) == bool(sentence)
+    said = sentences(done.stderr)
+    assert len(said) == bool(sentence)
+    assert all(line.startswith(sentence) for line in said)
     assert done.returncode == status
     assert not done.stdout or re.match(r"files found +70\n", done.stdout)
     assert "70 of 70 files" in done.stderr or "2>" in redirection
-    report = json.loads((tmp_path / "data/extraction_report.json").read_text("utf-8"))
-    for name, digest in report["sha256"].items():
-        assert hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest() == digest
+    assert contents(tmp_path / "data").keys() == set(DATA_FILES)
 
 
+@pytest.mark.slow
 def test_no_file_takes_the_number_of_a_closed_stream():
     code = (
         "import os, extract_blog_data as x; os.closerange(0, 3)\n"
@@ -859,44 +714,39 @@ def test_no_file_takes_the_number_of_a_closed_stream():
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode > 2
 
 
-def test_names_that_are_not_utf8_end_in_no_traceback(tmp_path):
-    blog = os.fsencode(tmp_path) + b"/\xff"
-    os.rename(write_blog(tmp_path / "blog", many_posts(3)), blog)  # noqa: PTH104
-    command = [sys.executable, SCRIPT, "--public", blog, "--data-dir", blog + b"-data"]
+@pytest.mark.slow
+def test_names_that_are_not_utf8_end_in_no_traceback(tmp_path, blog):
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    os.rename(blog, odd)  # noqa: PTH104
+    command = [sys.executable, SCRIPT, "--public", odd, "--data-dir", odd + b"-data"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "written to" in done.stdout
     assert "Traceback" not in done.stderr
-    for flag in ("--public", "--author", "--no-such-flag"):
-        done = subprocess.run([sys.executable, SCRIPT, flag, b"\xff"], capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--public", "nowhere"], ["nowhere", "make demo"]),
-        (["--public", "empty"], ["No post found", "make demo"]),
-        (["--public", "skipped"], ["None of the 1 files", "no front matter"]),
-        (["--public", "blog", "--data-dir", "file"], ["file"]),
-        (["--wrong"], ["--wrong"]),
-        (["--pub", "blog"], ["--pub"]),
-    ],
-)
-def test_mistakes_get_one_sentence(tmp_path, flags, words):
-    write_blog(tmp_path, {"blog/_posts/2006-01-01-a.md": post("some words to be read"), "file": "", "empty/x": ""})
-    write_blog(tmp_path, {"skipped/_posts/2006-01-01-a.md": "nothing"})
-    done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    message = done.stderr.strip().splitlines()[-1]
-    assert all(word in message for word in words)
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+MISTAKES = [
+    # flags, what the sentence holds
+    (["--public", "nowhere"], "There is no Jekyll repository at nowhere: .*make demo"),
+    (["--public", "empty"], "No post found in .*/empty, .*make demo"),
+    (["--public", "skipped"], r"None of the 1 files could be used \(1 no front matter\)"),
+    (["--public", "\udcff"], "There is no Jekyll repository at \udcff: "),
+    (["--author", "\udcff"], "argument --author: "),
+    (["--pub", "blog"], "--pub"),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), MISTAKES)
+def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capsys, flags, sentence):
+    write_blog(tmp_path, {"empty/x": "", "skipped/_posts/2006-01-01-a.md": "nothing"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=sentence) as stopped:
+        x.main([*flags, "--data-dir", "data"])
+    assert "\n" not in stopped.value.code
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_that_takes_too_long_is_skipped(tmp_path, monkeypatch):
-    blog = write_blog(tmp_path / "blog", many_posts(2) | {"_posts/2006-01-01-slow.md": post("slow " * 9)})
     clean_lines = x.clean_lines
 
     def slow(text):
@@ -906,7 +756,7 @@ def test_a_file_that_takes_too_long_is_skipped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(x, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(x, "clean_lines", slow)
-    _, _, report = run(tmp_path, "--public", str(blog))
+    _, report = run_over(tmp_path, many_posts(2) | {"_posts/2006-01-01-slow.md": post("slow " * 9)})
     assert [row["path"] for row in report["skipped"]] == ["_posts/2006-01-01-slow.md"]
     assert "took over" in report["skipped"][0]["reason"]
 
@@ -919,13 +769,10 @@ def test_an_interrupted_file_does_not_spoil_the_next_one(tmp_path):
                 raise RecursionError
 
     x.converter((), False).treeprocessors.register(Stop(), "stop", 99)
-    files = {
-        "_posts/2006-01-01-slow.md": post("so slow"),
-        "_posts/2006-01-02-next.md": post("one and two\n\nand three"),
-    }
-    train, val, report = run(tmp_path, "--public", str(write_blog(tmp_path / "blog", files)))
+    files = {"_posts/2006-01-01-a.md": post("so slow"), "_posts/2006-01-02-b.md": post("one and two\n\nand three")}
+    [line], report = run_over(tmp_path, files)
     assert report["files_skipped"] == {"nested too deep": 1}
-    assert (train + val)[0]["messages"][-1]["content"] == "one and two\n\nand three"
+    assert line["messages"][-1]["content"] == "one and two\n\nand three"
 
 
 DEEP = {
@@ -940,6 +787,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 def test_monstrous_files_do_no_harm(tmp_path, monkeypatch):
     monkeypatch.setattr(x, "MAX_SECONDS", 1)
     files = {f"_posts/2006-01-01-{name}.md": post(body) for name, body in DEEP.items()}
@@ -950,19 +798,15 @@ def test_monstrous_files_do_no_harm(tmp_path, monkeypatch):
         + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
         + "title: *i\ntags: *i\nauthor: *i\ncomments: *i\n---\nsome words of a post"
     )
-    blog = write_blog(tmp_path / "blog", files)
-    train, val, report = run(tmp_path, "--public", str(blog))
-    check_contract(train + val, report)
-    kept = {line["path"] for line in train + val}
-    assert {"_posts/2006-01-01-html.md", "_posts/2006-01-04-bomb.md"} <= kept | {
-        row["path"] for row in report["skipped"] if row["reason"] == "duplicate"
-    }
+    lines, report = run_over(tmp_path, files)
+    read = {line["path"] for line in lines}
+    read |= {row["path"] for row in report["skipped"] if row["reason"] == "duplicate"}
+    assert {"_posts/2006-01-01-html.md", "_posts/2006-01-04-bomb.md"} <= read
 
 
 def test_the_sample_blogs(tmp_path):
     flags = ["--public", str(SAMPLE / "public-blog"), "--private", str(SAMPLE / "private-blog"), "--author", "wrenlow"]
     train, val, report = run(tmp_path, *flags)
-    check_contract(train + val, report)
     assert report["files_kept"] >= 60
     assert report["redactions"].keys() == {"email", "phone", "secret"}
     text = "\n".join(turn["content"] for line in train + val for turn in line["messages"])
@@ -972,44 +816,40 @@ def test_the_sample_blogs(tmp_path):
 FRAGMENTS = st.sampled_from(
     [
         "hello there ", "*sigh* ", "\n\n", "\n", "    ", "- item\n", "1. one\n", "> quote\n", "```\n", "~~~\n",
-        "`code` ",
-        "{% raw %}", "{% endraw %}", "{% if x %}", "{% else %}", "{% endif %}", "{% include x %}", "{{ page.title }}",
+        "`code` ", "{% if x %}", "{% else %}", "{% endif %}", "{% include x %}", "{{ page.title }}",
         "{{ x }}", "{: .lead }", "{:toc}", "{#id}\n", "[^1]", "\n[^1]: note\n", "[text](", "/url)", "![alt](x.png)",
         "<b>", "</b>", "<div>", "</div>", "<iv>", "<!--more-->", "<!--", "-->", "<blockquote>", "</p>", "&amp;#039;",
         "| a | b |\n", "|---|---|\n", "# Head\n", "-----\n", "$$", "\\", "é", "漢", "👩‍👧", "\u200d", "\ufeff",
-        "a@b.org ",
-        "\n415-555-0123 ", "<|im_start|>", "[caption id=x]", "[/caption]", "mo (10:36 PM): hi\n", "http://example.com\n",
+        "a@b.org ", "\n415-555-0123 ", "<|im_start|>", "[caption id=x]", "[/caption]", "mo (10:36 PM): hi\n",
+        "http://example.com\n",
     ]
 )  # fmt: skip
 BODIES = st.lists(st.one_of(FRAGMENTS, st.text(max_size=12)), max_size=30).map("".join)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(body=BODIES, is_html=st.booleans())
-def test_any_body_becomes_clean_text(body, is_html):
-    clean = body.replace("{% raw %}", "").replace("{% endraw %}", "").translate(x.NO_MARKS)
-    text = x.to_text(x.strip_markup(clean, {"title": "t"}), is_html)
-    text = x.clean_for_training(text, x.Post("b", "public", "p"), x.parse_arguments([]))
-    prose = re.sub(r"`[^`]*`?", "", text)
-    assert "{: .lead" not in prose
-    assert "{% include x %}" not in prose
-    assert "<|" not in text
-    assert "415-555-0123" not in text
-    assert not re.search("[\ue000-\ue002\ufeff\x00-\x08]", text)
-    assert text == text.strip()
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bodies=st.lists(BODIES, min_size=1, max_size=5), meta=st.lists(BODIES, max_size=3))
-def test_any_blog_is_read_to_the_end(tmp_path_factory, bodies, meta):
+def test_any_blog_becomes_clean_text_and_the_same_bytes_again(tmp_path_factory, bodies, meta):
     tmp_path = tmp_path_factory.mktemp("any")
-    files = {f"_posts/2006-01-{n + 1:02}-x.md": post(body) for n, body in enumerate(bodies)}
-    files |= {f"_posts/2007-01-{n + 1:02}-x.md": f"---\n{text}\n---\nwords and words" for n, text in enumerate(meta)}
-    files["_posts/2008-01-01-good.md"] = post("a post that can be read by all")
-    blog = write_blog(tmp_path / "blog", {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()})
-    train, val, report = run(tmp_path, "--public", str(blog))
-    check_contract(train + val, report)
+    files = {"_posts/2008-01-01-good.md": post("a post that can be read by all")}
+    for n, body in enumerate(bodies):
+        files[f"_posts/2006-01-{n + 1:02}-x.{'html' if n % 2 else 'md'}"] = post(body)
+    for n, front in enumerate(meta):
+        files[f"_posts/2007-01-{n + 1:02}-x.md"] = f"---\n{front}\n---\nwords and words"
+    encoded = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
+    lines, report = run_over(tmp_path, encoded)
     assert report["files_found"] == len(files)
-    first = (tmp_path / "data/train_data.jsonl").read_bytes()
-    run(tmp_path, "--public", str(blog))
-    assert (tmp_path / "data/train_data.jsonl").read_bytes() == first
+    for line in lines:
+        text = line["messages"][1]["content"]
+        prose = re.sub(r"`[^`]*`?", "", text)
+        assert "{: .lead" not in prose
+        assert "{% include x %}" not in prose
+        assert "<|" not in text
+        assert "415-555-0123" not in text
+        assert not re.search("[\ue000-\ue002\ufeff\x00-\x08]", text)
+        assert text == text.strip()
+
+    before = contents(tmp_path / "data")
+    run_over(tmp_path, encoded)
+    assert contents(tmp_path / "data") == before

@@ -4,6 +4,7 @@ import ast
 import bisect
 import hashlib
 import re
+from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -25,8 +26,6 @@ def text_of(body: str, is_html: bool = False, line_breaks: str = "keep", title: 
 
 SAME = """
 so i said *sigh* and **no** and _maybe_ and ~~yes~~ <3 >:( o_O
-all lowercase, odd speling
-a line
   b < c & d > e
 snake_case_name and 2 * 3 * 4
 [video] is what i said, and [that too]
@@ -59,45 +58,23 @@ def test_what_stands_in_a_dropped_tag_goes(tag):
 
 MARKDOWN = [
     # kramdown attributes
-    ("Hello.\n{: .lead }", "Hello."),
-    ("{: .tldr}\nHello.", "Hello."),
-    ("![cat](a.png){: .a .b} Hello.", "Hello."),
     ('Hello.\n{: .x #y key="v" data-a=b }', "Hello."),
     ('I wrote {:action => "index"} there.', 'I wrote {:action => "index"} there.'),
     ("I wrote `{: .code }` and `{{ x }}`.", "I wrote `{: .code }` and `{{ x }}`."),
-    ("## Head {#head-1}\n\nHello.", "Head\n\nHello."),
     ("* TOC\n{:toc}\n\nHello.", "Hello."),
-    ("1. Contents\n{:toc}\n\nHello.", "Hello."),
-    ("{::options parse_block_html='true' /}\n\nHello.", "Hello."),
-    ("{::comment}\nsecret\n{:/comment}\n\nHello.", "Hello."),
-    ("Hello.\n\n[Press me](/x){: .btn }", "Hello."),
     ("Hello.\n\n[Press me](/x)\n{: .button .big}", "Hello."),
     # Liquid
     ('Hello.\n\n{% include x.html\n  a="1"\n  b="2" %}\n\nBye.', "Hello.\n\nBye."),
-    ("Hello {% include x.html %}you.", "Hello you."),
-    ("{% highlight ruby %}\nputs 1\n{% endhighlight %}\n\nHello.", "Hello."),
-    ("{% codeblock a.rb %}\nputs 1\n{% endcodeblock %}\n\nHello.", "Hello."),
     ("{% comment %}no {% comment %} deep{% endcomment %}Hello.", "Hello."),
-    ("{% blockquote Ann %}\nhers\n{% endblockquote %}\n\nMine.", "Mine."),
-    ("{% note %}\nMine.\n{% endnote %}", "Mine."),
-    ("{% if a %}One.{% else %}Two.{% endif %} Three.", "One. Three."),
     ("{% if a %}A{% if b %}B{% else %}C{% endif %}D{% elsif c %}E{% else %}F{% endif %}.", "ABD."),
-    ("{% case a %}{% when 1 %}One{% when 2 %}Two{% endcase %}.", "One."),
-    ("{% for p in site.posts %}{{ p.title }}{% endfor %}Hello.", "Hello."),
     ("{% raw %}{{ x }}{% endraw %} stays", "{{ x }} stays"),
     ("{% raw %}\n```\ncode\n```\n{% endraw %}\n\nHello.", "Hello."),
-    ("`{% raw %}{% if %}{% endraw %}` is a tag", "`{% if %}` is a tag"),
-    ("I work at [18F]({{ site.baseurl }}/about/).", "I work at 18F."),
     ("See [this]({% post_url 2011-01-01-x %}) or [that][1].\n\n[1]: {{ site.url }}/x", "See this or that."),
     ("{{ page.description }}\n\nHello.", "A cat *story*.\n\nHello."),
-    ("# {{ page.title }}\n\nHello.", "Hello."),
-    ("This is {{ page.title }} again.", "This is My cat again."),
-    ("dirais-je {{avec}} une voiture", "dirais-je avec une voiture"),
     ("{% assign name = 'x' %}Hello {{ name }}you {{ content }}.", "Hello you ."),
     # code
     ("Hello.\n\n```ruby\nputs 1\n```\n\nBye.", "Hello.\n\nBye."),
     ("Hello.\n\n~~~\nx = 1;\n~~~\n\nBye.", "Hello.\n\nBye."),
-    ("- one\n\n    ```sh\n    ls -l | wc\n    ```\n\n- two", "- one\n- two"),
     ("Hello.\n\n```\n\nBye, unclosed.", "Hello.\n\nBye, unclosed."),
     ("Run `ls -l`, then ``a ` b``.", "Run `ls -l`, then `a ` b`."),
     ("Hello.\n\n    if (x) { return y; }\n    z();\n\nBye.", "Hello.\n\nBye."),
@@ -105,7 +82,6 @@ MARKDOWN = [
         "Hello.\n\n    the sea is wide\n    and i am not\n    but we will sail\n\nBye.",
         "Hello.\n\nthe sea is wide\nand i am not\nbut we will sail\n\nBye.",
     ),
-    ("<div>```js\nx = 1;```</div>\n\nHello.", "Hello."),
     ("~~~\n\nso that was the week that it was\n\n~~~", "so that was the week that it was"),
     # other people's words and what is no prose
     ("Mine.\n\n> Theirs,\nstill theirs.\n\nMine again.", "Mine.\n\nMine again."),
@@ -114,17 +90,13 @@ MARKDOWN = [
     ("Mine.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\n| a | b |\n| 1 | 2 |\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\n<figure><img src='x'><figcaption>Cap</figcaption></figure>\n\nMine.", "Mine.\n\nMine."),
-    ("[caption id='a']<img src='x'> A caption[/caption]\n\nMine.", "Mine."),
-    ('[gallery ids="1,2"]\n\nMine. [youtube id="x"]', "Mine."),
     ("Mine.\n\nhttp://example.com/a?b=c", "Mine."),
     ("Mine, see http://example.com/ there.", "Mine, see http://example.com/ there."),
     ("Mine.\n\n[one](/1) | [two](/2) | [three](/3)", "Mine."),
     ("Mine.\n\nPosted via web from somebody's posterous", "Mine."),
     ("<style>p {x: y}</style>\n<script>alert(1)</script>\n\nMine.<iframe src='x'></iframe>", "Mine."),
-    ("Mine.\n\n$$\nx = 1\n$$\n\nThere are $$N$$ of them.", "Mine.\n\nThere are N of them."),
     # notes, abbreviations, definitions
     ("Mine.[^1] More.\n\n[^1]: The note.", "Mine. More.\n\nThe note."),
-    ("Mine.[^9] No note.", "Mine. No note."),
     ("HTML is\n\n*[HTML]: Hyper", "HTML is"),
     ("term\n: what it means", "term\n\nwhat it means"),
     # lines, lists, headings
@@ -135,7 +107,6 @@ MARKDOWN = [
     ("what i think\n-----\n\nHello.", "what i think\n\nHello."),
     ("# My cat\n\nHello.", "Hello."),
     ("My cat\n\nHello.", "My cat\n\nHello."),
-    ("Hello.<!--more-->Bye.", "Hello.\n\nBye."),
     ("a <em>b</em> <strong> c </strong><i></i> <strike>d</strike>", "a *b* **c** ~~d~~"),
     ("so *r<iv>ey*", "so *r<iv>ey*"),
     # characters
@@ -205,33 +176,28 @@ WRAPPED = (
 )
 
 
-def test_hard_wrapped_lines_are_joined_and_verse_is_not():
+def test_hard_wrapped_lines_are_joined_with_a_space_unless_they_are_chinese_and_verse_is_not():
     assert text_of(WRAPPED, line_breaks="auto") == WRAPPED.replace("\n", " ")
     assert text_of(WRAPPED, line_breaks="keep") == WRAPPED
     verse = "so tired\nof everything, really, all of it\nof you\nand the sea and the boats in it"
     assert text_of(verse, line_breaks="auto") == verse
     assert text_of(verse, line_breaks="join") == verse.replace("\n", " ")
+    assert text_of("漢字\n仮名", line_breaks="join") == "漢字仮名"
 
 
 def test_a_chat_log_in_a_hard_wrapped_post_goes():
     assert text_of(f"{WRAPPED}\n\n{CHATS[0]}", line_breaks="auto") == WRAPPED.replace("\n", " ")
 
 
-def test_joined_chinese_gets_no_spaces():
-    assert text_of("漢字\n仮名", line_breaks="join") == "漢字仮名"
-
-
 @pytest.mark.parametrize(
     ("title", "expected"),
     [
         ("Celio*", "Celio*"),
-        ("O*NET and more", "O*NET and more"),
         ("A *loud* **word** &amp; a [link](/x)", "A loud word & a link"),
         ("Tom &#8217;s <em>cat</em>", "Tom ’s cat"),
         ("2001. A year", "2001. A year"),
         ("`code` here", "code here"),
         (None, ""),
-        (["a"], ""),
     ],
 )
 def test_titles_become_plain_text(title, expected):
@@ -242,19 +208,16 @@ def test_titles_become_plain_text(title, expected):
     ("typed", "expected"),
     [
         ("2006-08-25 22:17:00 +0000", date(2006, 8, 25)),
-        ("2020-04-30T11:57:36+01:00k", date(2020, 4, 30)),
         ("September 8, 2014", date(2014, 9, 8)),
         ("8 Sep 2014", date(2014, 9, 8)),
         ("Mon, 08 Sep 2014 10:00:00 GMT", date(2014, 9, 8)),
         ("2016-07-19 (optional)", date(2016, 7, 19)),
-        ("9999-12-31", date(9999, 12, 31)),
         ("2017-2-5-x.md", date(2017, 2, 5)),
         ("2023-06-31", None),
         ("Jan 8 99999999999", None),
         ("2014-21-01-x.md", None),
         ("yesterday", None),
         (["2014"], None),
-        (None, None),
     ],
 )
 def test_dates(typed, expected):
@@ -262,37 +225,29 @@ def test_dates(typed, expected):
 
 
 FRONT_MATTER = [
-    ("---\ntitle: a\n---\nbody", {"title": "a"}, "body"),
-    ("--- \ntitle: a\n--- \nbody", {"title": "a"}, "body"),
-    ("---\ntitle: a\n...\nbody", {"title": "a"}, "body"),
-    ("---\n---\nbody", {}, "body"),
-    ("---\ndate: 2023-06-31\nn: None\nt: 12:30\n---\n", {"date": "2023-06-31", "n": "None", "t": "12:30"}, ""),
-    ("---\na: !ruby/object:Gem {b: c}\n---\n", {"a": {"b": "c"}}, ""),
-    ("---\njust a string\n---\nbody", {}, "body"),
+    ("---\ntitle: a\n---\nbody", {"title": "a"}),
+    ("--- \ntitle: a\n--- \nbody", {"title": "a"}),
+    ("---\ntitle: a\n...\nbody", {"title": "a"}),
+    ("---\n---\nbody", {}),
+    ("---\ndate: 2023-06-31\nn: None\nt: 12:30\n---\nbody", {"date": "2023-06-31", "n": "None", "t": "12:30"}),
+    ("---\na: !ruby/object:Gem {b: c}\n---\nbody", {"a": {"b": "c"}}),
+    ("---\njust a string\n---\nbody", {}),
 ]
 BROKEN = [
     ('---\ntitle: "If You\\\'re Going"\nlayout: x\n---\nbody', {"title": "If You're Going", "layout": "x"}),
     ("---\ntitle: one: two\ntags:\n- a\n---\nbody", {"title": "one: two", "tags": ["a"]}),
     ("---\ntitle: a\ntags:\n\t- b\n---\nbody", {"title": "a", "tags": ["b"]}),
     ("---\ntitle: a\nbad: [1, 2\nauthor: me\n---\nbody", {"title": "a", "author": "me"}),
-    ("---\ntitle: a\nb: " + "[" * 9000 + "\n---\nbody", {"title": "a"}),
     ("---\ntitle: a\nb: " + "[" * 9000 + "]" * 9000 + "\n---\nbody", {"title": "a"}),
     ("---\ntitle: a\nb: &a [*a]\n---\nbody", {"title": "a"}),
 ]
 
 
-@pytest.mark.parametrize(("text", "meta", "body"), FRONT_MATTER)
-def test_front_matter(text, meta, body):
-    repairs = Counter()
-    assert x.read_front_matter(text, repairs) == (meta, body)
-    assert not +repairs
-
-
-@pytest.mark.parametrize(("text", "meta"), BROKEN)
-def test_broken_front_matter_is_mended_and_counted(text, meta):
+@pytest.mark.parametrize(("text", "meta"), [*FRONT_MATTER, *BROKEN])
+def test_front_matter_is_read_and_mended_where_it_is_broken(text, meta):
     repairs = Counter()
     assert x.read_front_matter(text, repairs) == (meta, "body")
-    assert repairs["front matter repaired"] == 1
+    assert repairs["front matter repaired"] == ((text, meta) in BROKEN)
 
 
 @pytest.mark.parametrize("text", ["", "no front matter", "----\na: b\n---\n", "---\nnever closed"])
@@ -306,7 +261,7 @@ def test_no_front_matter(text):
         (b"\xef\xbb\xbfa\r\nb\rc", "a\nb\nc", ""),
         ("é".encode("utf-16"), "é", ""),
         (b"caf\xe9 \x93hi\x94", "café “hi”", "read as cp1252"),
-        ("cafÃ© and itâ€™s".encode(), "café and it's", "encoding repaired"),
+        ("cafÃ© and itâ€™s".encode(), "café and it’s", "encoding repaired"),
         ("Ärger über Öl".encode(), "Ärger über Öl", ""),
         (b"\x81\x8d", None, ""),
         (b"a\x00b", None, ""),
@@ -314,8 +269,7 @@ def test_no_front_matter(text):
 )
 def test_decode(data, text, repair):
     repairs = Counter()
-    decoded = x.decode(data, repairs)
-    assert decoded == text or (decoded and decoded.replace("’", "'") == text)
+    assert x.decode(data, repairs) == text
     assert list(+repairs) == ([repair] if repair else [])
 
 
@@ -323,24 +277,12 @@ def test_decode(data, text, repair):
 @pytest.mark.parametrize("around", ["{}", "so it is {}, she said", "({})"])
 def test_every_kind_of_personal_data_is_found_by_its_own_rule(rule, around):
     text = around.format(rule.example)
-    own = re.search(rule.pattern, text, re.DOTALL)
-    assert own
-    assert [
-        (kind, start, end) for kind, start, end, _ in x.find_personal_data(text, False, SETTINGS.phone_countries)
-    ] == [(rule.kind, *own.span())]
+    [found] = x.find_personal_data(text, False, SETTINGS.phone_countries)
+    assert found.kind == rule.kind
+    assert (found.start, found.end) == re.search(rule.pattern, text, re.DOTALL).span()
 
 
-@pytest.mark.parametrize(
-    ("country", "number"),
-    [
-        ("RU", "8 (912) 345-67-89"),
-        ("BR", "(11) 98765-4321"),
-        ("CN", "13812345678"),
-        ("ES", "612 345 678"),
-        ("IT", "333 1234567"),
-        ("DK", "32 12 34 56"),
-    ],
-)
+@pytest.mark.parametrize(("country", "number"), [("RU", "8 (912) 345-67-89"), ("IT", "333 1234567")])
 def test_a_setting_finds_the_numbers_of_another_country(country, number):
     text = f"ring {number} now"
     found = x.find_personal_data(text, False, [country])
@@ -350,29 +292,14 @@ def test_a_setting_finds_the_numbers_of_another_country(country, number):
 
 PERSONAL = [
     ("write to Ann.B+c@Example.org now", "write to [email] now", "email", "ann.b+c@example.org"),
-    ("ann [at] example [dot] com", "[email]", "email", "ann@example.com"),
-    ("ann (at) example.com", "[email]", "email", "ann@example.com"),
+    ("ann (at) example [dot] com", "[email]", "email", "ann@example.com"),
     ("ann at example dot com", "[email]", "email", "ann@example.com"),
     ("call (415) 555-0123 soon", "call [phone] soon", "phone", "4155550123"),
-    ("415-555-0123", "[phone]", "phone", "4155550123"),
     ("+33 1 23 45 67 89", "[phone]", "phone", "33123456789"),
     ("01 23 45 67 89", "[phone]", "phone", "0123456789"),
-    ("+44 (0)20 7946 0958!", "[phone]!", "phone", "4402079460958"),
-    ("call 867-5309", "call [phone]", "phone", "8675309"),
     ("02-1234-5678, 089/1234567", "[phone], [phone]", "phone", "0212345678"),
-    (
-        "ring 4155551234 or +7 912 345-67-89 or +447911123456",
-        "ring [phone] or [phone] or [phone]",
-        "phone",
-        "4155551234",
-    ),
+    ("ring 4155551234 or +447911123456", "ring [phone] or [phone]", "phone", "4155551234"),
     ("old tam: (555) 555-0163", "old tam: [phone]", "phone", "5555550163"),
-    ("or 555-0123", "or [phone]", "phone", "5550123"),
-    ("AKIA" + "ABCDEFGHIJKLMNOP", "[secret]", "secret", "AKIA" + "ABCDEFGHIJKLMNOP"),
-    ("ghp_" + "a1B2" * 9, "[secret]", "secret", "ghp_" + "a1B2" * 9),
-    ("key aB3" + "dE4fG5h" * 5 + ".", "key [secret].", "secret", "aB3" + "dE4fG5h" * 5),
-    ("0123456789abcdef" * 2, "[secret]", "secret", "0123456789abcdef" * 2),
-    ("a 40-sign commit " + "0a1B2c3d4e" * 4 + ".", "a 40-sign commit [secret].", "secret", "0a1B2c3d4e" * 4),
     ("DEADBEEF" * 3 + "DEADBEE1", "[secret]", "secret", "DEADBEEF" * 3 + "DEADBEE1"),
     ("https://x.org/?api_key=" + "0a1B2c3d" * 4, "https://x.org/?api_key=[secret]", "secret", "0a1B2c3d" * 4),
     ("https://x.org/#a=1&access_token=" + "0a1B" * 8, "https://x.org/#a=1&access_token=[secret]", "secret", "0a1B" * 8),
@@ -382,16 +309,13 @@ PERSONAL = [
     (r"Fred\ Bloggs\@example.com", r"Fred\ [email]", "email", "bloggs@example.com"),
     # cards, each a number that its maker prints in examples
     ("my card 4111 1111 1111 1111, 03/09", "my card [card], 03/09", "card", "4111111111111111"),
-    ("4111 1111 1111 1111 03/09 123", "[card] 03/09 123", "card", "4111111111111111"),
     ("4111 1111 1111 1111 123", "[card] 123", "card", "4111111111111111"),
     ("4111 4111 1111 1111 1111", "4111 [card]", "card", "4111111111111111"),
     ("5555-5555-5555-4444.", "[card].", "card", "5555555555554444"),
-    ("(378282246310005)", "([card])", "card", "378282246310005"),
     ("3566 0020 2036 0505", "[card]", "card", "3566002020360505"),
     ("6011000990139424", "[card]", "card", "6011000990139424"),
     ("6205 5000 0000 0000 004", "[card]", "card", "6205500000000000004"),
     ("2223 0031 2200 3222", "[card]", "card", "2223003122003222"),
-    ("4917 6100 0000 0000.", "[card].", "card", "4917610000000000"),
     # accounts
     ("iban DE89 3704 0044 0532 0130 00 KREDITBANK", "iban [iban] KREDITBANK", "iban", "DE89370400440532013000"),
     ("to AT61 1904 3002 3457 3201 BANK", "to [iban] BANK", "iban", "AT611904300234573201"),
@@ -420,11 +344,9 @@ def test_personal_data_is_found_and_redacted(text, expected, kind, normalised):
 
 def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
     prints = {x.fingerprint(typed, key) for typed in ("4155550123", "4155550124", "\ud800") for key in (b"a", b"b")}
+    slow = hashlib.scrypt(b"4155550123", salt=b"a", n=2**12, r=8, p=1, dklen=32)
     assert len(prints) == 6
-    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in prints)
-    assert (
-        x.fingerprint("4155550123", b"a") == hashlib.scrypt(b"4155550123", salt=b"a", n=2**12, r=8, p=1, dklen=32).hex()
-    )
+    assert slow.hex() in prints
 
 
 @pytest.mark.parametrize(
@@ -439,7 +361,6 @@ def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
         "antidisestablishmentarianism-and-so-on-and-so-forth",
         "i was at home, dot",
         # large numbers and loud letters
-        "approximately 10000000000000000000000000000000000 times",
         "pipe dream number 1000000000000000000000000000000000000000",
         "A" * 40 + " " + "a" * 32 + "rgh",
         # what looks like a card: a wrong last digit, no maker's beginning, a day, a link, a part of a number
@@ -481,11 +402,7 @@ def test_an_id_in_a_link_stays_in_a_public_post_and_goes_from_a_private_one(link
 
 BLOCKED = [
     # word or words, text, what becomes of it
-    (
-        "Anna",
-        "Anna, ANNA and anna; Anna's and Anna\u2019s",
-        "[private], [private] and [private]; [private]'s and [private]\u2019s",
-    ),
+    ("Anna", "Anna, ANNA, Anna's, Anna\u2019s", "[private], [private], [private]'s, [private]\u2019s"),
     ("Anna", "Annas Joanna anna2004 annasmith.com", "Annas Joanna anna2004 annasmith.com"),
     ("Anna", "*Anna* _Anna_ @anna anna_04", "*[private]* _[private]_ @[private] [private]_04"),
     ("Anna", "https://x.org/anna/?a=anna", "https://x.org/[private]/?a=[private]"),
@@ -500,14 +417,12 @@ BLOCKED = [
     ("Wei\u00df", "Wei\u00df WEISS weiss WEI\u1e9e Weisse", "[private] [private] [private] [private] Weisse"),
     ("Weiss", "Wei\u00df", "[private]"),
     ("'t Hooft", "\u2019t Hooft and 't hooft", "[private] and [private]"),
-    ("O'Brien", "O\u2019Brien o'brien", "[private] [private]"),
     ("\u0130pek", "\u0130pek", "[private]"),
     ("\u5c0f\u660e", "\u6211\u548c\u5c0f\u660e\u53bb", "\u6211\u548c[private]\u53bb"),
     ("C++ (x)", "my C++ (x) and C+ (x)", "my [private] and C+ (x)"),
     ("-Anna-", "Anna-Anna", "[private]-[private]"),
     # beside personal data
     ("anna", "anna@example.com, anna", "[email], [private]"),
-    ("anna@example.com", "to anna@example.com.", "to [email]."),
     ("june 555-0123", "ring June 555-0123 now", "ring [private] now"),
     ("ring June 555", "ring June 555-0123 now", "[private] now"),
     ("email", "an email to anna@example.com", "an [private] to [email]"),
@@ -529,11 +444,8 @@ def test_private_words_go_even_where_nothing_else_is_redacted():
 
 def test_the_longer_of_two_private_words_is_found_and_each_is_counted_by_its_place():
     post = x.Post("b", "public", "p")
-    words = ("Anna", "Anna Smith", "Smiht", "smith")
-    assert (
-        x.clean_for_training("Anna Smith, anna, Smith", post, replace(SETTINGS, blocked_words=words))
-        == "[private], [private], [private]"
-    )
+    settings = replace(SETTINGS, blocked_words=("Anna", "Anna Smith", "Smiht", "smith"))
+    assert x.clean_for_training("Anna Smith, anna, Smith", post, settings) == "[private], [private], [private]"
     assert post.blocked == {"0": 1, "1": 1, "3": 1}
 
 
@@ -542,20 +454,21 @@ WRONG_SETTINGS = [
     ("no list", ["PUBLIC_BLOGS", "PRIVATE_BLOGS", "AUTHORS", "BLOCKED_WORDS"], ["../x", None, {"a"}, 3]),
     ("no list", ["TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], ["Write {}.", None, {"{}"}]),
     ("empty list", ["AUTHORS", "TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], [[], ()]),
-    ("wrong entry", ["PUBLIC_BLOGS", "PRIVATE_BLOGS"], [[""], ["a", " "], [3], [["a"]], ["a\0b"]]),
+    (
+        "wrong entry",
+        ["PUBLIC_BLOGS", "PRIVATE_BLOGS", "AUTHORS", "GENERAL_REQUESTS"],
+        [[""], ["a", " "], [3], [["a"]], ["a\0b"]],
+    ),
     ("wrong entry", ["BLOCKED_WORDS"], [[""], ["Anna", "  "], [3], [None], ["Anna", ["Smith"]], ["..."], {"Anna"}]),
     ("wrong entry", ["PHONE_COUNTRIES"], ["US", [""], ["us"], ["USA"], [1], [None], [["US"]]]),
-    ("wrong entry", ["AUTHORS", "GENERAL_REQUESTS"], [[""], ["a", " "], [3], [None], ["\udce9"]]),
     ("no folder", ["DATA_DIR"], ["", " ", None, 3, ["data"], "a\0b"]),
     ("no yes or no", ["INCLUDE_DRAFTS", "REDACT"], ["no", "", 0, 1, None]),
     ("no whole number", ["MIN_WORDS", "REPLY_DEPTH", "MAX_BYTES"], [0, -1, 1.5, "4", True, None, 10**12]),
     ("no number", ["VALIDATION_SHARE", "SIMILARITY", "MAX_SECONDS"], ["1", True, None, -1, 10**6, [0.1]]),
-    ("no number", ["VALIDATION_SHARE", "SIMILARITY", "MAX_SECONDS"], [float("nan"), float("inf"), 1j]),
     ("divides by zero", ["SIMILARITY", "MAX_SECONDS"], [0]),
     ("no word of these", ["LINE_BREAKS"], ["Auto", "", None, True, ["keep"]]),
-    ("wrong template", ["TITLE_REQUESTS", "TAG_REQUESTS"], [["no place"], ["{} {}"], ["{title}"], ["{0}"], ["{!r}"]]),
-    ("wrong template", ["TITLE_REQUESTS", "TAG_REQUESTS"], [["{"], ["}"], ["{} }"], ["{:>9}"], ["{}", ""], [3]]),
-    ("wrong template", ["REPLY_CONTEXT"], ["", "{}", "{}{}{}", "{0}{1}", "{}{", 3, None, ["{}{}"]]),
+    ("wrong template", ["TITLE_REQUESTS", "TAG_REQUESTS"], [["no place"], ["{} {}"], ["{}", ""], [3]]),
+    ("wrong template", ["REPLY_CONTEXT"], ["", "{}", "{}{}{}", 3, None, ["{}{}"]]),
 ]
 
 
@@ -592,22 +505,13 @@ def test_a_section_uses_only_itself_and_sections_above_it():
     assert {section for section, _ in upwards} == {"the run"}
 
 
-def settings_block() -> list[str]:
-    block = Path(x.__file__).read_text("utf-8").partition("- settings\n")[2].partition("\n# ---")[0]
-    return re.findall(r"^([A-Z_]+) =", block, re.MULTILINE)
-
-
 def test_every_setting_is_checked_and_its_example_is_right():
-    assert settings_block() == list(x.SETTINGS)
+    block = Path(x.__file__).read_text("utf-8").partition("- settings\n")[2].partition("\n# ---")[0]
+    assert re.findall(r"^([A-Z_]+) =", block, re.MULTILINE) == list(x.SETTINGS)
     assert {name.upper() for name in vars(SETTINGS)} == x.SETTINGS.keys() | {"TODAY", "AUTHOR_IS_GIVEN"}
     assert {name for _, names, _ in WRONG_SETTINGS for name in names} == x.SETTINGS.keys()
     for name, setting in x.SETTINGS.items():
         x.check_settings({name: ast.literal_eval(setting.example)}, x.SETTINGS, "x.py")
-
-
-@pytest.mark.parametrize("value", ["{{}} {}", "Über {}: {{x}}"])
-def test_a_template_may_hold_braces_that_are_doubled(value):
-    x.check_settings({"TITLE_REQUESTS": (value,)}, x.SETTINGS, "x.py")
 
 
 @pytest.mark.parametrize("deleted", ["AUTHORS", "DATA_DIR", "MIN_WORDS"])
@@ -634,6 +538,8 @@ KINDS = [
     (x.either(x.one_of("auto"), x.above(0, 1)), ["auto", 0.1], ["bf16", 0, None], "auto", "auto"),
     (x.either(x.one_of("auto"), x.above(0, 1)), [], [], "1e-4", 1e-4),
     (x.optional(x.whole(1, 9)), [None, 9], [0, "None"], "9", 9),
+    (x.template(1), ["{{}} {}", "Über {}: {{x}}"], ["no place", "{} {}", "{title}", "{0}", "{!r}", ""], "{}", "{}"),
+    (x.template(1), [], ["{", "}", "{} }", "{:>9}", 3, None], "{}", "{}"),
     (x.TEXT, ["", "Zo\u00eb"], ["caf\udce9", "a\0", b"a", None], "", ""),
     (x.NAME, ["Zo\u00eb"], ["", " ", "caf\udce9", "a\0", 3], "a b", "a b"),
     (x.FOLDER, ["a", Path("a"), "caf\udce9"], ["", " ", "a\0", b"a", None], "../a", "../a"),
@@ -648,13 +554,10 @@ def test_a_kind_allows_what_its_words_say(kind, allowed, refused, text, value):
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "9" * 5000, "", "x"])
-def test_a_flag_that_its_kind_does_not_allow_is_one_sentence(text):
-    parser = x.parser_of("some.py", "does something")
-    parser.add_argument("--seed", type=x.flag_type(x.Setting(x.whole(0, 2**32 - 1), "42")))
-    with pytest.raises(SystemExit) as stopped:
-        parser.parse_args(["--seed", text])
-    said = r"some\.py: argument --seed: '\S*' must be a whole number from 0 to 4,294,967,295 \(--help lists the flags\)"
-    assert re.fullmatch(said, stopped.value.code)
+def test_a_flag_that_its_kind_does_not_allow_is_quoted_in_short(text):
+    read = x.flag_type(x.Setting(x.whole(0, 2**32 - 1), "42"))
+    with pytest.raises(ArgumentTypeError, match=r"^'\S{0,30}' must be a whole number from 0 to 4,294,967,295$"):
+        read(text)
 
 
 @pytest.mark.parametrize(
@@ -675,7 +578,6 @@ def test_control_tokens_are_broken(token):
         ("I like boats", "I like boats. And the sea.", False),
         ("i like...", "I like boats.", False),
         ("untitled", "I like boats.", False),
-        ("(no title)", "I like boats.", False),
         ("2004-05-06", "I like boats.", False),
         ("http://example.com/x", "I like boats.", False),
         ("example.com", "I like boats.", False),
@@ -694,13 +596,9 @@ def test_which_titles_make_a_request(title, text, usable):
 
 
 def test_tags_make_a_request_where_the_title_does_not():
-    requests = {
-        x.make_request(
-            x.Post("b", "public", f"{n}.md", text="I like boats."), ["baking", "blog", "[private]"], SETTINGS
-        )
-        for n in range(40)
-    }
-    assert not any("[private]" in request for request in requests)
-    assert any("baking" in request for request in requests)
-    assert not any(" blog." in request and "baking" in request for request in requests)
-    assert requests & set(x.GENERAL_REQUESTS)
+    posts = [x.Post("b", "public", f"{n}.md", text="I like boats.") for n in range(40)]
+    requests = {x.make_request(post, ["baking", "blog", "[private]"], SETTINGS) for post in posts}
+    about_baking = {request.format("baking") for request in x.TAG_REQUESTS}
+    assert requests & about_baking
+    assert requests - about_baking
+    assert requests - about_baking <= set(x.GENERAL_REQUESTS)
