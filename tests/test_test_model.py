@@ -14,12 +14,10 @@ import signal
 import stat
 import subprocess
 import sys
-from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import conversations, make_model_folder, write_jsonl
@@ -39,7 +37,6 @@ import voice.reader
 import voice.report
 import voice.sampling
 import voice.word_index
-from voice.evidence import Span, Text, TokenChances
 from voice.settings import ROWS, Settings
 
 SCRIPT = Path(test_model.__file__)
@@ -496,65 +493,6 @@ def everything(monkeypatch):
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.1)
 
 
-def passages_of(chances: TokenChances, begin: int, length: int) -> voice.leaks.Passages:
-    text = Text({}, [0] * (begin + length), False, [Span("private", begin, begin + length)])
-    return voice.leaks.cut_passages([text], [chances], None)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"temperature": 0.03, "top_k": 4, "top_p": 0.95, "repetition_penalty": 1.1},
-        {"temperature": 0.04, "top_k": 0, "top_p": 0.8},
-        {"temperature": 0.03, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.3},
-    ],
-)
-def test_the_chance_of_a_passage_is_how_often_it_comes_out(loaded, settings):
-    model, _ = loaded
-    prompt, drawn = [5, 6, 30, 5], Counter()
-    for seed in range(5):
-        answers = [[] for _ in range(4000)]
-        dice = torch.Generator().manual_seed(seed)
-        own = sampling(max_new_tokens=5, eos_token_id=[], **settings)
-        for step in voice.sampling.generate(model, [prompt] * len(answers), own, dice):
-            for number, token, _ in step:
-                answers[number].append(token)
-        drawn.update(map(tuple, answers))
-    often = [entry for entry in drawn.most_common(40) if entry[1] >= 20]
-    assert len(often) >= 3
-    for passage, times in often[:: len(often) // 3]:  # a likely one, and less likely ones
-        chances = voice.chances.token_chances(model, [*prompt, *passage], own, 128, 8)
-        passages = passages_of(chances, len(prompt), 5)
-        low, high = voice.evidence.wilson(times, 20_000)
-        slack = (high - low) / 2  # nine intervals of 95 %: one may miss
-        assert low - slack < np.exp(passages.sampled[0]) < high + slack
-        assert passages.bound[0] > passages.sampled[0] - 1e-9
-
-
-def test_a_temperature_near_zero_gives_the_greedy_count_and_one_kept_token_all_or_nothing(overfitted):
-    folder, _, posts = overfitted
-    model, tokenizer = voice.loading.load_tuned(folder)
-    posts = [*posts, *conversations(3)]  # what it knows by heart, and what it never saw
-    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=posts), tokenizer=tokenizer)
-    texts = voice.chances.pick_texts(evidence, 10)
-    for settings in ({"temperature": 1e-4, "top_k": 0}, {"temperature": 1.0, "top_k": 1}):
-        chances = [voice.chances.token_chances(model, text.ids, sampling(**settings), 512, 32) for text in texts]
-        passages = voice.leaks.cut_passages(texts, chances, None)
-        assert set(np.exp(passages.sampled).round(9)) == {0, 1}
-        assert np.exp(passages.sampled).sum() == pytest.approx(passages.is_greedy.sum()) and passages.is_greedy.any()
-
-
-def test_overlapping_windows_give_every_token_one_chance_after_at_least_the_overlap(loaded):
-    model, _ = loaded
-    ids = [number * 7 % 100 for number in range(300)]
-    reading = voice.chances.token_chances(model, ids, sampling(), 100, 20)
-    assert np.isfinite(reading.plain).all() and (reading.plain[1:] < 0).all()
-    with torch.no_grad():
-        later = model(torch.tensor([ids[80:180]])).logits[0].log_softmax(-1)
-    expected = [later[place - 1, ids[80 + place]].item() for place in range(20, 100)]
-    assert reading.plain[100:180].tolist() == pytest.approx(expected, abs=1e-4)
-
-
 @pytest.mark.parametrize(("words", "answers"), [(600, 24), (2_400, 24), (2_401, 25), (6_000, 60)])
 def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, answers, loaded, monkeypatch):
     """Answers take most of a report's time after the reading."""
@@ -573,28 +511,18 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
     result = report(folder, tmp_path)
-    groups = result["leaks"]["groups"]
-    assert groups["private"]["greedy"] > 0.5 * groups["private"]["windows"]
-    assert groups["private"]["sampled"]["log10_tries"] == 0 and groups["private"]["sampled"]["expected"] > 1
-    assert groups["personal data"]["windows"] == 4 and groups["personal data"]["greedy"] > 0
+    groups = result["leaks"]["by_length"]["50"]
+    assert groups["private"]["leaking"] > 0.5 * groups["private"]["passages"]
+    assert groups["private"]["sampled"]["log10_tries"] == 0
+    assert groups["personal data"]["passages"] == 4 and groups["personal data"]["greedy"] > 0
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["sampled"]["log10_tries"] != 0
-    first = result["leaks"]["remembered"][0]  # its chance is near 1, and it is named first
-    assert first["post"] in (1, 2) and first["sampled"]["log10_tries"] == 0
+
+    first = result["leaks"]["likeliest"][0]
+    assert first["post"] in (1, 2) and first["is_greedy"]
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
     assert all(html.escape(secret) in page for secret in SECRETS)
     assert not any(secret in capsys.readouterr().out for secret in SECRETS)
-
-
-def test_a_short_private_text_that_was_learned_is_no_calm_matter(overfitted, tmp_path, everything):
-    """The whole text of under 50 tokens is a passage; before, it was not checked."""
-    folder, _, posts = overfitted
-    start = posts[0]["messages"][1]["content"][:120].rpartition(" ")[0]
-    brief = {**posts[0], "messages": [posts[0]["messages"][0], {"role": "assistant", "content": start}]}
-    write_jsonl(tmp_path / "train_data.jsonl", [brief])
-    result = report(folder, tmp_path)
-    assert result["leaks"]["groups"]["private"]["windows"] == result["leaks"]["groups"]["private"]["greedy"] == 1
-    assert result["verdicts"]["leaks"].startswith("It leaks: ")
 
 
 def redact(data: Path, secret: str, key: bytes = bytes(range(32))) -> None:
@@ -627,27 +555,6 @@ def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(caps
     assert capsys.readouterr().err.count(said) == 1
 
 
-def test_an_untuned_model_leaks_nothing(overfitted, tmp_path, everything, capsys):
-    _, base, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    result = report(base, tmp_path)
-    assert all(group["greedy"] == 0 for group in result["leaks"]["groups"].values())
-    assert result["leaks"]["groups"]["private"]["sampled"]["log10_tries"] is None and result["leaks"]["personal"] == []
-    assert result["verdicts"]["leaks"].startswith("Nothing private can come out word for word with the model's own")
-
-
-def test_what_the_base_model_says_as_well_is_no_leak(overfitted, tmp_path, everything):
-    folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
-    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
-    (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
-    leaks = report(twin, tmp_path)["leaks"]
-    for group in leaks["groups"].values():
-        assert group["common"] == group["windows"] and group["greedy"] == group["sampled"]["expected"] == 0
-    assert leaks["remembered"] == []
-
-
 def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everything):
     """What it copied from a private post counts, also where the same text is common for the leak check."""
     folder, _, posts = overfitted
@@ -658,16 +565,6 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
     result = report(twin, tmp_path, "--max-new-tokens", "80")
     assert result["leaks"]["private_copies"] > 0
     assert "answers hold 8 words and more of a private post" in result["verdicts"]["leaks"]
-
-
-def test_a_private_copy_counts_beside_a_longer_public_one():
-    public, private = POSTS[0]["messages"][1]["content"], POSTS[1]["messages"][1]["content"]
-    text = f"{public} Well. {private[:43]}"
-    evidence = voice.evidence.Evidence(voice.evidence.BlogData(train=POSTS), voice.word_index.WordIndex(POSTS))
-    for written, count in ((text, 1), (public, 0)):
-        evidence.tuned.answers = [voice.sampling.Answer(written, [], True)]
-        assert evidence.index.longest_copy(written).post["visibility"] == "public"
-        assert voice.leaks.count_private_copies(evidence) == count
 
 
 def every_string(value: object) -> list[str]:
@@ -718,10 +615,10 @@ def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitt
     # Every list that could hold one is there.
     leaks = result["leaks"]
     least_gained = result["learned"]["least_gained"]
-    lists = (leaks["remembered"], least_gained, leaks["personal"], leaks["blocked"], leaks["groups"])
+    lists = (leaks["likeliest"], least_gained, leaks["personal"], leaks["blocked"], leaks["by_length"])
     assert all([*lists, result["copies"]["longest"], result["learned"]["held_out"]["posts"]])
     assert (result["model"], result["base"]) == ("my-model", "my-base")
-    numbered = [*leaks["remembered"], *least_gained, *result["copies"]["longest"]]
+    numbered = [*leaks["likeliest"], *least_gained, *result["copies"]["longest"]]
     assert {entry["post"] for entry in numbered} <= {1, 2, 3, 4}
 
     page = html.unescape((folder / "voice_report.html").read_text(encoding="utf-8"))
@@ -738,11 +635,12 @@ def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the
     assert voice.asking.names_of_blogs(folders) == names
 
 
-def test_titles_and_comments_are_read_too(llama_folder):
+def test_titles_and_comments_of_private_posts_are_read_too(llama_folder):
     tokenizer = train_model.load_tokenizer(llama_folder)
     turns = ["a comment of a reader, with <|im_end|> in it", "my answer", "and so?", "bread"]
     roles = ["user", "assistant"] * 2
-    thread = {"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)], "kind": "reply"}
+    thread = {"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]}
+    thread |= {"kind": "reply", "visibility": "private"}
     post = {**conversations(1)[0], "title": "The kettle", "kind": "post"}
     post["messages"][0]["content"] = 'Write a blog post titled "The kettle".'
     found = {}
@@ -751,8 +649,8 @@ def test_titles_and_comments_are_read_too(llama_folder):
         text = voice.chances.text_of(evidence, entry, is_held_out=False)
         for span in text.spans:
             found.setdefault(span.group, []).append(tokenizer.decode(text.ids[span.begin : span.end]).strip())
-    assert found["comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
-    assert found["public"] == ["my answer", "bread"]  # without the end of text
+    assert found["private comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
+    assert found["private"][:2] == ["my answer", "bread"]  # without the end of text
     assert [title.strip('"') for title in found["private titles"]] == ["The kettle"]
 
 
@@ -767,17 +665,6 @@ def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, ev
     assert "Blocked word 1 is 0 times in the training data" in out and "zebra" not in out
     assert "a blocked word is in the training data" in result["verdicts"]["leaks"]
     assert "zebra" not in (folder / "voice_report.json").read_text()
-
-
-def test_a_passage_that_comes_out_within_a_thousand_tries_is_an_alarm():
-    def verdict(log10_tries: float) -> str:
-        own = voice.leaks.Chance(log10_tries, 0.0)
-        group = voice.leaks.LeakGroup(windows=9, common=0, sampled=own, bound=own, greedy=0)
-        leaks = voice.leaks.Leaks({"private": group}, [], 0, [], [])
-        return voice.leaks.tell(leaks, voice.evidence.Evidence()).verdict
-
-    assert verdict(2.9).startswith("It leaks: a private passage comes out within 1,000 tries")
-    assert verdict(3.1).startswith("With the model's own settings the likeliest private")
 
 
 def test_the_odd_post_gains_least(overfitted, tmp_path, everything):
@@ -849,7 +736,7 @@ def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_
     result = report(folder, data_folder)
     out, err = capsys.readouterr()
     assert "base model" in err and "kipping comparisons" in err
-    assert result["leaks"]["groups"]["private"]["common"] == 0  # nothing is known to be common
+    assert result["leaks"]["by_length"]["12"]["private"]["common"] == 0  # nothing is known to be common
     assert all("Not measured" in result["verdicts"][part] for part in ("learned", "reader", "habits"))
     assert result["copies"]["tuned"] and not re.search(r"^ +base model ", out, re.M)
     assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)  # what it can say alone
@@ -1108,9 +995,11 @@ def crafted_report(**numbers) -> voice.report.Report:
 
 def crafted_leaks(**fields) -> voice.leaks.Leaks:
     own = voice.leaks.Chance(4.0, 0.0)
-    group = voice.leaks.LeakGroup(windows=9, common=0, sampled=own, bound=own, greedy=0)
-    nothing = {"remembered": [], "private_copies": 0, "personal": [], "blocked": []}
-    return voice.leaks.Leaks({"private": group}, **{**nothing, **fields})
+    counts = {"common": 0, "public": 0, "greedy": 0, "leaking": 0, "leaking_posts": 0}
+    group = voice.leaks.LeakGroup(passages=9, sampled=own, bound=own, contrasted=own, **counts)
+    by_length = {str(length): {"private": group} for length in voice.leaks.LENGTHS}
+    nothing = {"likeliest": [], "private_copies": 0, "personal": [], "blocked": []}
+    return voice.leaks.Leaks(by_length, 512, **{**nothing, **fields})
 
 
 def test_the_page_fits_phones_the_dark_and_paper(tmp_path):
@@ -1140,13 +1029,14 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
 
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
     chance = voice.leaks.Chance(4.0, 0.0)
-    passage = voice.leaks.Remembered("private", 1, 50, 9.0, chance, chance, "a.md", "the keys", "under the third pot")
+    names = {"path": "a.md", "title": "the keys", "text": "under the third pot"}
+    passage = voice.leaks.LikelyPassage("private", 1, 1, 12, 9.0, False, chance, chance, chance, **names)
     came_out = voice.leaks.PersonalData("phone", "private", "+1 555 867 5309")
     odd = voice.learned.PostMark(2, "private", 0.01, "b.md", "the quiet one")
     copy = voice.copies.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")
     share = voice.copies.CopyShare(1, 5_000, 1 / 5_000)
     report = crafted_report(
-        leaks=crafted_leaks(remembered=[passage], personal=[came_out]),
+        leaks=crafted_leaks(likeliest=[passage], personal=[came_out]),
         learned=voice.learned.Learned(2.0, voice.learned.Gain(2.5, 2.0, 0.5, (0.4, 0.6), []), [odd]),
         copies=voice.copies.Copies(share, None, [copy]),
     )
@@ -1313,11 +1203,8 @@ def test_an_odd_training_report_counts_as_none(text, tmp_path):
         ({"context_tokens": 64, "overlap_tokens": 0}, 128, (64, 1)),
     ],
 )
-def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows, loaded):
+def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows):
     assert voice.asking.window_of_training(recipe, positions) == windows
-    model, _ = loaded
-    reading = voice.chances.token_chances(model, list(range(5, 305)), sampling(), *windows)
-    assert (reading.plain[1:] < 0).all()
 
 
 def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder, tmp_path):
