@@ -886,17 +886,15 @@ def load_model(name: str | Path, config=None, only_local: bool = False):
         "lacks {}": sorted(info["missing_keys"]),
         "has {}, which its config does not know": sorted(left_over),
         "has {} in another shape than its config says": sorted(misshapen),
-        "holds NaN or infinite weights in {}": not_finite(model),
+        "holds NaN or infinite weights in {}": [
+            key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()
+        ],
     }
     for problem, tensors in problems.items():
         if tensors:
             more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
             raise CannotLoad(f"{name} {problem.format(tensors[0] + more)}: it is incomplete, copy it again.")
     return model
-
-
-def not_finite(model) -> list[str]:
-    return [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
 
 
 def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: bool = False, is_tuned: bool = False):
@@ -1191,7 +1189,8 @@ def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
 
     # Control tokens before the end of the words (such as an opened thought) do not close the answer.
     words = break_control_tokens(content, tokenizer).strip()
-    said = text[: end_of_words(text, words)]
+    start = 0 if text.startswith(words) else text.rfind(words)
+    said = text[: start + len(words)] if start >= 0 else ""  # the template may have changed the words
     opened = [token for token in tokenizer.encode(said, add_special_tokens=False) if token in control]
     if len(opened) >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
@@ -1203,14 +1202,6 @@ def control_ids(tokenizer) -> frozenset[int]:
     """Ids of the tokens that are marked as control tokens; one of them closes an answer."""
     marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(marked | set(tokenizer.all_special_ids))
-
-
-def end_of_words(text: str, words: str) -> int:
-    """Where `words` end in the `text` that a template made of them; 0 if it changed them."""
-    if text.startswith(words):
-        return len(words)
-    place = text.rfind(words)
-    return place + len(words) if place >= 0 else 0
 
 
 # ---------------------------------------------------------------------------- rows
@@ -1546,6 +1537,7 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
     rows_of_process = max(1, settings.rows_per_update // machine.processes)
     way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
 
+    # The rows are a multiple of an update's.
     updates_per_epoch = math.ceil(len(rows) / settings.rows_per_update)
     updates = settings.max_steps or math.ceil(updates_per_epoch * settings.epochs)
     return Plan(
@@ -1633,6 +1625,7 @@ def shape_of(config, lora_rank: int = 0) -> Shape:
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     names = [name for name, _ in model.named_modules()]
 
+    # Architectures without attention (Mamba) have no heads; some have heads of their own width.
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -2594,6 +2587,7 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     stops = stop_tokens(tokenizer)
     written = {Path(path).name for path in tokenizer.save_pretrained(folder)}
     written |= {path.name for path in folder.glob("model*.safetensors*")}
+    # Whoever loads the folder samples with our settings.
     sampling = GenerationConfig(
         **settings.sampling,
         do_sample=True,
@@ -2660,6 +2654,7 @@ def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, r
 def draw_curve(log_history: list[dict], path: Path) -> None:
     """Loss over updates as a picture: training, validation, and the base model's validation as a line."""
     updates = [entry for entry in log_history if "loss" in entry]
+    # The first evaluation is the base model's.
     measured = evaluations(log_history)
     base_loss = measured[0]["eval_loss"]
 
@@ -2681,6 +2676,7 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
 
 def verdict(base: dict, best: dict, conversations: int) -> str:
     """Whether the model learned, in one sentence; `base` and `best` are evaluations."""
+    # Bits per byte can be compared between models, nats per token cannot.
     before = base["eval_bits_per_byte"]
     after = best["eval_bits_per_byte"]
     unseen = f"over {conversations} conversations it never saw"
