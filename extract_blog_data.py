@@ -86,6 +86,8 @@ import phonenumbers
 import yaml
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.exceptions import ParserRejectedMarkup
+from markdown.blockprocessors import BlockQuoteProcessor
+from markdown.inlinepatterns import HtmlInlineProcessor
 
 # ---------------------------------------------------------------- settings
 # Paths are relative to this script's folder.
@@ -1057,7 +1059,14 @@ BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
 
 # ---------------------------------------------------------------- Markdown
 # A block quote, but not an emoticon such as >_< or >:( at the start of a line.
-QUOTE = re.compile(r"(^|\n)[ ]{0,3}>(?![_.oO^-]+[<>]|<(?=\s|$)|[:;]['-]?[()DPO|/\\])[ ]?(.*)")
+QUOTE_SIGN = r">(?![_.oO^-]+[<>]|<(?=\s|$)|[:;]['-]?[()DPO|/\\])"
+QUOTE = re.compile(rf"(^|\n)[ ]{{0,3}}{QUOTE_SIGN}[ ]?(.*)")
+# In a list item a quote may be indented as the item's text is.
+QUOTE_IN_ITEM = re.compile(rf"^ *(?={QUOTE_SIGN})", re.MULTILINE)
+# What ends a quote without a blank line, as in CommonMark: a list item, a heading, a fence, a rule.
+ENDS_QUOTE = re.compile(rf" *(?:{LIST_MARK}|#{{1,6}} |```|~~~|(?:[-*_] ?){{3,}}$)")
+# A tag with a mistake that browsers forgive, like the missing space in <img src="a.png"alt="b">.
+BROKEN_TAG = r"""(<[a-zA-Z][\w:-]*\s[^<>="']*[="'][^<>]*>)"""
 # "2001. It was a good year" begins with a year and is not a list.
 YEAR = re.compile(r"^( {0,3}\d{4,})(?=\. )", re.MULTILINE)
 # Extension: the sign of it that a text must contain.
@@ -1076,12 +1085,34 @@ def converter(extensions: tuple[str, ...], raw_html: bool) -> markdown.Markdown:
     md.inlinePatterns.deregister("em_strong")
     md.treeprocessors.deregister("prettify")
     md.treeprocessors.register(KeepAsTyped(md), "keep_as_typed", 15)
-    md.parser.blockprocessors["quote"].RE = QUOTE
+    md.parser.blockprocessors.register(Quotes(md.parser), "quote", 20)
     md.parser.blockprocessors["olist"].LAZY_OL = False
     if not raw_html:  # these two take time
         md.preprocessors.deregister("html_block")
         md.inlinePatterns.deregister("html")
+    else:
+        md.inlinePatterns.register(HtmlInlineProcessor(BROKEN_TAG, md), "broken_tag", 89)
     return md
+
+
+class Quotes(BlockQuoteProcessor):
+    """Block quotes that begin in list items and end before them as CommonMark's do."""
+
+    RE = QUOTE
+
+    def test(self, parent, block):
+        return super().test(parent, self.unindent(parent, block))
+
+    def run(self, parent, blocks):
+        lines = self.unindent(parent, blocks[0]).split("\n")
+        first = next(n for n, line in enumerate(lines) if self.RE.match(line))
+        after = (n for n in range(first, len(lines)) if ENDS_QUOTE.match(lines[n]))
+        end = next(after, len(lines))
+        blocks[:1] = ["\n".join(lines[:end]), "\n".join(lines[end:])]
+        super().run(parent, blocks)
+
+    def unindent(self, parent, block: str) -> str:
+        return QUOTE_IN_ITEM.sub("", block) if parent.tag == "li" else block
 
 
 class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
