@@ -810,6 +810,17 @@ DROPPED_TAGS |= {"table", "gallery", "figure", "caption", "button"}
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
+SHOWN = re.compile(r"(?:\{\{-?|=)\s*([\w-]+)")  # a variable that is output, or passed to an include
+# Tags whose arguments may be the author's sentences, unless the name of the file or of the argument says otherwise.
+TEXT_TAGS = {"include", "include_cached", "include_relative", "render", "sidenote", "marginnote", "newthought"}
+ARGUMENT = re.compile(r"""(?:(?P<key>[\w-]+)\s*=\s*)?(?P<mark>["'])(?P<value>(?:\\.|(?!(?P=mark)).)*)(?P=mark)""", re.S)
+NOT_OWN_INCLUDE = re.compile(
+    r"(?i)quote|cit(?:e|ation)|figure|ima?ge?|picture|photo|gallery|video|youtube|vimeo|tweet|toot|embed|audio|code|button|"
+    r"card|caption|map|chart|meta|seo|testimonial"
+)
+NOT_OWN_ARGUMENT = re.compile(r"(?i).*(?:alt|caption|title|quote|description|code|class|style|link|ur[li])")
+NAMES_ANOTHER = re.compile(r"(?i)\b(?:author|by|cite|source|credit|attribution)\s*=")  # an include about their work
+ANY_LIQUID = re.compile(r"\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 RAW_BLOCK = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
 FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
     r"\b(?i:a|an|and|at|but|by|de|des|die|du|el|en|es|for|he|her|i|in|is|it|je|la|le|les|like|me|my|no|not|of|on|or|que|she"
@@ -819,7 +830,22 @@ CODE_SIGN = re.compile(r"[{};<>=$\\|@#_]|\w\(|//|::|->|^\s*(?:\.|-\w|sudo |\w+: 
 # Guesses. Of 58 blocks of nine public blogs and the sample (benchmarks/judgements.py) they find 55 to be code, and 20 %
 # more or less changes one.
 MOST_CODE_LINES = 0.2  # of the lines of verse or prose
+LEAST_WORDS = 4  # of a sentence in an argument or a capture; a guess
 LEAST_FUNCTION_WORDS = 0.15  # of the words of verse or prose; a word with an accent counts, too
+
+
+# Labels of boxes that themes make of block quotes for the author's own hints.
+BOX = re.compile(
+    r"(?is)^(?!.*quote).*?(?<![a-z])(?:notices?|tips?|notes?|warn(?:ing)?s?|info|alerts?|callout|important|caution|danger|hints?|success|"
+    r"message|aside|admonition|prompt|disclaimer|box|panel|tldr)(?![a-z])"
+)
+BOX_OF_GITHUB = re.compile(r"[ \t]*>[ \t]*\[!(?!quote|cite)[a-z]+\][+-]?", re.IGNORECASE)  # and Obsidian's
+ATTRIBUTE_LINE = r"[ \t]*\{:[^}\n]*\}[ \t]*"
+BLOCK_QUOTE = re.compile(
+    rf"^(?P<above>{ATTRIBUTE_LINE}\n)?(?P<quoted>[ \t]*>[^\n]*(?:\n(?!{ATTRIBUTE_LINE}$|[ \t]*$)[^\n]+)*+)"
+    rf"(?P<below>\n{ATTRIBUTE_LINE}$)?",
+    re.MULTILINE,
+)
 
 
 class Page(NamedTuple):
@@ -827,6 +853,7 @@ class Page(NamedTuple):
 
     meta: dict  # front matter
     assigned: set[str]  # names of variables that the post sets
+    shown: set[str]  # names of variables that it outputs
 
 
 class Markup(NamedTuple):
@@ -845,8 +872,10 @@ def strip_markup(text: str, meta: dict) -> str:
         return text
     if "endraw" in text:
         text = RAW_BLOCK.sub(hide_braces, text)
+    if ">" in text:
+        text = BLOCK_QUOTE.sub(open_box, text)
 
-    page = Page(meta, set(ASSIGNED.findall(text)))
+    page = Page(meta, set(ASSIGNED.findall(text)), set(SHOWN.findall(text)))
     out = []
     position = 0
     while found := SCANNER.search(text, position):
@@ -864,6 +893,16 @@ def strip_markup(text: str, meta: dict) -> str:
 def hide_braces(raw: re.Match) -> str:
     """The text between {% raw %} and {% endraw %}, with its braces hidden from the scanner."""
     return re.sub(r"\{(?=[{%])", BRACE, raw[1])
+
+
+def open_box(found: re.Match) -> str:
+    """A block quote that is a box for the author's own words, as paragraphs; any other as it is."""
+    labels = (found["above"] or "") + (found["below"] or "")
+    box = BOX_OF_GITHUB.match(found["quoted"])
+    if not box and not BOX.search(labels):
+        return found[0]
+    own = found["quoted"][box.end() if box else 0 :]
+    return "\n" + re.sub(r"^([ \t]*)> ?", r"\1", own, flags=re.MULTILINE) + "\n"
 
 
 def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -891,6 +930,11 @@ def inline_maths(text: str, found: re.Match, page: Page) -> tuple[str, int]:
 def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """A hole; reading continues after the tag's whole block if that is dropped or is not the first branch."""
     name = found["name"]
+    if name in TEXT_TAGS:
+        return HOLE + "\n\n".join(own_arguments(found[0])), found.end()
+    if name == "capture" and is_shown(text, found, page):
+        return HOLE, found.end()
+
     if name in ("else", "elsif", "when"):
         name = "(?:if|unless|case)"
     elif name not in DROPPED_TAGS:
@@ -899,7 +943,7 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     # The content of these is not read as Liquid: a second opening tag in it is text.
     nests = name not in ("highlight", "comment", "codeblock")
     depth = 1
-    for tag in re.compile(rf"\{{%-?\s*(end)?{name}\b[^%]*%\}}").finditer(text, found.end()):
+    for tag in re.compile(rf"\{{%-?\s*(end)?{name}(?![\w-])[^%]*%\}}").finditer(text, found.end()):
         if tag[1]:
             depth -= 1
         elif nests:
@@ -907,6 +951,31 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
         if depth == 0:
             return HOLE, tag.end()
     return HOLE, found.end()
+
+
+def own_arguments(tag: str) -> list[str]:
+    """The sentences among the arguments of an include, unless it is made for pictures, others' works or the like."""
+    called = re.split("[\"'=]", tag, maxsplit=1)[0]
+    if NOT_OWN_INCLUDE.search(called) or NAMES_ANOTHER.search(tag):
+        return []
+    values = [one["value"] for one in ARGUMENT.finditer(tag) if not NOT_OWN_ARGUMENT.fullmatch(one["key"] or "")]
+    return [re.sub(r"\\(.)", r"\1", value) for value in values if is_sentence(value)]
+
+
+def is_shown(text: str, found: re.Match, page: Page) -> bool:
+    """Whether a {% capture %} holds sentences that the post outputs."""
+    name = ASSIGNED.match(found[0])
+    if not name or name[1] not in page.shown:
+        return False
+    content, closed, _ = text[found.end() :].partition("endcapture")
+    return bool(closed) and is_sentence(ANY_LIQUID.sub("", content))
+
+
+def is_sentence(text: str) -> bool:
+    parts = re.findall(rf"[{CJK}]|[^\s{CJK}]+", text)
+    words = re.findall(r"[^\W\d_]+", text)
+    reads_like_one = text.rstrip().endswith((".", "!", "?")) or has_function_words(text, words)
+    return len(parts) >= LEAST_WORDS and reads_like_one
 
 
 def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -935,6 +1004,10 @@ def looks_like_prose(text: str) -> bool:
     if not words or code_lines > MOST_CODE_LINES * len(lines):
         return False
 
+    return has_function_words(text, words)
+
+
+def has_function_words(text: str, words: list[str]) -> bool:
     # Accents tell languages that FUNCTION_WORD does not know from code.
     accented = sum(1 for word in words if not word.isascii())
     function_words = len(FUNCTION_WORD.findall(text))
@@ -1368,9 +1441,10 @@ class PlainText:
         return self.blocks
 
     def is_dropped(self, tag: Tag) -> bool:
-        if DROPPED.fullmatch(tag.name):
-            return True
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
+        if DROPPED.fullmatch(tag.name):
+            is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
+            return not is_box
         return any(map(NOT_CONTENT.fullmatch, labels))
 
     def open(self, tag: Tag):
