@@ -1364,6 +1364,17 @@ NOT_CONTENT = re.compile(
     r"sharedaddy|addtoany[\w-]*|twitter-(?:tweet|video)|instagram-media|fb-post|highlight(?:er-rouge)?|quiz[\w-]*|"
     r"bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
 )
+# Microformats of a post that is answered, shared or liked: https://indieweb.org/reply-context
+CITED = re.compile(r"h-cite|u-(?:in-reply-to|quotation-of|repost-of|like-of|bookmark-of)")
+CITED_TEXT = re.compile(r"[ep]-(?:content|summary)")
+# Who is quoted: a line with a dash behind a quote, "On Monday ann@example.org wrote:" before one.
+ATTRIBUTION = re.compile(r"[*_(\s]*(?:[\u2012-\u2015~]|--)\s*(?P<who>[^\n]+)")
+NAMES = re.compile(rf"- (?:(?:[\W\d]*[^\W\d_a-z]\S*|@\S+|[\W\d]+|{FUNCTION_WORD.pattern})\s*)+")
+WROTE = re.compile(
+    rf"(?:^|(?<=[\n{SOFT}]))(?i:(?:on|le|am|el|il)\b[^\n{SOFT}]{{5,150}}|[^\n{SOFT}]{{0,60}}\S@\S+)"
+    r" (?i:wrote|a \xe9crit|schrieb[^\n:]{0,40}|escribi\xf3|ha scritto)\s?:$"
+)
+LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # A line break with the spaces around it; a newline typed after a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
@@ -1412,12 +1423,13 @@ class PlainText:
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
+        self.is_behind_quote = False
         self.begin_block()
 
     def begin_block(self):
         self.parts: list[str] = []
         self.marks: list[int] = []  # indexes in parts at which open emphases begin
-        self.links = 0
+        self.targets: set[str] = set()  # of links
         self.in_link = 0  # links that are open
         self.outside = 0  # pieces of text outside links
 
@@ -1434,6 +1446,8 @@ class PlainText:
             elif isinstance(node, Tag) and not self.is_dropped(node):
                 self.open(node)
                 stack.append((node, iter(node.contents)))
+            elif isinstance(node, Tag) and node.name == "blockquote":
+                self.pass_quote()
             elif isinstance(node, Tag) and node.name not in ("img", "a", "sup", "span"):  # these are inline
                 self.flush()
 
@@ -1442,6 +1456,8 @@ class PlainText:
 
     def is_dropped(self, tag: Tag) -> bool:
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
+        if any(map(CITED.fullmatch, labels)):  # a mere link to it may stand in a sentence
+            return bool(BLOCK.fullmatch(tag.name) or tag.find(class_=CITED_TEXT))
         if DROPPED.fullmatch(tag.name):
             is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
             return not is_box
@@ -1454,7 +1470,7 @@ class PlainText:
         elif name == "br":
             self.parts.append("\n")
         elif name == "a":
-            self.links += 1
+            self.targets.add(str(tag.get("href")))
             self.in_link += 1
         elif BLOCK.fullmatch(name):
             self.flush()
@@ -1468,6 +1484,7 @@ class PlainText:
         """Begins a list or a list item; does nothing for any other block."""
         if tag.name == "ul":
             self.lists.append(None)
+            self.is_behind_quote &= len(tag.find_all("li", limit=2)) == 1
         elif tag.name == "ol":
             start = str(tag.get("start"))
             self.lists.append(count(int(start) if start.isdecimal() else 1))
@@ -1503,6 +1520,25 @@ class PlainText:
             lead, _, trail = inner.partition(core)
             self.parts[start:] = [lead, mark, core, mark, trail]
 
+    def pass_quote(self):
+        """Ends a block before a quote of somebody else, without the line that says who wrote it."""
+        self.flush()
+        if self.blocks:
+            kind, text = self.blocks[-1]
+            own = WROTE.sub("", text).rstrip(" \n" + SOFT)
+            self.blocks[-1:] = [Block(kind, own)] if own else []
+        self.is_behind_quote = True
+
+    def is_attribution(self, text: str) -> bool:
+        dashed = ATTRIBUTION.fullmatch(text)
+        if not self.is_behind_quote or len(words_of(text)) > LONGEST_ATTRIBUTION:
+            return False
+
+        # A sentence may begin with a dash, too.
+        who = dashed["who"].lstrip("*_([") if dashed else ""
+        is_sentence = who[:1].islower() or FUNCTION_WORD.match(who.removeprefix("The "))
+        return bool(dashed and not is_sentence or NAMES.fullmatch(text))
+
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
@@ -1510,15 +1546,22 @@ class PlainText:
             text = LINE_END.sub(r"\1\2", text)
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
-        is_navigation = self.links > 1 and not self.outside
+        # The pieces of a sentence may be links, too.
+        is_sentence = text.rstrip("*_~").endswith((".", "!", "?")) and FUNCTION_WORD.search(text)
+        is_navigation = len(self.targets) > 1 and not self.outside and not is_sentence
         if text and not is_navigation:
-            if self.lists:
-                kind = "list"
-                indent = "  " * (len(self.lists) - 1)
-                text = indent + (self.item or "  ") + text
+            mark = self.item
             self.item = ""
-            self.blocks.append(Block(kind, text))
+            if not self.is_attribution(mark + text):
+                self.add(kind, mark, text)
+            self.is_behind_quote = False
         self.begin_block()
+
+    def add(self, kind: str, mark: str, text: str):
+        if self.lists:
+            kind = "list"
+            text = "  " * (len(self.lists) - 1) + (mark or "  ") + text
+        self.blocks.append(Block(kind, text))
 
 
 def clean_title(title: object) -> str:

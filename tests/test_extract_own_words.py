@@ -94,3 +94,53 @@ def test_a_tag_that_begins_with_the_name_of_another_does_not_open_it():
         "{% quote %}Hers {% quote-mark %} still.{% endquote %} Mine {% quote %}hers{% endquote-mark %}{% endquote %}."
     )
     assert text_of(body) == "Mine ."
+
+
+QUOTED = [
+    ("> hers\n\n\u2014 Ann Lee (@annlee) June 3, 2011", ""),
+    ("> hers\n\n-- *The Harbour Gazette*, p. 7", ""),
+    ("> hers\n\n- Ann Lee, Letters to a Friend", ""),
+    ("> hers\n\n- Ann\n- Bob", "- Ann\n- Bob"),
+    ("> hers\n\n- bread of mine", "- bread of mine"),
+    ("> hers\n\n\u2014 and I said so, too", "\u2014 and I said so, too"),
+    ("> hers\n\n\u2013 But I never did.", "\u2013 But I never did."),
+    ("> hers\n\nMine.\n\n\u2014 Ann Lee", "Mine.\n\n\u2014 Ann Lee"),
+    ("\u2014 Ann Lee", "\u2014 Ann Lee"),
+    ("Mine.\n\nOn 3 June 2011, Ann Lee wrote:\n> hers\n\nMine.", "Mine.\n\nMine."),
+    ("Mine.\nAnn Lee <ann@lee.example> wrote:\n\n> hers", "Mine."),
+    ("On the other hand she never wrote:\n\nMine.", "On the other hand she never wrote:\n\nMine."),
+    ("Ann wrote:\n\n> hers", "Ann wrote:"),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), QUOTED)
+def test_the_line_that_says_who_is_quoted_goes_with_the_quote(body, expected):
+    assert text_of(body) == expected
+
+
+LINKS = [
+    ("[we went ](/a)*[far](/a)*[ out](/a)", "we went *far* out"),
+    ("[I was](/a) [so very](/b) [far out.](/c)", "I was so very far out."),
+    ("[Boats](/a) [Far out](/b)", ""),
+    ("[one.](/a) [two.](/b)", ""),
+    ("and [Boats](/a) [Far out](/b)", "and Boats Far out"),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), LINKS)
+def test_a_sentence_of_links_is_no_menu(body, expected):
+    assert text_of(body) == expected
+
+
+CITED = [
+    ('<div class="h-cite u-repost-of"><p>hers</p></div>\n\nMine.', "Mine."),
+    ('<p>Mine, to <a class="u-in-reply-to" href="/x">her post</a>.</p>', "Mine, to her post."),
+    ('<p>I read <span class="h-cite"><a class="p-name">The Sea</a></span>.</p>', "I read The Sea."),
+    ('<span class="h-cite">She: <q class="e-content">hers</q></span>\n\nMine.', "Mine."),
+    ('<div class="h-entry"><div class="e-content">Mine.</div></div>', "Mine."),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), CITED)
+def test_the_post_that_is_answered_goes_and_a_mention_of_it_stays(body, expected):
+    assert text_of(body) == expected
