@@ -868,7 +868,10 @@ class Markup(NamedTuple):
 
 def strip_markup(text: str, meta: dict) -> str:
     """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown."""
-    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[")):
+    separator = meta.get("excerpt_separator")
+    if isinstance(separator, str) and separator.strip():
+        text = re.sub(rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$", "", text, flags=re.MULTILINE)
+    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[", "\\begin")):
         return text
     if "endraw" in text:
         text = RAW_BLOCK.sub(hide_braces, text)
@@ -925,6 +928,11 @@ def inline_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
 
 def inline_maths(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     return found["formula"], found.end()
+
+
+def mended_definition(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+    target = found["target"].replace(" ", "%20")
+    return f"{found['label']} <{target}>", found.end()
 
 
 def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -1072,6 +1080,15 @@ NOT_PROSE = [
         "1. Contents\n{:toc}\nHello.",
         "\nHello.",
     ),
+    Markup("contents_mark", r"^[ \t]*\[TOC\][ \t]*$", "", "[TOC]\n\nHello.", "\n\nHello."),
+    Markup(
+        "definition",  # of a link, with blanks in its target
+        r"^(?P<label> {0,3}\[[^\]\n^][^\]\n]*\]:)[ \t]+"
+        r"""(?P<target>(?:https?://|mailto:|/)[^\s<>]*(?: +[^\s<>"'(]+)+)[ \t]*$""",
+        mended_definition,
+        "[x]: http://example.org/my cat.png",
+        "[x]: <http://example.org/my%20cat.png>",
+    ),
     Markup(
         "button",  # a link that is one
         r"\[[^\[\]\n]*\]\([^()\n]*\)\s*\{:[^}\n]*\.(?:btn|button)\b[^}\n]*\}",
@@ -1091,6 +1108,13 @@ NOT_PROSE = [
         rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$",
         "",
         "Hello.\n$$\nx = 1\n$$",
+        "Hello.\n",
+    ),
+    Markup(
+        "latex",
+        r"^[ \t]*\\begin\{(?P<environment>[\w*]+)\}.*?\\end\{(?P=environment)\}",
+        "",
+        "Hello.\n\\begin{align*}\nx = 1\n\\end{align*}",
         "Hello.\n",
     ),
     Markup(
@@ -1216,8 +1240,24 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
 # [text][4] without its definition, which Markdown leaves as it is; inline code is matched first to be skipped.
 STRAY_LINK = re.compile(r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\))")
 # A line of bare URLs, or a table row.
-NO_TEXT = re.compile(r"\s*(?:[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
-TAIL = re.compile(r"[\W_]*(?:posted (?:via|with|using)|sent (?:via|from) my|cross-?posted (?:to|on|at))\b.{0,80}", re.I)
+NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
+# Lines that blogging tools add, wherever they stand and at the end of a post.
+TOOL_LINE = re.compile(
+    r"(?i)[\W_]*(?:(?:technorati|del\.icio\.us|icerocket|livejournal|flickr)(?: tags?)?|current (?:mood|music|location)"
+    r")[\W_]*:.*"
+)
+TAIL = re.compile(
+    r"(?i)[\W_]*(?:(?:posted|blogged|sent) (?:via|with|using|by e-?mail|from my)|(?:cross|x)-?posted (?:to|on|at|from)|"
+    r"powered by|originally (?:posted|published) (?:at|on|by)|this (?:entry|post) was (?:originally |cross-?)*posted|"
+    r"(?:you can|please) comment (?:here|there)|related (?:articles|posts|stories)(?: by \w+)?$|share this\W*$|"
+    r"(?:tags|labels|categories|filed under|mood|music|listening to)[\W_]*:)(?!\w).{0,120}"
+)
+# An address in running text, without the bracket or full stop that closes it. Inline code comes first, so that it stays.
+LONG_URL = re.compile(
+    r"(?i)`[^`\n]*`|(?<![\w@/.-])(?:(?:https?|ftp)://(?:[^\s/@<>]*@)?(?:www\.)?|www\.|"
+    r"(?=(?:[\w-]+\.)+(?:com|org|net|edu|io|me|info|blog)/))(?P<site>[\w-]+(?:\.[\w-]+)*)"
+    r"(?:[:/?#](?:[^\s<>\"`()]|\([^\s<>()]*\))*)?(?<![.,;:!?'*_~])"
+)
 CLOCK = r"\d{1,2}:\d\d(?::\d\d)?(?: ?[AaPp][Mm])?"
 # name (10:36:16 PM): text / [10:36] <name> text / [10:36] name: text / 10:36 <name> text
 TIMED = re.compile(
@@ -1287,7 +1327,7 @@ def clean_lines(text: str) -> str:
     text = re.sub(r"(?<=\S) {2,}", " ", text)
 
     # A chat becomes a blank line: the text before and after it is not one paragraph.
-    lines = [line for line in text.split("\n") if not NO_TEXT.fullmatch(line)]
+    lines = [line for line in text.split("\n") if not NO_TEXT.fullmatch(line) and not TOOL_LINE.fullmatch(line)]
     chat = timed_chat(lines) | spoken_chat(lines)
     text = "\n".join("" if n in chat else line for n, line in enumerate(lines))
 
@@ -1296,10 +1336,19 @@ def clean_lines(text: str) -> str:
     if "][" in text or "](" in text:
         text = STRAY_LINK.sub(lambda link: link[1] or link[0], text)
 
-    head, _, last = text.rpartition("\n\n")
-    if TAIL.fullmatch(last):
-        text = head
+    if "/" in text or "www." in text:
+        text = LONG_URL.sub(site_of, text)
+    while text and TAIL.fullmatch(text[text.rfind("\n") + 1 :]):
+        text = text[: text.rfind("\n") + 1].rstrip()
     return INVISIBLE.sub("", text).strip()
+
+
+def site_of(url: re.Match) -> str:
+    """The site's name alone: a model that has learned whole addresses invents some. An IP address is no name."""
+    site = url["site"]
+    if site is None:
+        return url[0]
+    return site if any(map(str.isalpha, site.rpartition(".")[2])) else ""
 
 
 # Guesses. The nine public blogs and the sample hold three chats (benchmarks/judgements.py); 20 % more or less, at least
@@ -1362,7 +1411,8 @@ INVISIBLE_TAG = re.compile(
 NOT_CONTENT = re.compile(
     r"(?i:comments?|comment-?list|respond|disqus[\w-]*|(?:wp-)?caption[\w-]*|shar(?:e|ing)[\w-]*|social[\w-]*|related[\w-]*|"
     r"sharedaddy|addtoany[\w-]*|twitter-(?:tweet|video)|instagram-media|fb-post|highlight(?:er-rouge)?|quiz[\w-]*|"
-    r"bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
+    r"zemanta[\w-]*|wlwriter[\w-]*|blogger-post-footer|technorati[\w-]*|scribefire[\w-]*|jp-relatedposts|addthis[\w-]*|"
+    r"feedflare|webmentions?|bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
 )
 # Microformats of a post that is answered, shared or liked: https://indieweb.org/reply-context
 CITED = re.compile(r"h-cite|u-(?:in-reply-to|quotation-of|repost-of|like-of|bookmark-of)")
@@ -1376,12 +1426,16 @@ WROTE = re.compile(
 )
 LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
+# "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
+# values behind a letter are hardly attributes.
+COMPARISON = re.compile(r"<(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)])<(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>)")
 # A line break with the spaces around it; a newline typed after a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
 
 def to_text(markup: str, is_html: bool, title: str = "", line_breaks: str = "keep") -> str:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it."""
+    markup = COMPARISON.sub("&lt;", markup)
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
 
     if not is_html:
@@ -1475,8 +1529,8 @@ class PlainText:
         elif BLOCK.fullmatch(name):
             self.flush()
             self.open_list(tag)
-        elif name == "lj":
-            self.parts.append(str(tag.get("user") or ""))  # LiveJournal's way to name a friend
+        elif name in ("lj", "user") and tag.attrs:  # LiveJournal's ways to name a friend
+            self.parts.append(str(tag.get("user") or tag.get("comm") or tag.get("name") or ""))
         elif not tag.attrs and name.isalpha() and not INVISIBLE_TAG.fullmatch(name):
             self.text(f"<{name}>")
 
@@ -1684,7 +1738,7 @@ PERSONAL_DATA = [
     PersonalData(
         "email",
         "name@host.com, name [at] host [dot] com",
-        rf"[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
+        rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
         "ann [at] example [dot] com",
     ),
     PersonalData(
@@ -2015,7 +2069,7 @@ def split_group(post: Post) -> str:
 def read_tags(meta: dict, post: Post, settings: Settings) -> list[str]:
     tags = meta.get("tags")
     if isinstance(tags, str):  # as Jekyll does
-        tags = tags.split()
+        tags = tags.split("," if "," in tags else None)
     return [clean_for_training(clean_title(tag), post, settings) for tag in strings(tags)]
 
 

@@ -144,3 +144,71 @@ CITED = [
 @pytest.mark.parametrize(("body", "expected"), CITED)
 def test_the_post_that_is_answered_goes_and_a_mention_of_it_stays(body, expected):
     assert text_of(body) == expected
+
+
+TOOLS = [
+    ("Mine.\n\nTechnorati Tags: boats, oars\n\nMine.", "Mine.\n\nMine."),
+    ("**Current Mood:** wet\n_Current music_: The Oars\n\nMine.", "Mine."),
+    ("Mine.\n\nx-posted to my other place\n\nTags: boats", "Mine."),
+    ("Mine.\nMood: wet\nMusic: none", "Mine."),
+    ("Mine.\n\n*This entry was originally posted at http://a.example/1.html.*", "Mine."),
+    ("Posted with care, then I left.\n\nMine.", "Posted with care, then I left.\n\nMine."),
+    ('Mine.\n\n<div class="wlWriterEditableSmartContent">boats</div><p class="zemanta-pixie">oars</p>', "Mine."),
+    ("The current mood of the sea", "The current mood of the sea"),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), TOOLS)
+def test_what_a_blogging_tool_adds_is_no_text(body, expected):
+    assert text_of(body) == expected
+
+
+TYPED = [
+    ("if i<n, n>j and so on", "if i<n, n>j and so on"),
+    ("for (i = 0;i<n;i++) x>y then", "for (i = 0;i<n;i++) x>y then"),
+    ("if u<i and b>c we go", "if u<i and b>c we go"),
+    ('so<b class="x"> it </b>was<br clear="all">then', "so **it** was\nthen"),
+    ("[TOC]\n\nMine, [TOC] too.", "Mine, [TOC] too."),
+    ("\\begin{gather}\nx\n\\end{gather}\n\nMine.", "Mine."),
+    ("See [it][a].\n\n[a]: http://example.org/so it goes.mp3", "See it."),
+    ('See [it][a].\n\n[a]: http://example.org/x "So it goes"', "See it."),
+    ("[a]: not an address at all", "[a]: not an address at all"),
+    ('to <lj user="mossy"> and <user site="lj" name="fern"> and <lj comm="boats">', "to mossy and fern and boats"),
+    ("a <user> is typed", "a <user> is typed"),
+]
+
+
+@pytest.mark.parametrize("is_html", [False, True])
+@pytest.mark.parametrize(("body", "expected"), TYPED)
+def test_signs_that_only_look_like_tags_stay_and_residue_goes(body, expected, is_html):
+    if not (is_html and body[0] in "[\\S"):
+        assert text_of(body, is_html) == expected
+
+
+def test_the_separator_of_the_excerpt_goes_where_it_stands_alone():
+    body = "Mine.\n\n--cut--\n\nMine, `--cut--` too."
+    assert text_of(body, excerpt_separator="--cut--") == "Mine.\n\nMine, `--cut--` too."
+
+
+URLS = [
+    ("see http://www.example.org/a/b?c=d#e, and", "see example.org, and"),
+    ("so (https://en.example.org/wiki/Boat_(film))", "so (en.example.org)"),
+    ("at example.com/so/on.", "at example.com."),
+    ("at www.example.fr", "at example.fr"),
+    ("by http://ann:pass@boats.example:8080/x now", "by boats.example now"),
+    ("at http://192.0.43.8/x now", "at  now"),
+    ("run `curl http://a.example/b` there", "run `curl http://a.example/b` there"),
+    ("and/or 3.5/4 ann@example.com/x", "and/or 3.5/4 ann@example.com/x"),
+    ("<http://a.example/b> is mine", "a.example is mine"),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), URLS)
+def test_of_an_address_in_running_text_the_name_of_the_site_stays(body, expected):
+    assert text_of(body) == expected
+
+
+@pytest.mark.parametrize(("typed", "tags"), [("my cat, boats", ["my cat", "boats"]), ("cat boats", ["cat", "boats"])])
+def test_tags_on_one_line_are_split_at_commas_if_there_are_any(typed, tags):
+    post = x.Post("blog", "public", "_posts/a.md")
+    assert x.read_tags({"tags": typed}, post, x.parse_arguments([])) == tags
