@@ -86,6 +86,8 @@ import phonenumbers
 import yaml
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.exceptions import ParserRejectedMarkup
+from markdown.blockprocessors import BlockQuoteProcessor
+from markdown.inlinepatterns import HtmlInlineProcessor
 
 # ---------------------------------------------------------------- settings
 # Paths are relative to this script's folder.
@@ -808,6 +810,17 @@ DROPPED_TAGS |= {"table", "gallery", "figure", "caption", "button"}
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
+SHOWN = re.compile(r"(?:\{\{-?|=)\s*([\w-]+)")  # a variable that is output, or passed to an include
+# Tags whose arguments may be the author's sentences, unless the name of the file or of the argument says otherwise.
+TEXT_TAGS = {"include", "include_cached", "include_relative", "render", "sidenote", "marginnote", "newthought"}
+ARGUMENT = re.compile(r"""(?:(?P<key>[\w-]+)\s*=\s*)?(?P<mark>["'])(?P<value>(?:\\.|(?!(?P=mark)).)*)(?P=mark)""", re.S)
+NOT_OWN_INCLUDE = re.compile(
+    r"(?i)quote|cit(?:e|ation)|figure|ima?ge?|picture|photo|gallery|video|youtube|vimeo|tweet|toot|embed|audio|code|button|"
+    r"card|caption|map|chart|meta|seo|testimonial"
+)
+NOT_OWN_ARGUMENT = re.compile(r"(?i).*(?:alt|caption|title|quote|description|code|class|style|link|ur[li])")
+NAMES_ANOTHER = re.compile(r"(?i)\b(?:author|by|cite|source|credit|attribution)\s*=")  # an include about their work
+ANY_LIQUID = re.compile(r"\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 RAW_BLOCK = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
 FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
     r"\b(?i:a|an|and|at|but|by|de|des|die|du|el|en|es|for|he|her|i|in|is|it|je|la|le|les|like|me|my|no|not|of|on|or|que|she"
@@ -817,7 +830,22 @@ CODE_SIGN = re.compile(r"[{};<>=$\\|@#_]|\w\(|//|::|->|^\s*(?:\.|-\w|sudo |\w+: 
 # Guesses. Of 58 blocks of nine public blogs and the sample (benchmarks/judgements.py) they find 55 to be code, and 20 %
 # more or less changes one.
 MOST_CODE_LINES = 0.2  # of the lines of verse or prose
+LEAST_WORDS = 4  # of a sentence in an argument or a capture; a guess
 LEAST_FUNCTION_WORDS = 0.15  # of the words of verse or prose; a word with an accent counts, too
+
+
+# Labels of boxes that themes make of block quotes for the author's own hints.
+BOX = re.compile(
+    r"(?is)^(?!.*quote).*?(?<![a-z])(?:notices?|tips?|notes?|warn(?:ing)?s?|info|alerts?|callout|important|caution|danger|hints?|success|"
+    r"message|aside|admonition|prompt|disclaimer|box|panel|tldr)(?![a-z])"
+)
+BOX_OF_GITHUB = re.compile(r"[ \t]*>[ \t]*\[!(?!quote|cite)[a-z]+\][+-]?", re.IGNORECASE)  # and Obsidian's
+ATTRIBUTE_LINE = r"[ \t]*\{:[^}\n]*\}[ \t]*"
+BLOCK_QUOTE = re.compile(
+    rf"^(?P<above>{ATTRIBUTE_LINE}\n)?(?P<quoted>[ \t]*>[^\n]*(?:\n(?!{ATTRIBUTE_LINE}$|[ \t]*$)[^\n]+)*+)"
+    rf"(?P<below>\n{ATTRIBUTE_LINE}$)?",
+    re.MULTILINE,
+)
 
 
 class Page(NamedTuple):
@@ -825,6 +853,7 @@ class Page(NamedTuple):
 
     meta: dict  # front matter
     assigned: set[str]  # names of variables that the post sets
+    shown: set[str]  # names of variables that it outputs
 
 
 class Markup(NamedTuple):
@@ -839,12 +868,17 @@ class Markup(NamedTuple):
 
 def strip_markup(text: str, meta: dict) -> str:
     """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown."""
-    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[")):
+    separator = meta.get("excerpt_separator")
+    if isinstance(separator, str) and separator.strip():
+        text = re.sub(rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$", "", text, flags=re.MULTILINE)
+    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[", "\\begin")):
         return text
     if "endraw" in text:
         text = RAW_BLOCK.sub(hide_braces, text)
+    if ">" in text:
+        text = BLOCK_QUOTE.sub(open_box, text)
 
-    page = Page(meta, set(ASSIGNED.findall(text)))
+    page = Page(meta, set(ASSIGNED.findall(text)), set(SHOWN.findall(text)))
     out = []
     position = 0
     while found := SCANNER.search(text, position):
@@ -862,6 +896,16 @@ def strip_markup(text: str, meta: dict) -> str:
 def hide_braces(raw: re.Match) -> str:
     """The text between {% raw %} and {% endraw %}, with its braces hidden from the scanner."""
     return re.sub(r"\{(?=[{%])", BRACE, raw[1])
+
+
+def open_box(found: re.Match) -> str:
+    """A block quote that is a box for the author's own words, as paragraphs; any other as it is."""
+    labels = (found["above"] or "") + (found["below"] or "")
+    box = BOX_OF_GITHUB.match(found["quoted"])
+    if not box and not BOX.search(labels):
+        return found[0]
+    own = found["quoted"][box.end() if box else 0 :]
+    return "\n" + re.sub(r"^([ \t]*)> ?", r"\1", own, flags=re.MULTILINE) + "\n"
 
 
 def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -886,9 +930,19 @@ def inline_maths(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     return found["formula"], found.end()
 
 
+def mended_definition(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+    target = found["target"].replace(" ", "%20")
+    return f"{found['label']} <{target}>", found.end()
+
+
 def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """A hole; reading continues after the tag's whole block if that is dropped or is not the first branch."""
     name = found["name"]
+    if name in TEXT_TAGS:
+        return HOLE + "\n\n".join(own_arguments(found[0])), found.end()
+    if name == "capture" and is_shown(text, found, page):
+        return HOLE, found.end()
+
     if name in ("else", "elsif", "when"):
         name = "(?:if|unless|case)"
     elif name not in DROPPED_TAGS:
@@ -897,7 +951,7 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     # The content of these is not read as Liquid: a second opening tag in it is text.
     nests = name not in ("highlight", "comment", "codeblock")
     depth = 1
-    for tag in re.compile(rf"\{{%-?\s*(end)?{name}\b[^%]*%\}}").finditer(text, found.end()):
+    for tag in re.compile(rf"\{{%-?\s*(end)?{name}(?![\w-])[^%]*%\}}").finditer(text, found.end()):
         if tag[1]:
             depth -= 1
         elif nests:
@@ -905,6 +959,31 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
         if depth == 0:
             return HOLE, tag.end()
     return HOLE, found.end()
+
+
+def own_arguments(tag: str) -> list[str]:
+    """The sentences among the arguments of an include, unless it is made for pictures, others' works or the like."""
+    called = re.split("[\"'=]", tag, maxsplit=1)[0]
+    if NOT_OWN_INCLUDE.search(called) or NAMES_ANOTHER.search(tag):
+        return []
+    values = [one["value"] for one in ARGUMENT.finditer(tag) if not NOT_OWN_ARGUMENT.fullmatch(one["key"] or "")]
+    return [re.sub(r"\\(.)", r"\1", value) for value in values if is_sentence(value)]
+
+
+def is_shown(text: str, found: re.Match, page: Page) -> bool:
+    """Whether a {% capture %} holds sentences that the post outputs."""
+    name = ASSIGNED.match(found[0])
+    if not name or name[1] not in page.shown:
+        return False
+    content, closed, _ = text[found.end() :].partition("endcapture")
+    return bool(closed) and is_sentence(ANY_LIQUID.sub("", content))
+
+
+def is_sentence(text: str) -> bool:
+    parts = re.findall(rf"[{CJK}]|[^\s{CJK}]+", text)
+    words = re.findall(r"[^\W\d_]+", text)
+    reads_like_one = text.rstrip().endswith((".", "!", "?")) or has_function_words(text, words)
+    return len(parts) >= LEAST_WORDS and reads_like_one
 
 
 def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -933,6 +1012,10 @@ def looks_like_prose(text: str) -> bool:
     if not words or code_lines > MOST_CODE_LINES * len(lines):
         return False
 
+    return has_function_words(text, words)
+
+
+def has_function_words(text: str, words: list[str]) -> bool:
     # Accents tell languages that FUNCTION_WORD does not know from code.
     accented = sum(1 for word in words if not word.isascii())
     function_words = len(FUNCTION_WORD.findall(text))
@@ -997,6 +1080,15 @@ NOT_PROSE = [
         "1. Contents\n{:toc}\nHello.",
         "\nHello.",
     ),
+    Markup("contents_mark", r"^[ \t]*\[TOC\][ \t]*$", "", "[TOC]\n\nHello.", "\n\nHello."),
+    Markup(
+        "definition",  # of a link, with blanks in its target
+        r"^(?P<label> {0,3}\[[^\]\n^][^\]\n]*\]:)[ \t]+"
+        r"""(?P<target>(?:https?://|mailto:|/)[^\s<>]*(?: +[^\s<>"'(]+)+)[ \t]*$""",
+        mended_definition,
+        "[x]: http://example.org/my cat.png",
+        "[x]: <http://example.org/my%20cat.png>",
+    ),
     Markup(
         "button",  # a link that is one
         r"\[[^\[\]\n]*\]\([^()\n]*\)\s*\{:[^}\n]*\.(?:btn|button)\b[^}\n]*\}",
@@ -1016,6 +1108,13 @@ NOT_PROSE = [
         rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$",
         "",
         "Hello.\n$$\nx = 1\n$$",
+        "Hello.\n",
+    ),
+    Markup(
+        "latex",
+        r"^[ \t]*\\begin\{(?P<environment>[\w*]+)\}.*?\\end\{(?P=environment)\}",
+        "",
+        "Hello.\n\\begin{align*}\nx = 1\n\\end{align*}",
         "Hello.\n",
     ),
     Markup(
@@ -1057,7 +1156,14 @@ BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
 
 # ---------------------------------------------------------------- Markdown
 # A block quote, but not an emoticon such as >_< or >:( at the start of a line.
-QUOTE = re.compile(r"(^|\n)[ ]{0,3}>(?![_.oO^-]+[<>]|<(?=\s|$)|[:;]['-]?[()DPO|/\\])[ ]?(.*)")
+QUOTE_SIGN = r">(?![_.oO^-]+[<>]|<(?=\s|$)|[:;]['-]?[()DPO|/\\])"
+QUOTE = re.compile(rf"(^|\n)[ ]{{0,3}}{QUOTE_SIGN}[ ]?(.*)")
+# In a list item a quote may be indented as the item's text is.
+QUOTE_IN_ITEM = re.compile(rf"^ *(?={QUOTE_SIGN})", re.MULTILINE)
+# What ends a quote without a blank line, as in CommonMark: a list item, a heading, a fence, a rule.
+ENDS_QUOTE = re.compile(rf" *(?:{LIST_MARK}|#{{1,6}} |```|~~~|(?:[-*_] ?){{3,}}$)")
+# A tag with a mistake that browsers forgive, like the missing space in <img src="a.png"alt="b">.
+BROKEN_TAG = r"""(<[a-zA-Z][\w:-]*\s[^<>="']*[="'][^<>]*>)"""
 # "2001. It was a good year" begins with a year and is not a list.
 YEAR = re.compile(r"^( {0,3}\d{4,})(?=\. )", re.MULTILINE)
 # Extension: the sign of it that a text must contain.
@@ -1076,12 +1182,34 @@ def converter(extensions: tuple[str, ...], raw_html: bool) -> markdown.Markdown:
     md.inlinePatterns.deregister("em_strong")
     md.treeprocessors.deregister("prettify")
     md.treeprocessors.register(KeepAsTyped(md), "keep_as_typed", 15)
-    md.parser.blockprocessors["quote"].RE = QUOTE
+    md.parser.blockprocessors.register(Quotes(md.parser), "quote", 20)
     md.parser.blockprocessors["olist"].LAZY_OL = False
     if not raw_html:  # these two take time
         md.preprocessors.deregister("html_block")
         md.inlinePatterns.deregister("html")
+    else:
+        md.inlinePatterns.register(HtmlInlineProcessor(BROKEN_TAG, md), "broken_tag", 89)
     return md
+
+
+class Quotes(BlockQuoteProcessor):
+    """Block quotes that begin in list items and end before them as CommonMark's do."""
+
+    RE = QUOTE
+
+    def test(self, parent, block):
+        return super().test(parent, self.unindent(parent, block))
+
+    def run(self, parent, blocks):
+        lines = self.unindent(parent, blocks[0]).split("\n")
+        first = next(n for n, line in enumerate(lines) if self.RE.match(line))
+        after = (n for n in range(first, len(lines)) if ENDS_QUOTE.match(lines[n]))
+        end = next(after, len(lines))
+        blocks[:1] = ["\n".join(lines[:end]), "\n".join(lines[end:])]
+        super().run(parent, blocks)
+
+    def unindent(self, parent, block: str) -> str:
+        return QUOTE_IN_ITEM.sub("", block) if parent.tag == "li" else block
 
 
 class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
@@ -1112,8 +1240,24 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
 # [text][4] without its definition, which Markdown leaves as it is; inline code is matched first to be skipped.
 STRAY_LINK = re.compile(r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\))")
 # A line of bare URLs, or a table row.
-NO_TEXT = re.compile(r"\s*(?:[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
-TAIL = re.compile(r"[\W_]*(?:posted (?:via|with|using)|sent (?:via|from) my|cross-?posted (?:to|on|at))\b.{0,80}", re.I)
+NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
+# Lines that blogging tools add, wherever they stand and at the end of a post.
+TOOL_LINE = re.compile(
+    r"(?i)[\W_]*(?:(?:technorati|del\.icio\.us|icerocket|livejournal|flickr)(?: tags?)?|current (?:mood|music|location)"
+    r")[\W_]*:.*"
+)
+TAIL = re.compile(
+    r"(?i)[\W_]*(?:(?:posted|blogged|sent) (?:via|with|using|by e-?mail|from my)|(?:cross|x)-?posted (?:to|on|at|from)|"
+    r"powered by|originally (?:posted|published) (?:at|on|by)|this (?:entry|post) was (?:originally |cross-?)*posted|"
+    r"(?:you can|please) comment (?:here|there)|related (?:articles|posts|stories)(?: by \w+)?$|share this\W*$|"
+    r"(?:tags|labels|categories|filed under|mood|music|listening to)[\W_]*:)(?!\w).{0,120}"
+)
+# An address in running text, without the bracket or full stop that closes it. Inline code comes first, so that it stays.
+LONG_URL = re.compile(
+    r"(?i)`[^`\n]*`|(?<![\w@/.-])(?:(?:https?|ftp)://(?:[^\s/@<>]*@)?(?:www\.)?|www\.|"
+    r"(?=(?:[\w-]+\.)+(?:com|org|net|edu|io|me|info|blog)/))(?P<site>[\w-]+(?:\.[\w-]+)*)"
+    r"(?:[:/?#](?:[^\s<>\"`()]|\([^\s<>()]*\))*)?(?<![.,;:!?'*_~])"
+)
 CLOCK = r"\d{1,2}:\d\d(?::\d\d)?(?: ?[AaPp][Mm])?"
 # name (10:36:16 PM): text / [10:36] <name> text / [10:36] name: text / 10:36 <name> text
 TIMED = re.compile(
@@ -1183,7 +1327,7 @@ def clean_lines(text: str) -> str:
     text = re.sub(r"(?<=\S) {2,}", " ", text)
 
     # A chat becomes a blank line: the text before and after it is not one paragraph.
-    lines = [line for line in text.split("\n") if not NO_TEXT.fullmatch(line)]
+    lines = [line for line in text.split("\n") if not NO_TEXT.fullmatch(line) and not TOOL_LINE.fullmatch(line)]
     chat = timed_chat(lines) | spoken_chat(lines)
     text = "\n".join("" if n in chat else line for n, line in enumerate(lines))
 
@@ -1192,10 +1336,19 @@ def clean_lines(text: str) -> str:
     if "][" in text or "](" in text:
         text = STRAY_LINK.sub(lambda link: link[1] or link[0], text)
 
-    head, _, last = text.rpartition("\n\n")
-    if TAIL.fullmatch(last):
-        text = head
+    if "/" in text or "www." in text:
+        text = LONG_URL.sub(site_of, text)
+    while text and TAIL.fullmatch(text[text.rfind("\n") + 1 :]):
+        text = text[: text.rfind("\n") + 1].rstrip()
     return INVISIBLE.sub("", text).strip()
+
+
+def site_of(url: re.Match) -> str:
+    """The site's name alone: a model that has learned whole addresses invents some. An IP address is no name."""
+    site = url["site"]
+    if site is None:
+        return url[0]
+    return site if any(map(str.isalpha, site.rpartition(".")[2])) else ""
 
 
 # Guesses. The nine public blogs and the sample hold three chats (benchmarks/judgements.py); 20 % more or less, at least
@@ -1258,15 +1411,31 @@ INVISIBLE_TAG = re.compile(
 NOT_CONTENT = re.compile(
     r"(?i:comments?|comment-?list|respond|disqus[\w-]*|(?:wp-)?caption[\w-]*|shar(?:e|ing)[\w-]*|social[\w-]*|related[\w-]*|"
     r"sharedaddy|addtoany[\w-]*|twitter-(?:tweet|video)|instagram-media|fb-post|highlight(?:er-rouge)?|quiz[\w-]*|"
-    r"bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
+    r"zemanta[\w-]*|wlwriter[\w-]*|blogger-post-footer|technorati[\w-]*|scribefire[\w-]*|jp-relatedposts|addthis[\w-]*|"
+    r"feedflare|webmentions?|bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
 )
+# Microformats of a post that is answered, shared or liked: https://indieweb.org/reply-context
+CITED = re.compile(r"h-cite|u-(?:in-reply-to|quotation-of|repost-of|like-of|bookmark-of)")
+CITED_TEXT = re.compile(r"[ep]-(?:content|summary)")
+# Who is quoted: a line with a dash behind a quote, "On Monday ann@example.org wrote:" before one.
+ATTRIBUTION = re.compile(r"[*_(\s]*(?:[\u2012-\u2015~]|--)\s*(?P<who>[^\n]+)")
+NAMES = re.compile(rf"- (?:(?:[\W\d]*[^\W\d_a-z]\S*|@\S+|[\W\d]+|{FUNCTION_WORD.pattern})\s*)+")
+WROTE = re.compile(
+    rf"(?:^|(?<=[\n{SOFT}]))(?i:(?:on|le|am|el|il)\b[^\n{SOFT}]{{5,150}}|[^\n{SOFT}]{{0,60}}\S@\S+)"
+    r" (?i:wrote|a \xe9crit|schrieb[^\n:]{0,40}|escribi\xf3|ha scritto)\s?:$"
+)
+LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
+# "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
+# values behind a letter are hardly attributes.
+COMPARISON = re.compile(r"<(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)])<(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>)")
 # A line break with the spaces around it; a newline typed after a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
 
 def to_text(markup: str, is_html: bool, title: str = "", line_breaks: str = "keep") -> str:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it."""
+    markup = COMPARISON.sub("&lt;", markup)
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
 
     if not is_html:
@@ -1308,12 +1477,13 @@ class PlainText:
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
+        self.is_behind_quote = False
         self.begin_block()
 
     def begin_block(self):
         self.parts: list[str] = []
         self.marks: list[int] = []  # indexes in parts at which open emphases begin
-        self.links = 0
+        self.targets: set[str] = set()  # of links
         self.in_link = 0  # links that are open
         self.outside = 0  # pieces of text outside links
 
@@ -1330,6 +1500,8 @@ class PlainText:
             elif isinstance(node, Tag) and not self.is_dropped(node):
                 self.open(node)
                 stack.append((node, iter(node.contents)))
+            elif isinstance(node, Tag) and node.name == "blockquote":
+                self.pass_quote()
             elif isinstance(node, Tag) and node.name not in ("img", "a", "sup", "span"):  # these are inline
                 self.flush()
 
@@ -1337,9 +1509,12 @@ class PlainText:
         return self.blocks
 
     def is_dropped(self, tag: Tag) -> bool:
-        if DROPPED.fullmatch(tag.name):
-            return True
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
+        if any(map(CITED.fullmatch, labels)):  # a mere link to it may stand in a sentence
+            return bool(BLOCK.fullmatch(tag.name) or tag.find(class_=CITED_TEXT))
+        if DROPPED.fullmatch(tag.name):
+            is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
+            return not is_box
         return any(map(NOT_CONTENT.fullmatch, labels))
 
     def open(self, tag: Tag):
@@ -1349,13 +1524,13 @@ class PlainText:
         elif name == "br":
             self.parts.append("\n")
         elif name == "a":
-            self.links += 1
+            self.targets.add(str(tag.get("href")))
             self.in_link += 1
         elif BLOCK.fullmatch(name):
             self.flush()
             self.open_list(tag)
-        elif name == "lj":
-            self.parts.append(str(tag.get("user") or ""))  # LiveJournal's way to name a friend
+        elif name in ("lj", "user") and tag.attrs:  # LiveJournal's ways to name a friend
+            self.parts.append(str(tag.get("user") or tag.get("comm") or tag.get("name") or ""))
         elif not tag.attrs and name.isalpha() and not INVISIBLE_TAG.fullmatch(name):
             self.text(f"<{name}>")
 
@@ -1363,6 +1538,7 @@ class PlainText:
         """Begins a list or a list item; does nothing for any other block."""
         if tag.name == "ul":
             self.lists.append(None)
+            self.is_behind_quote &= len(tag.find_all("li", limit=2)) == 1
         elif tag.name == "ol":
             start = str(tag.get("start"))
             self.lists.append(count(int(start) if start.isdecimal() else 1))
@@ -1398,6 +1574,25 @@ class PlainText:
             lead, _, trail = inner.partition(core)
             self.parts[start:] = [lead, mark, core, mark, trail]
 
+    def pass_quote(self):
+        """Ends a block before a quote of somebody else, without the line that says who wrote it."""
+        self.flush()
+        if self.blocks:
+            kind, text = self.blocks[-1]
+            own = WROTE.sub("", text).rstrip(" \n" + SOFT)
+            self.blocks[-1:] = [Block(kind, own)] if own else []
+        self.is_behind_quote = True
+
+    def is_attribution(self, text: str) -> bool:
+        dashed = ATTRIBUTION.fullmatch(text)
+        if not self.is_behind_quote or len(words_of(text)) > LONGEST_ATTRIBUTION:
+            return False
+
+        # A sentence may begin with a dash, too.
+        who = dashed["who"].lstrip("*_([") if dashed else ""
+        is_sentence = who[:1].islower() or FUNCTION_WORD.match(who.removeprefix("The "))
+        return bool(dashed and not is_sentence or NAMES.fullmatch(text))
+
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
@@ -1405,15 +1600,22 @@ class PlainText:
             text = LINE_END.sub(r"\1\2", text)
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
-        is_navigation = self.links > 1 and not self.outside
+        # The pieces of a sentence may be links, too.
+        is_sentence = text.rstrip("*_~").endswith((".", "!", "?")) and FUNCTION_WORD.search(text)
+        is_navigation = len(self.targets) > 1 and not self.outside and not is_sentence
         if text and not is_navigation:
-            if self.lists:
-                kind = "list"
-                indent = "  " * (len(self.lists) - 1)
-                text = indent + (self.item or "  ") + text
+            mark = self.item
             self.item = ""
-            self.blocks.append(Block(kind, text))
+            if not self.is_attribution(mark + text):
+                self.add(kind, mark, text)
+            self.is_behind_quote = False
         self.begin_block()
+
+    def add(self, kind: str, mark: str, text: str):
+        if self.lists:
+            kind = "list"
+            text = "  " * (len(self.lists) - 1) + (mark or "  ") + text
+        self.blocks.append(Block(kind, text))
 
 
 def clean_title(title: object) -> str:
@@ -1536,7 +1738,7 @@ PERSONAL_DATA = [
     PersonalData(
         "email",
         "name@host.com, name [at] host [dot] com",
-        rf"[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
+        rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
         "ann [at] example [dot] com",
     ),
     PersonalData(
@@ -1867,7 +2069,7 @@ def split_group(post: Post) -> str:
 def read_tags(meta: dict, post: Post, settings: Settings) -> list[str]:
     tags = meta.get("tags")
     if isinstance(tags, str):  # as Jekyll does
-        tags = tags.split()
+        tags = tags.split("," if "," in tags else None)
     return [clean_for_training(clean_title(tag), post, settings) for tag in strings(tags)]
 
 

@@ -91,7 +91,7 @@ MARKDOWN = [
     ("Mine.\n\n| a | b |\n| 1 | 2 |\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\n<figure><img src='x'><figcaption>Cap</figcaption></figure>\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\nhttp://example.com/a?b=c", "Mine."),
-    ("Mine, see http://example.com/ there.", "Mine, see http://example.com/ there."),
+    ("Mine.\n\n- http://example.com/a", "Mine."),
     ("Mine.\n\n[one](/1) | [two](/2) | [three](/3)", "Mine."),
     ("Mine.\n\nPosted via web from somebody's posterous", "Mine."),
     ("<style>p {x: y}</style>\n<script>alert(1)</script>\n\nMine.<iframe src='x'></iframe>", "Mine."),
@@ -374,6 +374,7 @@ def test_a_fingerprint_depends_on_the_key_and_on_every_sign():
         # what looks like somebody's computer, or belongs to everybody
         "127.0.0.1, 10.1.2.3, 172.16.5.4, 192.168.0.17:8080, 169.254.1.1, 0.0.0.0, 255.255.255.0, 224.0.0.251",
         "192.0.2.1, 198.51.100.7, 203.0.113.9, 2001:db8::1, ::1, fe80::1, fd12:3456::1",
+        "git@git.example.org:boats/oar.git",
         "1.1.1.1, https://1.1.1.2/dns-query, 8.8.8.8, 9.9.9.9, 93.184.216.34",
         "Firefox 3.6.28.0, Flash 11.2.202.235, version 45.6.7.8, v93.1.2.3, section 3.1.2.4, 12.10.20.05",
         "ruby-93.1.2.3, x/93.1.2.3/y, 93.1.2.3-beta, 93.1.2.3.4, 193.300.2.1",
