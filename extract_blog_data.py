@@ -101,7 +101,7 @@ REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank 
 PHONE_COUNTRIES = ["US"]  # ["US", "IT"]: whose numbers are also found without +NN; two letters (ISO 3166)
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
-VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
+VALIDATION_SHARE = 0.10  # chance of a post to be held out; 0.05 to 0.2
 SIMILARITY = 0.8  # Jaccard index of word 5-grams at which two posts count as one
 MAX_BYTES = 4_000_000  # larger files are not read; the longest real post is under 100,000
 MAX_SECONDS = 3  # processor time for one file
@@ -335,6 +335,7 @@ class Post:
     date: str | None = None
     authors: list[str] = field(default_factory=list)
     group: str = ""  # posts of one group stay on one side of the split
+    copies: list[str] = field(default_factory=list)  # paths of its near-duplicates
     request: str = ""
     text: str = ""
     shingles: np.ndarray | None = None
@@ -2053,6 +2054,7 @@ def drop_duplicate(post: Post, kept: Post):
     # Its replies refer to the text that is kept: they belong to the same side of the split.
     post.text = ""
     post.group = kept.group
+    kept.copies.append(post.path)
     if not post.replies:
         post.reason = "duplicate"
         post.detail = f"{kept.blog}/{kept.path}"
@@ -2122,9 +2124,18 @@ def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.
 
 
 # ---------------------------------------------------------------- split
+FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
+
+
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
-    """The posts as train and validation, each in their order."""
+    """The posts as train and validation, each in their order; says so where chance held out many or few."""
     chosen = choose_validation(posts, share)
+    held = len(chosen) / len(posts)
+    if abs(held - share) > FAR_OFF * share:
+        say(
+            f"{len(chosen):,} of {len(posts):,} posts are held out, {held:.0%} instead of {share:.0%}: a hash of its name "
+            "decides for each post alone, so that a new one moves no other."
+        )
     return {
         "train": [post for number, post in enumerate(posts) if number not in chosen],
         "validation": [post for number, post in enumerate(posts) if number in chosen],
@@ -2132,23 +2143,29 @@ def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
 
 
 def choose_validation(posts: list[Post], share: float) -> set[int]:
-    """Indexes of the posts for validation: exactly that share, whole groups, in the order of a hash of their slugs."""
+    """Indexes of the posts for validation: whole groups, each by a hash of its own name alone.
+
+    In a small blog chance could hold out none, or a third: at least one post is held out, and at most twice the share.
+    Only there can a new post move another."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
+    chances = {group: chance_of([posts[number] for number in members]) for group, members in groups.items()}
 
-    # A hash and not a shuffle: a new post moves hardly any other to the other side.
-    def order(members: list[int]) -> bytes:
-        slug = min(Path(posts[number].path).stem for number in members)
-        return hashlib.sha256(slug.encode("utf-8", "replace")).digest()
-
-    at_least = 1 if len(posts) > 1 else 0
-    wanted = max(int(len(posts) * share + 0.5), at_least)
+    most = max(1, int(2 * share * len(posts)))
     chosen: set[int] = set()
-    for members in sorted(groups.values(), key=order):
-        if len(chosen) + len(members) <= wanted:
-            chosen.update(members)
+    for group in sorted(groups, key=chances.__getitem__):
+        is_needed = not chosen and len(posts) > len(groups[group])
+        if is_needed or (chances[group] < share and len(chosen) + len(groups[group]) <= most):
+            chosen.update(groups[group])
     return chosen
+
+
+def chance_of(members: list[Post]) -> float:
+    """From 0 to 1, by the first name of a group: names begin with a date, so that a later copy changes nothing."""
+    first = min(Path(path).stem for post in members for path in (post.path, *post.copies))
+    digest = hashlib.sha256(first.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 # ---------------------------------------------------------------- data folder
