@@ -1953,7 +1953,7 @@ def first_of(item: dict, *names: str) -> str:
 
 
 def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
-    """One conversation for each of the author's comments, with the comments that it answers before it."""
+    """Conversations that hold each of the author's comments once, after the comments that it answers."""
 
     # Cached because cleaning also records in the post what it redacts, and each comment must be counted once.
     @functools.cache
@@ -1961,30 +1961,64 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         source = strip_markup(comments[key].content, {}) if key in comments else ""
         return clean_for_training(to_text(source, bool(PARAGRAPH_TAG.search(source))), post, settings)
 
-    for key, comment in comments.items():
-        if comment.author not in settings.authors or not said(key):
+    own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
+    depths = depths_of(comments)
+    found: dict[str, list[dict]] = {}  # key of the last comment: its conversation
+    learnt: set[str] = set()
+
+    # The deepest first: its conversation holds most of the others, which would be learnt twice.
+    in_order = sorted(comments, key=depths.__getitem__, reverse=True)  # of a set the order would be another each time
+    for key in filter(own.__contains__, in_order):
+        if key in learnt:
+            post.cases["within a longer conversation"] += 1
             continue
-        chain = chain_of(key, comments, said, settings.reply_depth)
-        turns = [("assistant" if comments[one].author in settings.authors else "user", said(one)) for one in chain]
+        chain = chain_of(key, comments, said, own, learnt, settings.reply_depth)
+        learnt.update(own.intersection(chain))
+        turns = [("assistant" if one in own else "user", said(one)) for one in chain]
 
         # A thread that begins with the author answers the post, or a missing comment: a reader quotes the post.
         case = "answers a comment"
         if turns[0][0] == "assistant":
-            case = "answers a missing comment" if comment.parent else "comments on the post"
+            case = "answers a missing comment" if comments[key].parent else "comments on the post"
             turns.insert(0, ("user", quote_post(post, settings.reply_context)))
 
         if turns[0][1]:
-            post.replies.append(merge_turns(turns))
+            found[key] = merge_turns(turns)
         else:
             case = "left out, answers nothing"
         post.cases[case] += 1
+    post.replies += [found[key] for key in comments if key in found]
 
 
-def chain_of(key: str, comments: dict[str, Comment], said: Callable[[str], str], depth: int) -> list[str]:
-    """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment."""
-    chain = []
-    while key not in chain and len(chain) <= depth and said(key):
-        chain.append(key)
+def depths_of(comments: dict[str, Comment]) -> dict[str, int]:
+    """How many comments a comment answers, one by way of the other; in a cycle any number."""
+    depths: dict[str, int] = {}
+    for key in comments:
+        path = []
+        while key in comments and key not in depths:
+            depths[key] = 0
+            path.append(key)
+            key = comments[key].parent
+        above = depths.get(key, -1)
+        depths |= {one: above + steps for steps, one in enumerate(reversed(path), 1)}
+    return depths
+
+
+def chain_of(
+    key: str, comments: dict[str, Comment], said: Callable[[str], str], own: set[str], learnt: set[str], depth: int
+) -> list[str]:
+    """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment.
+
+    Begins with a reader's comment if there is one, and holds nothing of the author's that is in another chain."""
+    chain: list[str] = []
+    seen = set()
+    while key not in seen and said(key):
+        is_whole = bool(chain) and chain[-1] not in own
+        if is_whole and (len(chain) > depth or key in learnt):
+            break
+        if key not in learnt:
+            chain.append(key)
+        seen.add(key)
         key = comments[key].parent
     return chain[::-1]
 
@@ -2048,8 +2082,8 @@ def drop_duplicates(posts: list[Post], similarity: float):
 
 
 def drop_duplicate(post: Post, kept: Post):
-    answers = {turns[-1]["content"] for turns in kept.replies}
-    post.replies = [turns for turns in post.replies if turns[-1]["content"] not in answers]
+    known = {turn["content"] for turns in kept.replies for turn in turns[1::2]}
+    post.replies = [new for turns in post.replies if (new := without_known(turns, known))]
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
     post.text = ""
@@ -2058,6 +2092,15 @@ def drop_duplicate(post: Post, kept: Post):
     if not post.replies:
         post.reason = "duplicate"
         post.detail = f"{kept.blog}/{kept.path}"
+
+
+def without_known(turns: list[dict], known: set[str]) -> list[dict]:
+    """A conversation without the answers that are known, if these are its first or last ones."""
+    while turns and turns[1]["content"] in known:
+        turns = turns[2:]
+    while turns and turns[-1]["content"] in known:
+        turns = turns[:-2]
+    return turns
 
 
 def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
@@ -2133,8 +2176,8 @@ def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
     held = len(chosen) / len(posts)
     if abs(held - share) > FAR_OFF * share:
         say(
-            f"{len(chosen):,} of {len(posts):,} posts are held out, {held:.0%} instead of {share:.0%}: a hash of its name "
-            "decides for each post alone, so that a new one moves no other."
+            f"{len(chosen):,} of {len(posts):,} posts are held out, {held:.0%} instead of {share:.0%}: a hash of its "
+            "name decides for each post alone, so that a new one moves no other."
         )
     return {
         "train": [post for number, post in enumerate(posts) if number not in chosen],
@@ -2370,8 +2413,7 @@ def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], 
     for split, members in splits.items():
         for post in members:
             for line in conversations(post):
-                answer = line["messages"][-1]["content"]
-                words[split] += len(words_of(answer))
+                words[split] += sum(len(words_of(turn["content"])) for turn in line["messages"][1::2])
                 numbers[split, line["kind"], post.visibility] += 1
 
     rows = [(*key, number) for key, number in sorted(numbers.items())]

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import markdown
@@ -73,6 +74,10 @@ def check_contract(lines: list[dict], report: dict):
         assert all(turn["content"].strip() for turn in line["messages"])
 
 
+def author_turns(lines: list[dict]) -> list[str]:
+    return [turn["content"] for line in lines for turn in line["messages"] if turn["role"] == "assistant"]
+
+
 COMMENTS = """title: The boat
 date: 2006-08-25 22:17:00 +0000
 comments:
@@ -116,17 +121,53 @@ def test_comments_become_conversations(tmp_path):
     check_contract(lines, report)
     asked, answered = "is it *really* a boat? call [phone]", "it floats, it's a boat <3"
     replies = [[turn["content"] for turn in line["messages"]] for line in lines if line["kind"] == "reply"]
-    assert replies[0] == [asked, answered]
-    assert replies[1] == [asked, answered, "so does soap", "soap is a *small* boat"]
-    for turns in replies[2:]:
+    assert replies[0] == [asked, answered, "so does soap", "soap is a *small* boat"]
+    for turns in replies[1:]:
         assert "The boat" in turns[0]
         assert "i bought a boat today." in turns[0]
-    assert [turns[1] for turns in replies[2:]] == ["i meant the other one", "talking to myself here"]
-    assert report["replies"] == {"answers a comment": 2, "answers a missing comment": 2}
+    assert [turns[1] for turns in replies[1:]] == ["i meant the other one", "talking to myself here"]
+    within = "within a longer conversation"
+    assert report["replies"] == {"answers a comment": 1, "answers a missing comment": 2, within: 1}
+    assert sum(report["words"].values()) == sum(len(x.words_of(text)) for text in author_turns(lines))
     assert report["redactions"] == {"phone": 1}
     assert "mossy@example.com" not in json.dumps(lines) + json.dumps(report)
     assert {line["date"] for line in lines} == {"2006-08-25"}
     assert {line["path"] for line in lines} == {"_posts/2006/2006-08-25-boat.md"}
+
+
+THREADS = [
+    # "comment>parent" in the order of the file; capitals are the author's; then the conversations
+    ("a> B>a c>B D>c e>D F>e g>F H>g", ["a B", "c D e F g H"]),  # as deep as the setting, from a reader on
+    ("a> B>a c>B D>c e>B F>e", ["a B c D", "e F"]),  # two branches of one answer
+    ("a> B>a C>a", ["a B", "a C"]),
+    ("a> B>a c>B D>c E>B", ["a B c D", "a E"]),  # more about an answer that is in another conversation
+    ("F>e e>D D>c c>B B>a a>", ["a B c D e F"]),
+    ("A>B B>A c>B D>c", ["A B c D"]),  # a cycle
+]
+
+
+@pytest.mark.parametrize(("thread", "expected"), THREADS)
+def test_each_answer_of_a_thread_is_learnt_once(thread, expected):
+    comments = {}
+    for entry in thread.split():
+        key, _, parent = entry.partition(">")
+        comments[key] = x.Comment(parent, "wren" if key.isupper() else "mo", key)
+    post = x.Post("b", "public", "p", text="words")
+    x.add_replies(post, comments, replace(x.parse_arguments([]), authors=frozenset({"wren"})))
+    found = ["\n\n".join(turn["content"] for turn in turns) for turns in post.replies]
+    found = [" ".join(word for word in text.split() if len(word) == 1 and word != "I") for text in found]
+    assert found == expected
+    assert post.cases.total() == sum(key.isupper() for key in comments)
+
+
+def test_a_copy_of_a_post_adds_only_answers_that_are_new():
+    def turns(text: str) -> list[dict]:
+        return [{"role": "user" if key.islower() else "assistant", "content": key} for key in text]
+
+    kept = x.Post("b", "public", "p", replies=[turns("aBcD")])
+    copy = x.Post("b", "private", "q", replies=[turns("aB"), turns("aBcDeF"), turns("gHaB"), turns("iJ")])
+    x.drop_duplicate(copy, kept)
+    assert ["".join(turn["content"] for turn in each) for each in copy.replies] == ["eF", "gH", "iJ"]
 
 
 def test_nested_replies_and_other_spellings(tmp_path):
