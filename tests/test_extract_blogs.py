@@ -291,7 +291,7 @@ def test_a_broken_config_is_said_and_stands_in_the_report(tmp_path, capsys, conf
     sentence = next(line for line in said.err.splitlines() if "_config." in line)
     assert str(blog / "_config.") in sentence
     assert problem in sentence
-    assert "exclude, include and source are not applied; correct it and run again." in sentence
+    assert "exclude, include, source and defaults are not applied; correct it and run again." in sentence
     assert re.search(r"_config\.yml not applied in full +1\b", said.out)
     assert [row["blog"] for row in report["config_problems"]] == ["blog"]
     assert report["config_problems"][0]["problem"] in sentence

@@ -544,6 +544,7 @@ WRONG_SETTINGS = [
     ("empty list", ["AUTHORS", "TITLE_REQUESTS", "TAG_REQUESTS", "GENERAL_REQUESTS"], [[], ()]),
     ("wrong entry", ["PUBLIC_BLOGS", "PRIVATE_BLOGS"], [[""], ["a", " "], [3], [["a"]], ["a\0b"]]),
     ("wrong entry", ["BLOCKED_WORDS"], [[""], ["Anna", "  "], [3], [None], ["Anna", ["Smith"]], ["..."], {"Anna"}]),
+    ("wrong entry", ["FOLDERS"], ["_posts", [], [""], ["/_posts"], ["../x"], ["a/../b"], ["."], [3], None]),
     ("wrong entry", ["PHONE_COUNTRIES"], ["US", [""], ["us"], ["USA"], [1], [None], [["US"]]]),
     ("wrong entry", ["AUTHORS", "GENERAL_REQUESTS"], [[""], ["a", " "], [3], [None], ["\udce9"]]),
     ("no folder", ["DATA_DIR"], ["", " ", None, 3, ["data"], "a\0b"]),
