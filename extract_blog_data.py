@@ -5,8 +5,9 @@
 
 Reads the repositories in the settings or flags. Writes data/train_data.jsonl and data/val_data.jsonl (one conversation
 a line) and data/extraction_report.json, and prints a table of what became of every file below a _posts or _drafts
-folder: kept, or skipped with a reason. Not searched: .git and other folders that begin with a dot (unless `include` in
-_config.yml names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
+folder (FOLDERS names others): kept, or skipped with a reason. Comments in _data/comments belong to the post of their
+name. Other pages of Markdown are counted. Not searched: .git and other folders that begin with a dot (unless `include`
+in _config.yml names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
 
 The sections of this file. The run uses all of them; every other section uses only itself and sections above it, so
 that it can be read without those below.
@@ -68,11 +69,11 @@ import tomllib
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import UTC, date, datetime
 from fnmatch import translate
 from itertools import accumulate, count, groupby, pairwise
 from pathlib import Path
@@ -96,6 +97,7 @@ PRIVATE_BLOGS = ["../judytuna-private"]
 AUTHORS = ["judytuna"]  # names you sign posts and comments with; other people's posts are left out
 DATA_DIR = "data"
 
+FOLDERS = ["_posts"]  # also "_articles" (a collection) or "content/posts": what is read, at any depth
 INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
@@ -103,7 +105,7 @@ REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank 
 PHONE_COUNTRIES = ["US"]  # ["US", "IT"]: whose numbers are also found without +NN; two letters (ISO 3166)
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
-VALIDATION_SHARE = 0.10  # of the posts; 0.05 to 0.2
+VALIDATION_SHARE = 0.10  # chance of a post to be held out; 0.05 to 0.2
 SIMILARITY = 0.8  # Jaccard index of word 5-grams at which two posts count as one
 MAX_BYTES = 4_000_000  # larger files are not read; the longest real post is under 100,000
 MAX_SECONDS = 3  # processor time for one file
@@ -131,9 +133,10 @@ REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to ad
 def extract(settings: Settings):
     """Reads the repositories and writes the data folder. Exits with a sentence if no post can be used."""
     sites = read_sites(settings)
-    check_data_folder(settings.data_dir, [site.repository for site in sites])
+    check_data_folder(settings.data_dir, sites)
     key = read_or_make_key(settings.data_dir)
-    posts = read_with_progress(list_posts(sites, settings), settings)
+    found, unread = list_posts(sites, settings)
+    posts = read_with_progress(found, settings)
 
     # Other people's posts first; otherwise one of them could be kept in place of the author's copy.
     drop_other_authors(posts, settings)
@@ -150,6 +153,7 @@ def extract(settings: Settings):
     splits = split_posts(kept, settings.validation_share)
     hide_in_origins(posts, settings.blocked_words)
     report = make_report(posts, splits, settings, sites, key)
+    report["not_read"] = count_unread(unread, settings)
 
     # The report is written last and has the digests of the data, which shows files of two runs.
     files = {TRAIN_FILE: json_lines(splits["train"]), VALIDATION_FILE: json_lines(splits["validation"])}
@@ -252,12 +256,13 @@ def fill_post(post: Post, settings: Settings) -> str:
     parts = read_front_matter(source, post.repairs)
     if parts is None:
         return "no front matter"
-    meta, body = parts
+    own, body = parts
+    meta = overlay(post.defaults, own)
     if is_unpublished(meta):
         return "unpublished"
 
     # One day of tolerance for time zones.
-    day = parse_date(meta.get("date")) or parse_date(post.file.name)
+    day = parse_date(meta.get("date")) or date_in(post.path)
     if day and (day - settings.today).days > 1:
         return "dated in the future"
 
@@ -268,8 +273,9 @@ def fill_post(post: Post, settings: Settings) -> str:
     post.date = day.isoformat() if day else None
     post.title = clean_for_training(title, post, settings)
     post.text = clean_for_training(text, post, settings)
-    post.authors = [name.casefold() for name in strings(meta.get("author")) + strings(meta.get("authors"))]
-    add_replies(post, read_comments(meta.get("comments")), settings)
+    post.authors = authors_of(own) or authors_of(post.defaults)
+    comments = read_comments(meta.get("comments")) | read_comments(comments_in_files(post, settings))
+    add_replies(post, comments, settings)
     post.group = split_group(post)
 
     # A post with only a picture may have replies, which stay.
@@ -288,6 +294,10 @@ def is_unpublished(meta: dict) -> bool:
     return str(meta.get("published", "")).lower() in ("false", "no", "off", "n")
 
 
+def authors_of(meta: dict) -> list[str]:
+    return [name.casefold() for name in strings(meta.get("author")) + strings(meta.get("authors"))]
+
+
 def why_without_text(post: Post, words: list[str]) -> str:
     """Why a post of too few words is skipped; "" if its replies are kept."""
     if post.replies:
@@ -304,6 +314,7 @@ class Settings:
     private_blogs: tuple[Path, ...]
     authors: frozenset[str]
     data_dir: Path
+    folders: tuple[str, ...]
     include_drafts: bool
     min_words: int
     line_breaks: str
@@ -323,6 +334,15 @@ class Settings:
     today: date
 
 
+class Unread(NamedTuple):
+    """A source of words that no setting names."""
+
+    blog: str
+    source: str  # a folder, or what it is
+    remedy: str  # how to have it read
+    file: Path
+
+
 @dataclass(slots=True)
 class Post:
     """One file below a _posts or _drafts folder: its content, or the reason why it is skipped."""
@@ -332,11 +352,14 @@ class Post:
     path: str  # in the repository
     file: Path = Path()
     reason: str = ""  # why it is skipped; "" if it is not
+    defaults: dict = field(default_factory=dict)  # front matter that _config.yml gives it
+    comment_files: list[Path] = field(default_factory=list)
     detail: str = ""
     title: str = ""
     date: str | None = None
     authors: list[str] = field(default_factory=list)
     group: str = ""  # posts of one group stay on one side of the split
+    copies: list[str] = field(default_factory=list)  # paths of its near-duplicates
     request: str = ""
     text: str = ""
     shingles: np.ndarray | None = None
@@ -575,6 +598,13 @@ def parse_date(text: object) -> date | None:
         return None
 
 
+def date_in(path: str) -> date | None:
+    """The day in the name of a file, or in folders like 2006/08/25."""
+    parts = path.split("/")
+    ends = ("/".join(parts[start:]) for start in reversed(range(len(parts))))
+    return next(filter(None, map(parse_date, ends)), None)
+
+
 def strings(value: object) -> list[str]:
     """A string, a mapping with a name, or a list of these, as at most 100 plain strings."""
     values = value[:100] if isinstance(value, list) else [value]
@@ -583,7 +613,6 @@ def strings(value: object) -> list[str]:
 
 
 # ---------------------------------------------------------------- finding posts
-POST_FOLDERS = ("_posts", "_drafts")
 MARKDOWN_SUFFIXES = {".md", ".markdown", ".mkd", ".mkdn", ".mkdown"}
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
 CONFIG_NAMES = ("_config.yml", "_config.yaml", "_config.toml")  # Jekyll reads the first that exists
@@ -593,7 +622,20 @@ IGNORED = re.compile(r"[._#].*|.*~")
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
 NOTHING = "(?!)"  # a pattern that never matches
 DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-.")
+DATE_OF_NAME = re.compile(r"^\d{2,4}-\d{1,2}-\d{1,2}-")
+COMMENT_SUFFIXES = {".yml", ".yaml", ".json"}
+TEMPLATES = {"_includes", "_layouts", "_data", "_sass", "_plugins"}  # Markdown in these is no page
+OUTSIDE = "outside of FOLDERS"
+MOST_LOOKED_AT = 100_000  # characters of a page that is not read, to count its words
 REMEDY = "name yours with --public or --private or in the settings, or see the whole job without one: `make demo`"
+
+
+class Defaults(NamedTuple):
+    """An entry of `defaults:` in _config.yml: front matter for the files of a path and a type."""
+
+    path: str
+    kind: str  # "posts", "drafts", "pages" or the name of a collection; "" for every file
+    values: dict
 
 
 @dataclass(frozen=True)
@@ -603,10 +645,13 @@ class Site:
     repository: Path
     visibility: str
     root: Path  # where Jekyll looks: the repository, or the source folder of its _config.yml
+    folders: tuple[tuple[str, ...], ...]  # the parts of each folder of posts
     excluded: re.Pattern  # of paths in root
     included: set[str]  # names that are not ignored
     config: Path
     problem: str = ""  # what is wrong with the config, and the consequence
+    defaults: tuple[Defaults, ...] = ()
+    collections_dir: str = ""
 
 
 def read_sites(settings: Settings) -> list[Site]:
@@ -621,20 +666,20 @@ def read_sites(settings: Settings) -> list[Site]:
         if not is_folder(path):
             sys.exit(f"There is no Jekyll repository at {path}: {REMEDY}.")
 
-    sites = [read_site(path.resolve(), visibility, settings.max_bytes) for path, visibility in named]
+    sites = [read_site(path.resolve(), visibility, settings) for path, visibility in named]
     for site in sites:
         if site.problem:
             say(f"{site.config} {site.problem}; correct it and run again.")
     return sites
 
 
-def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
+def read_site(repository: Path, visibility: str, settings: Settings) -> Site:
     # A broken config is a problem to report, not a reason to stop.
     paths = [repository / name for name in CONFIG_NAMES]
     file = next(filter(os.path.lexists, paths), paths[0])
-    config, problem = read_config(file, max_bytes)
+    config, problem = read_config(file, settings.max_bytes)
     if problem:
-        problem = f"cannot be read ({problem}): its exclude, include and source are not applied"
+        problem = f"cannot be read ({problem}): its exclude, include, source and defaults are not applied"
 
     # A source folder outside the repository would be read although nobody named it.
     root = repository
@@ -647,8 +692,11 @@ def read_site(repository: Path, visibility: str, max_bytes: int) -> Site:
 
     # Patterns of paths to leave out, and names that are read although Jekyll would ignore them.
     excluded = excluded_paths(strings(config.get("exclude")))
-    included = {*POST_FOLDERS, *strings(config.get("include")), *strings(config.get("collections_dir"))}
-    return Site(repository, visibility, root, excluded, included, file, problem)
+    collections_dir = "".join(strings(config.get("collections_dir"))[:1]).strip("/")
+    folders = tuple(tuple(name.split("/")) for name in (*settings.folders, "_drafts"))
+    included = {*sum(folders, ()), *strings(config.get("include")), collections_dir}
+    defaults = read_defaults(config.get("defaults"))
+    return Site(repository, visibility, root, folders, excluded, included, file, problem, defaults, collections_dir)
 
 
 def is_folder_of(repository: Path, path: Path) -> bool:
@@ -699,24 +747,160 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
     return {}, "" if is_empty else "it holds no settings"
 
 
-def list_posts(sites: list[Site], settings: Settings) -> list[Post]:
-    """Every file that might be a post, not read yet. Exits if there is none."""
-    posts = []
+def read_defaults(entries: object) -> tuple[Defaults, ...]:
+    """The valid entries, in their order."""
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        values = entry.get("values") if isinstance(entry, dict) else None
+        scope = entry.get("scope", {}) if isinstance(entry, dict) else None
+        if isinstance(values, dict) and isinstance(scope, dict):
+            path, kind = ("".join(strings(scope.get(name))) for name in ("path", "type"))
+
+            # A config in TOML has dates and truth values; the rest of this script expects strings.
+            plain = {name: value if isinstance(value, list | dict) else str(value) for name, value in values.items()}
+            found.append(Defaults(path.removeprefix("/"), kind.removesuffix("s"), plain))
+    return tuple(found)
+
+
+def defaults_of(inside: Path, kind: str, site: Site) -> dict:
+    """The front matter that _config.yml gives to a file."""
+    path = without_folder(inside.as_posix(), site.collections_dir)
+    values: dict = {}
+    strongest = (0, False)
+    for entry in site.defaults:
+        scope = without_folder(entry.path, site.collections_dir)
+        is_within = glob_pattern(scope).match(path) if "*" in scope else path.startswith(scope)
+        if not is_within or entry.kind not in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
+            continue
+
+        # Jekyll compares with the entry that won last, by the length of its path, then by whether it names a type.
+        strength = (len(entry.path), bool(entry.kind))
+        if strength >= strongest:
+            values = overlay(values, entry.values)
+            strongest = strength
+        else:
+            values = overlay(entry.values, values)
+    return values
+
+
+def without_folder(path: str, folder: str) -> str:
+    return path.removeprefix(f"{folder}/") if folder else path
+
+
+@functools.cache
+def glob_pattern(glob: str) -> re.Pattern:
+    """What Ruby's *, ** and ? match, and everything below it."""
+    escaped = re.escape(glob.rstrip("/")).replace(r"\*\*/", "(?:[^/]+/)*")
+    escaped = escaped.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+    return re.compile(f"{escaped}(?:/|$)")
+
+
+def overlay(below: dict, above: dict) -> dict:
+    """Both as Jekyll merges them: an empty value covers nothing, and mappings are merged."""
+    values = dict(below)
+    for name, value in above.items():
+        old = below.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            values[name] = old | value
+        elif name not in below or value not in ("", "~", "null"):
+            values[name] = value
+    return values
+
+
+def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[Unread]]:
+    """Every file that might be a post, not read yet, and what else looks like writing. Exits if there is no post."""
+    posts: list[Post] = []
+    unread: list[Unread] = []
     for site in sites:
+        blog = site.repository.name
+        here = []
         for file, reason in walk_posts(site, settings.include_drafts):
             # A file name need not be UTF-8, but the report must be.
-            inside = file.relative_to(site.repository).as_posix()
-            path = inside.encode("utf-8", "replace").decode()
-            posts.append(Post(site.repository.name, site.visibility, path, file, reason))
+            inside = file.relative_to(site.root)
+            path = file.relative_to(site.repository).as_posix().encode("utf-8", "replace").decode()
+            if reason == OUTSIDE:
+                unread.append(Unread(blog, *source_of(inside, site), file))
+                continue
+            defaults = defaults_of(inside, kind_of(inside, site), site)
+            here.append(Post(blog, site.visibility, path, file, reason, defaults))
+
+        lost = attach_comments(here, site)
+        unread += [Unread(blog, "comments in _data", "no post has the name of their folder", file) for file in lost]
+        posts += here
 
     if not posts:
         where = ", ".join(str(site.repository) for site in sites)
-        sys.exit(f"No post found in {where}, that is, no file like _posts/2006-08-25-title.md: {REMEDY}.")
-    return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path))
+        others = Counter(one.remedy for one in unread).most_common(1)
+        remedy = f"{others[0][1]} files are elsewhere: {others[0][0]}" if others else REMEDY
+        sys.exit(f"No post found in {where}, that is, no file like _posts/2006-08-25-title.md: {remedy}.")
+    return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path)), unread
+
+
+def source_of(inside: Path, site: Site) -> tuple[str, str]:
+    """(the folder of a file that is not read, the setting that reads it)."""
+    parts = inside.parts
+    if len(parts) == 1:
+        return "pages in the top folder", "add their names to FOLDERS"
+    folder = "/".join(parts[:2] if parts[0] == site.collections_dir and len(parts) > 2 else parts[:1])
+    folder = folder.encode("utf-8", "replace").decode()
+    return f"Markdown in {folder}", f'add "{folder}" to FOLDERS'
+
+
+def slug_of(path: Path) -> str:
+    """The name of a post; "index.md" has that of its folder."""
+    return path.parent.name if path.stem == "index" else path.stem
+
+
+def plain_name(name: str) -> str:
+    return re.sub(r"[\W_]+", "-", name.casefold()).strip("-")
+
+
+def attach_comments(posts: list[Post], site: Site) -> list[Path]:
+    """Gives the posts of a site the files of their comments; returns those of no post."""
+    # A full name with its date wins over a slug that several posts may have.
+    usable = [post for post in reversed(posts) if not post.reason]
+    named = {plain_name(DATE_OF_NAME.sub("", slug_of(post.file))): post for post in usable}
+    named |= {plain_name(slug_of(post.file)): post for post in usable}
+
+    # _data/comments/SLUG/ANY.yml, _data/comments/YEAR/MONTH/DAY/SLUG/ANY.yml, _data/comments/SLUG.yml
+    lost = []
+    folder = site.root / "_data/comments"
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for file in (Path(parent, name) for name in sorted(files)):
+            if file.suffix.lower() not in COMMENT_SUFFIXES or not is_within(file, site):
+                continue
+            above = file.relative_to(folder).parts[:-1]
+            names = ["-".join(above), *reversed(above), file.stem]
+            post = next((named[name] for name in map(plain_name, names) if name in named), None)
+            (post.comment_files if post else lost).append(file)
+    return lost
+
+
+def is_within(file: Path, site: Site) -> bool:
+    return Path(os.path.realpath(file)).is_relative_to(site.repository)
+
+
+def folder_end(inside: Path, site: Site) -> int:
+    """How many parts of a path lead to the end of its folder of posts; 0 if it is in none."""
+    parts = inside.parts
+    ends = [
+        start + len(folder)
+        for folder in site.folders
+        for start in range(len(parts))
+        if parts[start : start + len(folder)] == folder
+    ]
+    return min(ends, default=0)
+
+
+def kind_of(inside: Path, site: Site) -> str:
+    """What Jekyll calls the type of a file: "posts", "drafts", the name of a collection, or "pages"."""
+    folder = "/".join(inside.parts[: folder_end(inside, site)]).rpartition("/")[2]
+    return folder.removeprefix("_") if folder.startswith("_") else "pages"
 
 
 def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
-    """Every file below a _posts or _drafts folder, and why it is skipped ("" if it is not).
+    """Every file below a folder of posts or drafts, and why it is skipped ("" if it is not).
 
     Folders that Jekyll leaves out are walked too: what looks like a post in them is counted, with the folder's reason.
     Only folders made by tools and those that begin with a dot are not entered, since they can be huge."""
@@ -724,14 +908,14 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     unreadable: list[OSError] = []
     for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
         inside = Path(parent).relative_to(site.root)
-        is_below_posts = any(part in POST_FOLDERS for part in inside.parts)
+        is_below_posts = folder_end(inside, site) > 0
 
         # os.walk does not follow a link to a folder, so the link is judged like a file. Path.is_symlink would raise
         # in a folder where names may be listed but nothing else.
         found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
             folders[:] = [name for name in folders if is_entered(name, site)]
-            found = [name for name in found if name in POST_FOLDERS or name in folders]
+            found = [name for name in found if folder_end(inside / name, site) or name in folders]
 
         # A folder that is left out is left out with everything below it, whatever the config says of that.
         reason = left_out.get(Path(parent), "")
@@ -743,6 +927,12 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         for name in found:
             path = Path(parent, name)
             yield path, reason or why_skipped(path, site, drafts)
+
+        # A collection is hidden from Jekyll only as a folder of pages.
+        is_of_pages = reason in ("", "hidden from Jekyll") and TEMPLATES.isdisjoint(inside.parts[:1])
+        for name in files if is_of_pages and not is_below_posts else ():
+            if Path(name).suffix.lower() in MARKDOWN_SUFFIXES and name not in found:
+                yield Path(parent, name), OUTSIDE
 
     # An unknown number of posts may be in there.
     for error in unreadable:
@@ -762,26 +952,25 @@ def why_folder_is_left_out(inside: Path, site: Site) -> str:
 
 
 def why_skipped(path: Path, site: Site, drafts: bool) -> str:
-    """Why a file below a _posts or _drafts folder is no post; the first reason that applies."""
+    """Why a file below a folder of posts or drafts is no post; the first reason that applies."""
     inside = path.relative_to(site.root)
-    depth = next((n for n, part in enumerate(inside.parts) if part in POST_FOLDERS), 0)
-    kind = inside.parts[depth]
-    below = inside.parts[depth + 1 :]
+    kind = kind_of(inside, site)
+    below = inside.parts[folder_end(inside, site) :]
 
     # The link comes first: nothing else may be read of a file outside the repository.
-    if not Path(os.path.realpath(path)).is_relative_to(site.repository):
+    if not is_within(path, site):
         return "link that leads out of the repository"
     if site.excluded.match(inside.as_posix()):
         return "excluded in _config.yml"
     if problem := why_no_file(path):
         return problem
-    if kind == "_drafts" and not drafts:
+    if kind == "drafts" and not drafts:
         return "draft"
     if path.suffix.lower() not in MARKDOWN_SUFFIXES | HTML_SUFFIXES:
         return "unsupported format"
     if any(map(IGNORED.fullmatch, below)):
         return "hidden from Jekyll"
-    if kind == "_posts" and not DATED_NAME.match(path.name):
+    if kind == "posts" and not DATED_NAME.match(path.name):
         return "undated file name"
     return ""
 
@@ -1252,7 +1441,7 @@ TAIL = re.compile(
     r"(?:you can|please) comment (?:here|there)|related (?:articles|posts|stories)(?: by \w+)?$|share this\W*$|"
     r"(?:tags|labels|categories|filed under|mood|music|listening to)[\W_]*:)(?!\w).{0,120}"
 )
-# An address in running text, without the bracket or full stop that closes it. Inline code comes first, so that it stays.
+# An address in running text, without the bracket or full stop that closes it. Inline code comes first, and so stays.
 LONG_URL = re.compile(
     r"(?i)`[^`\n]*`|(?<![\w@/.-])(?:(?:https?|ftp)://(?:[^\s/@<>]*@)?(?:www\.)?|www\.|"
     r"(?=(?:[\w-]+\.)+(?:com|org|net|edu|io|me|info|blog)/))(?P<site>[\w-]+(?:\.[\w-]+)*)"
@@ -2068,7 +2257,7 @@ def split_group(post: Post) -> str:
 
 def read_tags(meta: dict, post: Post, settings: Settings) -> list[str]:
     tags = meta.get("tags")
-    if isinstance(tags, str):  # as Jekyll does
+    if isinstance(tags, str):  # Jekyll splits only at spaces, but "cats, dogs" means two tags
         tags = tags.split("," if "," in tags else None)
     return [clean_for_training(clean_title(tag), post, settings) for tag in strings(tags)]
 
@@ -2155,13 +2344,86 @@ def read_comments(comments: object) -> dict[str, Comment]:
     return found
 
 
+# What names the comment that one answers; a number may count the comments that answer none.
+LINKS = ("replying_to_uid", "replyToId", "replying_to", "reply_to", "replyTo", "in_reply_to", "parent_id", "parent")
+LINKS += ("_parent",)  # mostly the page
+
+
+def comments_in_files(post: Post, settings: Settings) -> list[dict]:
+    """The comments of Staticman's files in read_comments' form, in order of time; what is hidden is left out.
+
+    A comment of the author's that names none answers the one before it."""
+    items: dict[str, dict] = {}
+    for file in post.comment_files:
+        for number, item in enumerate(load_comments(file, post, settings.max_bytes)):
+            key = first_of(item, "_id", "id", "uid") or f"{file.stem} {number}"
+            if is_yes(item.get("hidden")) or len(items) == MOST_COMMENTS:
+                continue
+            items[key if key not in items else f"{file.stem} {number}"] = item
+
+    tops = [key for key, item in items.items() if not first_of(item, *LINKS[:-1])]
+    found: list[dict] = []
+    for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
+        parent = parent_of(item, items.keys() - {key}, tops)
+        author = first_of(item, "author", "name")
+        if not parent and found and author.casefold() in settings.authors:
+            parent = found[-1]["id"]
+        words = first_of(item, "content", "message", "body", "text", "comment")
+        found.append({"id": f"in files: {key}", "parent": parent, "author": author, "content": words})
+    return found
+
+
+def load_comments(file: Path, post: Post, max_bytes: int) -> list[dict]:
+    """A file holds a comment, a list of them, or a mapping of names to comments."""
+    try:
+        data = read_regular(file, max_bytes)
+        text = decode(data, post.repairs) if len(data) <= max_bytes else None
+        loaded = parse_yaml((text or "").replace("\t", "  "))
+    except (OSError, yaml.YAMLError, RecursionError):
+        text = None
+    if text is None:
+        post.repairs["file of comments not readable"] += 1
+        return []
+
+    if isinstance(loaded, dict) and any(isinstance(value, dict) for value in loaded.values()):
+        loaded = list(loaded.values())
+    items = loaded if isinstance(loaded, list) else [loaded]
+    return [item for item in items if isinstance(item, dict)]
+
+
+def parent_of(item: dict, keys: Set[str], tops: list[str]) -> str:
+    for name in LINKS:
+        link = first_of(item, name)
+        if link in keys:
+            return f"in files: {link}"
+        if name != "_parent" and link.isdecimal() and 0 < int(link[:9]) <= len(tops):
+            return f"in files: {tops[int(link) - 1]}"
+    return ""
+
+
+def time_of(item: dict) -> float:
+    """Seconds since 1970 of "1554242400", "1554242400000" or "2019-04-02T22:00:00Z"; 0 if there is no such date."""
+    text = first_of(item, "date", "timestamp", "created_at", "published")
+    with contextlib.suppress(ValueError, OverflowError):
+        if text.isdecimal():
+            return int(text[:10])
+        moment = datetime.fromisoformat(text)
+        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    day = parse_date(text)
+    return 86400.0 * (day.toordinal() - date(1970, 1, 1).toordinal()) if day else 0
+
+
+def is_yes(value: object) -> bool:
+    return str(value).lower() in ("true", "yes", "on", "y")
+
+
 def first_of(item: dict, *names: str) -> str:
     """The first of these values that is not empty."""
     return next((text for name in names for text in strings(item.get(name))), "")
 
 
 def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
-    """One conversation for each of the author's comments, with the comments that it answers before it."""
+    """Conversations that hold each of the author's comments once, after the comments that it answers."""
 
     # Cached because cleaning also records in the post what it redacts, and each comment must be counted once.
     @functools.cache
@@ -2169,31 +2431,65 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         source = strip_markup(comments[key].content, {}) if key in comments else ""
         return clean_for_training(to_text(source, bool(PARAGRAPH_TAG.search(source))), post, settings)
 
-    for key, comment in comments.items():
-        if comment.author not in settings.authors or not said(key):
+    own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
+    depths = depths_of(comments)
+    found: dict[str, Reply] = {}  # by the key of the last comment
+    learnt: set[str] = set()
+
+    # The deepest first: its conversation holds most of the others, which would be learnt twice.
+    in_order = sorted(comments, key=depths.__getitem__, reverse=True)  # of a set the order would be another each time
+    for key in filter(own.__contains__, in_order):
+        if key in learnt:
+            post.cases["within a longer conversation"] += 1
             continue
-        chain = chain_of(key, comments, said, settings.reply_depth)
-        turns = [("assistant" if comments[one].author in settings.authors else "user", said(one)) for one in chain]
+        chain = chain_of(key, comments, said, own, learnt, settings.reply_depth)
+        learnt.update(own.intersection(chain))
+        turns = [("assistant" if one in own else "user", said(one)) for one in chain]
 
         # A thread that begins with the author answers the post, or a missing comment: a reader quotes the post.
         case = "answers a comment"
         stand_in = turns[0][0] == "assistant"
         if stand_in:
-            case = "answers a missing comment" if comment.parent else "comments on the post"
+            case = "answers a missing comment" if comments[key].parent else "comments on the post"
             turns.insert(0, ("user", quote_post(post, settings.reply_context)))
 
         if turns[0][1]:
-            post.replies.append(Reply(merge_turns(turns), stand_in))
+            found[key] = Reply(merge_turns(turns), stand_in)
         else:
             case = "left out, answers nothing"
         post.cases[case] += 1
+    post.replies += [found[key] for key in comments if key in found]
 
 
-def chain_of(key: str, comments: dict[str, Comment], said: Callable[[str], str], depth: int) -> list[str]:
-    """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment."""
-    chain = []
-    while key not in chain and len(chain) <= depth and said(key):
-        chain.append(key)
+def depths_of(comments: dict[str, Comment]) -> dict[str, int]:
+    """How many comments a comment answers, one by way of the other; in a cycle any number."""
+    depths: dict[str, int] = {}
+    for key in comments:
+        path = []
+        while key in comments and key not in depths:
+            depths[key] = 0
+            path.append(key)
+            key = comments[key].parent
+        above = depths.get(key, -1)
+        depths |= {one: above + steps for steps, one in enumerate(reversed(path), 1)}
+    return depths
+
+
+def chain_of(
+    key: str, comments: dict[str, Comment], said: Callable[[str], str], own: set[str], learnt: set[str], depth: int
+) -> list[str]:
+    """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment.
+
+    Begins with a reader's comment if there is one, and holds nothing of the author's that is in another chain."""
+    chain: list[str] = []
+    seen = set()
+    while key not in seen and said(key):
+        is_whole = bool(chain) and chain[-1] not in own
+        if is_whole and (len(chain) > depth or key in learnt):
+            break
+        if key not in learnt:
+            chain.append(key)
+        seen.add(key)
         key = comments[key].parent
     return chain[::-1]
 
@@ -2257,15 +2553,31 @@ def drop_duplicates(posts: list[Post], similarity: float):
 
 
 def drop_duplicate(post: Post, kept: Post):
-    answers = {reply.messages[-1]["content"] for reply in kept.replies}
-    post.replies = [reply for reply in post.replies if reply.messages[-1]["content"] not in answers]
+    known = {turn["content"] for reply in kept.replies for turn in reply.messages[1::2]}
+    replies = []
+    for reply in post.replies:
+        messages = without_known(reply.messages, known)
+        if messages:
+            stand_in = reply.stand_in and messages[0] is reply.messages[0]
+            replies.append(Reply(messages, stand_in))
+    post.replies = replies
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
     post.text = ""
     post.group = kept.group
+    kept.copies.append(post.path)
     if not post.replies:
         post.reason = "duplicate"
         post.detail = f"{kept.blog}/{kept.path}"
+
+
+def without_known(turns: list[dict], known: set[str]) -> list[dict]:
+    """A conversation without the answers that are known, if these are its first or last ones."""
+    while turns and turns[1]["content"] in known:
+        turns = turns[2:]
+    while turns and turns[-1]["content"] in known:
+        turns = turns[:-2]
+    return turns
 
 
 def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
@@ -2332,9 +2644,18 @@ def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.
 
 
 # ---------------------------------------------------------------- split
+FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
+
+
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
-    """The posts as train and validation, each in their order."""
+    """The posts as train and validation, each in their order; says so where chance held out many or few."""
     chosen = choose_validation(posts, share)
+    held = len(chosen) / len(posts)
+    if len(posts) > 1 and abs(held - share) > FAR_OFF * share:
+        say(
+            f"{len(chosen):,} of {len(posts):,} posts are held out, {held:.0%} instead of {share:.0%}: a hash of its "
+            "name decides for each post alone, so that a new one moves no other."
+        )
     return {
         "train": [post for number, post in enumerate(posts) if number not in chosen],
         "validation": [post for number, post in enumerate(posts) if number in chosen],
@@ -2342,23 +2663,29 @@ def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
 
 
 def choose_validation(posts: list[Post], share: float) -> set[int]:
-    """Indexes of the posts for validation: exactly that share, whole groups, in the order of a hash of their slugs."""
+    """Indexes of the posts for validation: whole groups, each by a hash of its own name alone.
+
+    In a small blog chance could hold out none, or a third: at least one post is held out, and at most twice the share.
+    Only there can a new post move another."""
     groups: dict[str, list[int]] = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
+    chances = {group: chance_of([posts[number] for number in members]) for group, members in groups.items()}
 
-    # A hash and not a shuffle: a new post moves hardly any other to the other side.
-    def order(members: list[int]) -> bytes:
-        slug = min(Path(posts[number].path).stem for number in members)
-        return hashlib.sha256(slug.encode("utf-8", "replace")).digest()
-
-    at_least = 1 if len(posts) > 1 else 0
-    wanted = max(int(len(posts) * share + 0.5), at_least)
+    most = max(1, int(2 * share * len(posts)))
     chosen: set[int] = set()
-    for members in sorted(groups.values(), key=order):
-        if len(chosen) + len(members) <= wanted:
-            chosen.update(members)
+    for group in sorted(groups, key=chances.__getitem__):
+        is_needed = not chosen and len(posts) > len(groups[group])
+        if is_needed or (chances[group] < share and len(chosen) + len(groups[group]) <= most):
+            chosen.update(groups[group])
     return chosen
+
+
+def chance_of(members: list[Post]) -> float:
+    """From 0 to 1, by the first name of a group: names begin with a date, so that a later copy changes nothing."""
+    first = min(slug_of(Path(path)) for post in members for path in (post.path, *post.copies))
+    digest = hashlib.sha256(first.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 # ---------------------------------------------------------------- data folder
@@ -2374,7 +2701,7 @@ TEMPORARY = re.compile(rf"\.(?:{'|'.join(map(re.escape, (KEY_FILE, *OWN_FIELDS))
 ANOTHER = "name another data folder with --data-dir"
 
 
-def check_data_folder(folder: Path, repositories: list[Path]):
+def check_data_folder(folder: Path, sites: list[Site]):
     """Exits with a sentence if data cannot or must not be written there; says who could read it."""
     # The folder, or the nearest one above it in which it would be made.
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -2384,7 +2711,7 @@ def check_data_folder(folder: Path, repositories: list[Path]):
         sys.exit(f"You may not write in {existing}: {ANOTHER}.")
 
     # Neither a folder with a meaning of its own nor a file of somebody else's may be changed.
-    check_surroundings(folder, repositories)
+    check_surroundings(folder, sites)
     for name in OWN_FIELDS:
         if os.path.lexists(folder / name):
             check_own(folder / name)
@@ -2394,20 +2721,20 @@ def check_data_folder(folder: Path, repositories: list[Path]):
         say(f"Others can list {folder} (mode {mode:o}), but not read what is written there: chmod 700 {folder}")
 
 
-def check_surroundings(folder: Path, repositories: list[Path]):
+def check_surroundings(folder: Path, sites: list[Site]):
     """Exits where data would be among other things; says so where it would be published."""
     real = Path(os.path.realpath(folder))
     home = os.path.expanduser("~")  # noqa: PTH111, since Path.home raises where no home is known
     if Path(os.path.realpath(home)).is_relative_to(real):
         sys.exit(f"{folder} is the home folder or contains it: {ANOTHER}.")
 
-    for repository in repositories:
-        if not real.is_relative_to(repository):
+    for site in sites:
+        if not real.is_relative_to(site.repository):
             continue
-        inside = real.relative_to(repository).parts
-        if not inside or any(part in POST_FOLDERS for part in inside):
+        inside = real.relative_to(site.repository)
+        if not inside.parts or folder_end(inside, site):
             sys.exit(f"{folder} is a blog's repository or its folder of posts: {ANOTHER}.")
-        say(f"{folder} is in the repository {repository}: Jekyll or git would publish what is written there.")
+        say(f"{folder} is in the repository {site.repository}: Jekyll or git would publish what is written there.")
 
 
 def check_own(file: Path):
@@ -2522,6 +2849,9 @@ def errors_named(file: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- report
+MOST_ROWS = 5  # of what is not read
+
+
 def make_report(
     posts: list[Post], splits: dict[str, list[Post]], settings: Settings, sites: list[Site], key: bytes
 ) -> dict:
@@ -2557,6 +2887,27 @@ def make_report(
     }
 
 
+def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
+    """A row for each source that is not read: files of comments, or pages with front matter and words."""
+    rows: dict[tuple, list[int]] = defaultdict(list)
+    for one in unread:
+        try:
+            text = read_regular(one.file, settings.max_bytes).decode("utf-8", "replace").lstrip("\ufeff")
+        except OSError:
+            continue
+
+        # A page of Liquid alone lists other pages.
+        is_page = text.startswith(("---", "+++"))
+        body = text[3:].partition(f"\n{text[:3]}")[2] if is_page else text
+        words = len(words_of(strip_markup(body[:MOST_LOOKED_AT], {})))
+        if words >= settings.min_words and (is_page or one.file.suffix.lower() in COMMENT_SUFFIXES):
+            source = tuple(without_blocked(name, settings.blocked_words) for name in one[:3])
+            rows[source].append(words)
+
+    found = [(*source, len(words), sum(words)) for source, words in rows.items()]
+    return table(("blog", "source", "remedy", "files", "words"), sorted(found, key=lambda row: -row[-1]))
+
+
 def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], list[tuple]]:
     """(the author's words in each split, rows of split, kind, visibility and number of conversations)."""
     words = dict.fromkeys(splits, 0)  # a split without a post has a number, too
@@ -2564,8 +2915,7 @@ def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], 
     for split, members in splits.items():
         for post in members:
             for line in conversations(post):
-                answer = line["messages"][-1]["content"]
-                words[split] += len(words_of(answer))
+                words[split] += sum(len(words_of(turn["content"])) for turn in line["messages"][1::2])
                 numbers[split, line["kind"], post.visibility] += 1
 
     rows = [(*key, number) for key, number in sorted(numbers.items())]
@@ -2600,6 +2950,11 @@ def print_report(report: dict, data_dir: Path):
     for key, label in {"replies": "replies", "repairs": "files", "redactions": "redacted"}.items():
         for name, number in report[key].items():
             rows[f"{label}: {name}"] = number
+    for number, row in enumerate(report["not_read"]):
+        if number < MOST_ROWS:
+            rows[f"not read: {row['source']} ({row['remedy']})"] = row["files"]
+    if others := sum(row["files"] for row in report["not_read"][MOST_ROWS:]):
+        rows["not read: other folders (see the report)"] = others
     if 0 in report["blocked_words"]:
         rows["private words found nowhere"] = report["blocked_words"].count(0)
 
@@ -2745,6 +3100,10 @@ def parser_of(script: str, description: str) -> argparse.ArgumentParser:
 COUNTRY = Kind(
     "a country's code of two letters", lambda value: is_text(value) and value in phonenumbers.SUPPORTED_REGIONS
 )
+RELATIVE = Kind(
+    "the path of a folder in the repository",
+    lambda value: is_filled(value) and not Path(value).is_absolute() and {".", ".."}.isdisjoint(value.split("/")),
+)
 WORD_OR_WORDS = Kind("a word in quotation marks", lambda value: is_text(value) and any(map(str.isalnum, value)))
 
 # Every setting of the settings block; each is also a field of Settings.
@@ -2753,6 +3112,7 @@ SETTINGS = {
     "PRIVATE_BLOGS": Setting(FOLDER, '["../judytuna-private"]', 0, "--private"),
     "AUTHORS": Setting(NAME, '["judytuna"]', 1, "--author"),
     "DATA_DIR": Setting(FOLDER, '"data"', flag="--data-dir"),
+    "FOLDERS": Setting(RELATIVE, '["_posts"]', 1),
     "INCLUDE_DRAFTS": Setting(YES_OR_NO, "False", flag="--drafts"),
     "MIN_WORDS": Setting(whole(1, 1000), "4"),
     "LINE_BREAKS": Setting(one_of("auto", "keep", "join"), '"auto"'),
@@ -2790,6 +3150,7 @@ def parse_arguments(argv: list[str] | None) -> Settings:
 
     fields["authors"] = frozenset(name.strip().casefold() for name in args.author or AUTHORS)
     fields["data_dir"] = Path(args.data_dir)
+    fields["folders"] = tuple(name.strip().strip("/") for name in FOLDERS)
     fields["include_drafts"] = args.drafts
     fields["blocked_words"] = tuple(word.strip() for word in BLOCKED_WORDS)
     return Settings(**fields, author_is_given=bool(args.author), today=date.today())

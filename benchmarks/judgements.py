@@ -57,7 +57,7 @@ def question_posts(blog: Path) -> dict[str, Witness]:
     """What the guesses were asked while the blog's posts were read, those that are passed over left out."""
     witnesses = {name: Witness(name) for name in NUMBERS}
     settings = x.parse_arguments([])
-    site = x.read_site(blog.resolve(), "public", settings.max_bytes)
+    site = x.read_site(blog.resolve(), "public", settings)
     with mock.patch.multiple(x, **witnesses):
         for file, reason in x.walk_posts(site, drafts=False):
             path = file.relative_to(site.repository).as_posix()

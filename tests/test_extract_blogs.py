@@ -10,7 +10,8 @@ import signal
 import stat
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import markdown
@@ -23,6 +24,9 @@ import extract_blog_data as x
 SCRIPT = Path(x.__file__).resolve()
 DATA_FILES = ("redaction_key", "train_data.jsonl", "val_data.jsonl", "extraction_report.json")
 SAMPLE = SCRIPT.parent / "sample"
+
+PROSE = "the gull cat sat on the gull mat and looked at the gull sea, which was gull and wide and gull again, so there."
+SETTINGS = x.parse_arguments([])
 
 
 def write_blog(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -78,11 +82,16 @@ def check_contract(lines: list[dict], report: dict):
     assert sum(report["posts"].values()) == report["files_kept"]
     assert sum(row["count"] for row in report["conversations"]) == len(lines)
     for line in lines:
-        assert list(line) == ["messages", "kind", "visibility", "blog", "path", "title", "date"]
+        keys = [key for key in line if key != "stand_in"]
+        assert keys == ["messages", "kind", "visibility", "blog", "path", "title", "date"]
         roles = [turn["role"] for turn in line["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert roles
         assert all(turn["content"].strip() for turn in line["messages"])
+
+
+def author_turns(lines: list[dict]) -> list[str]:
+    return [turn["content"] for line in lines for turn in line["messages"] if turn["role"] == "assistant"]
 
 
 COMMENTS = """---
@@ -114,16 +123,58 @@ def test_comments_become_conversations(tmp_path):
     assert replies.pop("_posts/2006-08-25-nested.md") == [["hi there", "hi yourself"]]
     assert replies.pop("_posts/2006-08-25-cycle.md") == [["two", "one"]]
 
-    first, second, *of_the_post = replies.pop("_posts/2006-08-25-boat.md")
-    assert first == ["is it *really* one? call [phone]", "it floats, it's a boat <3"]
-    assert second == [*first, "so does soap", "soap is a *small* boat"]
+    first, *of_the_post = replies.pop("_posts/2006-08-25-boat.md")
+    asked, answered, *rest = first
+    assert [asked, answered] == ["is it *really* one? call [phone]", "it floats, it's a boat <3"]
+    assert rest == ["so does soap", "soap is a *small* boat"]
     assert [turns[1] for turns in of_the_post] == ["i meant the other one", "talking to myself here"]
     assert all("The boat" in turns[0] and "i bought a boat today." in turns[0] for turns in of_the_post)
 
-    assert report["replies"] == {"answers a comment": 4, "answers a missing comment": 2}
+    assert report["replies"] == {
+        "answers a comment": 3,
+        "answers a missing comment": 2,
+        "within a longer conversation": 1,
+    }
+    assert sum(report["words"].values()) == sum(len(x.words_of(text)) for text in author_turns(lines))
     assert report["redactions"] == {"phone": 1}
     assert "mossy@example.com" not in json.dumps(lines) + json.dumps(report)
     assert {line["date"] for line in lines} == {"2006-08-25"}
+
+
+THREADS = [
+    # "comment>parent" in the order of the file; capitals are the author's; then the conversations
+    ("a> B>a c>B D>c e>D F>e g>F H>g", ["a B", "c D e F g H"]),  # as deep as the setting, from a reader on
+    ("a> B>a c>B D>c e>B F>e", ["a B c D", "e F"]),  # two branches of one answer
+    ("a> B>a C>a", ["a B", "a C"]),
+    ("a> B>a c>B D>c E>B", ["a B c D", "a E"]),  # more about an answer that is in another conversation
+    ("F>e e>D D>c c>B B>a a>", ["a B c D e F"]),
+    ("A>B B>A c>B D>c", ["A B c D"]),  # a cycle
+]
+
+
+@pytest.mark.parametrize(("thread", "expected"), THREADS)
+def test_each_answer_of_a_thread_is_learnt_once(thread, expected):
+    comments = {}
+    for entry in thread.split():
+        key, _, parent = entry.partition(">")
+        comments[key] = x.Comment(parent, "wren" if key.isupper() else "mo", key)
+    post = x.Post("b", "public", "p", text="words")
+    x.add_replies(post, comments, replace(x.parse_arguments([]), authors=frozenset({"wren"})))
+    found = ["\n\n".join(turn["content"] for turn in reply.messages) for reply in post.replies]
+    found = [" ".join(word for word in text.split() if len(word) == 1 and word != "I") for text in found]
+    assert found == expected
+    assert post.cases.total() == sum(key.isupper() for key in comments)
+
+
+def test_a_copy_of_a_post_adds_only_answers_that_are_new():
+    def turns(text: str) -> x.Reply:
+        messages = [{"role": "user" if key.islower() else "assistant", "content": key} for key in text]
+        return x.Reply(messages, stand_in=False)
+
+    kept = x.Post("b", "public", "p", replies=[turns("aBcD")])
+    copy = x.Post("b", "private", "q", replies=[turns("aB"), turns("aBcDeF"), turns("gHaB"), turns("iJ")])
+    x.drop_duplicate(copy, kept)
+    assert ["".join(turn["content"] for turn in each.messages) for each in copy.replies] == ["eF", "gH", "iJ"]
 
 
 SKIPS = {
@@ -220,7 +271,7 @@ NO_CONFIGS = {"_config.txt": "[", "_config.yml": "", "_config.yaml": "# a remark
 @pytest.mark.parametrize("name", NO_CONFIGS)
 def test_a_config_that_is_missing_or_says_nothing_is_no_problem(tmp_path, name):
     write_blog(tmp_path, {name: NO_CONFIGS[name]})
-    assert x.read_site(tmp_path, "public", 4_000_000).problem == ""
+    assert x.read_site(tmp_path, "public", SETTINGS).problem == ""
 
 
 BROKEN_CONFIGS = [
@@ -243,9 +294,9 @@ BROKEN_CONFIGS = [
 @pytest.mark.parametrize(("name", "content", "problem"), BROKEN_CONFIGS)
 def test_a_config_that_cannot_be_read_is_not_applied(tmp_path, name, content, problem):
     make(tmp_path / name, content)
-    site = x.read_site(tmp_path, "public", 4_000_000)
+    site = x.read_site(tmp_path, "public", SETTINGS)
     assert site.problem.startswith(f"cannot be read ({problem}")
-    assert site.problem.endswith("): its exclude, include and source are not applied")
+    assert site.problem.endswith("): its exclude, include, source and defaults are not applied")
     assert not site.excluded.match("secret")
 
 
@@ -254,7 +305,7 @@ def test_a_source_that_is_no_folder_of_the_repository_is_not_read(tmp_path, sour
     write_blog(tmp_path / "elsewhere", {"_posts/2006-01-02-b.md": ""})
     blog = write_blog(tmp_path / "blog", {"_config.yml": f"source: {source}\n", "_posts/2006-01-01-a.md": ""})
     (blog / "link").symlink_to(tmp_path / "elsewhere")
-    site = x.read_site(blog, "public", 4_000_000)
+    site = x.read_site(blog, "public", SETTINGS)
     assert site.root == blog
     assert site.problem.startswith('names a source, "')
     assert site.problem.endswith('", that is no folder of the repository: all of the repository is read')
@@ -304,7 +355,7 @@ def test_the_config_has_three_names_and_the_first_wins(tmp_path):
     for name in ("_config.toml", "_config.yaml", "_config.yml"):
         sign = "=" if name.endswith("toml") else ":"
         write_blog(tmp_path, {name: f"exclude{sign} ['{name}']"})
-        site = x.read_site(tmp_path, "public", 4_000_000)
+        site = x.read_site(tmp_path, "public", SETTINGS)
         assert site.config.name == name
         assert site.excluded.match(name)
 
@@ -340,20 +391,74 @@ def test_a_post_in_two_repositories_is_kept_once_and_the_public_one_wins(tmp_pat
     assert not (train and val)
 
 
-@pytest.mark.parametrize(("count", "tenth"), [(1, 0), (2, 1), (9, 1), (25, 3), (130, 13)])
-def test_exactly_a_tenth_goes_to_validation_and_a_new_post_moves_few_others(count, tenth):
-    posts = [x.Post("b", "public", f"{n}.md", group=str(n)) for n in range(count + 1)]
-    chosen = x.choose_validation(posts[:count], 0.1)
-    assert len(chosen) == tenth
-    assert len(chosen ^ x.choose_validation(posts, 0.1)) <= 2
+@pytest.mark.parametrize("count", [1, 2, 9, 25, 130])
+def test_every_post_is_on_one_side(tmp_path, count):
+    blog = write_blog(tmp_path / "blog", many_posts(count))
+    train, val, report = run(tmp_path, "--public", str(blog))
+    check_contract(train + val, report)
+    assert report["files_kept"] == count
+    assert report["posts"] == {"train": len(train), "validation": len(val)}
+    assert not {line["path"] for line in train} & {line["path"] for line in val}
+
+
+def held_out(numbers: range, share: float = 0.1) -> set[str]:
+    posts = [x.Post("b", "public", f"{n}.md", group=str(n)) for n in numbers]
+    return {posts[index].path for index in x.choose_validation(posts, share)}
+
+
+def test_a_new_post_never_moves_an_old_one():
+    before = held_out(range(60))
+    for count in range(61, 161):
+        assert before <= held_out(range(count))
+        before = held_out(range(count))
+    assert 10 <= len(before) <= 22
+    assert before == {path for n in range(160, 180) for path in held_out(range(n)) if int(path[:-3]) < 160}
+
+
+def test_a_small_blog_holds_out_one_post_at_least_and_twice_the_share_at_most():
+    for count in range(2, 40):
+        for first in range(0, 4000, 100):
+            held = held_out(range(first, first + count))
+            assert 1 <= len(held) <= max(1, count // 5)
+    assert held_out(range(1)) == set()
+    assert len(held_out(range(40), share=0)) == 1
+
+
+def test_a_share_that_chance_makes_far_from_the_setting_is_said(tmp_path, capsys):
+    blog = write_blog(tmp_path / "blog", many_posts(3))
+    run(tmp_path, "--public", str(blog))
+    assert "1 of 3 posts are held out, 33% instead of 10%: " in capsys.readouterr().err
+    x.split_posts([x.Post("b", "public", f"{n}.md", group=str(n)) for n in range(160)], 0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_longer_copy_of_a_post_stays_on_its_side():
+    hashes = x.shingle_hashes(PROSE.split())
+    for n in range(40):
+        old = x.Post("b", "public", f"_posts/2006-01-01-{n}.md", text=PROSE, group="old", shingles=hashes)
+        new = x.Post("b", "public", f"_posts/2007-01-01-{n}.md", text=PROSE + " again", group="new", shingles=hashes)
+        before = x.chance_of([old])
+        x.drop_duplicates([old, new], 0.8)
+        assert old.reason == "duplicate"
+        assert x.chance_of([new]) == before
+
+
+def test_adding_a_post_moves_no_other_and_the_same_input_gives_the_same_bytes(tmp_path):
+    mail = {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org, both will do")}
+    blog = write_blog(tmp_path / "blog", many_posts(100) | mail)
+    _, before, _ = run(tmp_path, "--public", str(blog))
+    first = [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES]
+    run(tmp_path, "--public", str(blog))
+    assert [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES] == first
+    write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
+    _, after, _ = run(tmp_path, "--public", str(blog))
+    assert {line["path"] for line in before} == {line["path"] for line in after} - {"_posts/2020-02-02-new.md"}
 
 
 def test_related_posts_stay_on_one_side():
     posts = [x.Post("b", "public", f"{n}.md", group=str(n // 3)) for n in range(60)]
-    splits = x.split_posts(posts, 0.1)
-    groups = {split: {post.group for post in members} for split, members in splits.items()}
-    assert len(splits["validation"]) == 6
-    assert not groups["train"] & groups["validation"]
+    chosen = x.choose_validation(posts, 0.1)
+    assert Counter(n // 3 for n in chosen) == Counter(dict.fromkeys({n // 3 for n in chosen}, 3))
 
 
 def test_near_duplicates_are_exact():

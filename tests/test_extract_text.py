@@ -461,6 +461,7 @@ WRONG_SETTINGS = [
         [[""], ["a", " "], [3], [["a"]], ["a\0b"]],
     ),
     ("wrong entry", ["BLOCKED_WORDS"], [[""], ["Anna", "  "], [3], [None], ["Anna", ["Smith"]], ["..."], {"Anna"}]),
+    ("wrong entry", ["FOLDERS"], ["_posts", [], [""], ["/_posts"], ["../x"], ["a/../b"], ["."], [3], None]),
     ("wrong entry", ["PHONE_COUNTRIES"], ["US", [""], ["us"], ["USA"], [1], [None], [["US"]]]),
     ("no folder", ["DATA_DIR"], ["", " ", None, 3, ["data"], "a\0b"]),
     ("no yes or no", ["INCLUDE_DRAFTS", "REDACT"], ["no", "", 0, 1, None]),
