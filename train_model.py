@@ -4,28 +4,29 @@
 
 Reads data/train_data.jsonl and data/val_data.jsonl. Writes blog-model-final/: a model folder that transformers loads
 as it is (safetensors), with a model card (README.md), training_report.json, loss_curve.png and a Modelfile for Ollama.
-Stopped at any moment, the next run continues from the last checkpoint, which lies in blog-model-final-unfinished/
-until the model is complete. Nothing else is written, and no folder is replaced that this script did not write.
+A run that is stopped continues from its last checkpoint, in blog-model-final-unfinished/, when it is started again.
+Nothing else is written, and no folder is replaced that this script did not write.
 
-Each line is a section below; they stand in the order in which the run needs them.
+Each line is a section below.
 
+    settings, command line                    constants and flags become one record, before the slow libraries load
     the run              train                the whole story, one paragraph a step: read this first
-    folders              check_places         what may be written, one run a folder, how a model takes another's place
-    loading              load_config          config, tokenizer and weights: whole, and without code of their own
+    folders              check_places         what may be written, one run a folder, how a model replaces another
+    loading              load_config          config, tokenizer and weights: complete, and without code of their own
     conversations        read_conversations   one line of the data is one conversation
     tokens               conversation_tokens  the model's chat template, and which tokens are the author's
     rows                 make_rows            windows of 512 tokens; short ones share a row
-    model and loss       conversation_losses  float32 weights; the loss of the author's tokens, and of nothing else
+    model and loss       conversation_losses  float32 weights; the loss of the author's tokens only
     plan                 make_plan            precision, optimizer, memory and disk, before any weights are loaded
-    adapters             add_adapters         LORA_RANK: a frozen base, thin matrices beside it, merged when it is saved
-    learning rate        find_rates           LEARNING_RATE = "auto": three short runs, and the best one's rate is taken
+    adapters             add_adapters         LORA_RANK: a frozen base and thin matrices, merged when it is saved
+    learning rate        find_rates           LEARNING_RATE = "auto": three short runs choose it
     training             build_trainer        Trainer with our loss and our evaluation; what happens between updates
     unfinished runs      open_unfinished      which checkpoint may be continued
     the finished folder  save_companions      model card, curve, report; the saved model is loaded and measured again
-    graphics cards       check_card           what has to be said, or set, before a card is used
+    graphics cards       check_card           what must be checked or set before a card is used
     speed on a CPU       (its table)          six tricks that only save time; a reader may skip them
     for Ollama           modelfile            the chat template in Ollama's language
-    command line         main                 settings, flags and signals; errors as one sentence
+    signals and errors   main                 every error is one sentence
 """
 
 # ruff: noqa: E402 - the command line is read before the libraries are loaded, which takes seconds
@@ -67,7 +68,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,28 +98,28 @@ DATA_DIR = "data"
 OUTPUT_DIR = "blog-model-final"
 
 CONTEXT_TOKENS = 512  # longer posts are cut into windows of this length, shorter ones share one
-OVERLAP_TOKENS = 32  # of a window are seen again from the window before, as context, and not scored twice
-ROWS_PER_UPDATE = 8  # 4,096 tokens; how many of them go through the model at once is chosen by the memory
+OVERLAP_TOKENS = 32  # the last tokens of a window begin the next one, as context, and are not scored twice
+ROWS_PER_UPDATE = 8  # 4,096 tokens; how many rows are computed at once depends on the memory
 EPOCHS = 3
 MAX_STEPS = 0  # updates; 0 = as many as the epochs need
-# "auto" tries three for a few updates each and takes the best (`find_rates`), because none is best for every model: on
+# "auto" tries three for a few updates each and uses the best (`find_rates`), as none is best for every model: on
 # two real blogs SmolLM2-135M wants 2e-4 and Gemma 3 270M 5e-5 (benchmarks/README.md); GPT2-medium is not measured.
-# 2e-5, the first recipe's, is too low for the voice, and 4e-4 overfits.
+# 2e-5 is too low to learn the voice, and 4e-4 overfits.
 LEARNING_RATE = "auto"
 WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
 # 0 trains all weights; 16 adapters on a frozen base model, so that 1 to 1.7 billion parameters fit 8 GB (64: 1 GB more,
-# and room for more text). Adapters want ten times the LEARNING_RATE, as "auto" knows: 1e-3 (benchmarks/README.md).
+# and room for more text). Adapters need ten times the LEARNING_RATE, 1e-3 (benchmarks/README.md); "auto" does that.
 LORA_RANK = 0
-DROPOUT = 0.0  # 0.1 is what GPT-2 was made with; it costs a fifth of the speed on a CPU
-PRECISION = "auto"  # the fastest that the device is made for; or "bf16", "fp16", "fp32"; what is trained is float32
+DROPOUT = 0.0  # GPT-2 was trained with 0.1; it costs a fifth of the speed on a CPU
+PRECISION = "auto"  # the fastest native one; or "bf16", "fp16", "fp32"; the weights that are trained are float32
 SEED = 42
 
 EVALUATIONS_PER_EPOCH = 2
 PATIENCE = 3  # evaluations without a better one before training stops early
 CHECKPOINT_MINUTES = 10  # of training that a crash can cost; GPT2-medium's checkpoint is 4.3 GB; 0 = every update
 SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
-# Of a small grid on two real blogs (benchmarks/README.md) the one that sounds most like the author and repeats itself
-# no more often; a penalty of 1.1 costs some of the voice, and without one 3 to 7 % of what is said was said before.
+# The best of a small grid on two real blogs (benchmarks/README.md): most like the author without repeating itself more.
+# A repetition penalty of 1.1 costs some of the voice; without one, 3 to 7 % of an answer repeats what it said before.
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}
 
 
@@ -287,106 +288,107 @@ from transformers.integrations import hub_kernels, sdpa_attention
 from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- the run
-SPLITS = ("train", "val")
+DATA_FILES = {"train": "train_data.jsonl", "val": "val_data.jsonl"}
+SPLITS = tuple(DATA_FILES)
 
 
 def train(settings: Settings) -> None:
     """One run: from the data files to the finished folder, or on from the checkpoint of an unfinished run.
 
-    With several processes (torchrun) each calls this; all train, the first one alone writes and speaks.
+    With several processes (torchrun) each calls this; all train, only the first writes and prints.
     """
     places = check_places(settings)
     check_card(settings.cpu)
     process = PartialState(cpu=settings.cpu or not torch.accelerator.is_available())
     prepare_card(process.device)
     if is_on_windows_drive(places.output):
-        say(f"{places.output} lies on a Windows drive, which WSL writes to slowly: --output-dir ~/my-model is faster.")
+        say(f"{places.output} is on a Windows drive, which is slow from WSL: --output-dir ~/my-model is faster.")
 
     with only_run(places, process):
-        # A run that was stopped in its very last step is over when that step is done.
         was_finished = process.is_main_process and recover(places)
         if agreed([was_finished])[0]:
-            say(f"The run before was stopped while it put its model in place: {places.output} holds that model now.")
+            say(f"The last run was stopped while it put its model in place; that model is in {places.output} now.")
             return
         train_in(places, settings, process)
 
 
 def train_in(places: Places, settings: Settings, process: PartialState) -> None:
-    """As `train`, in folders that are this run's alone."""
-    # The conversations become tokens, and the tokens become rows, in which every token of the author's is scored once.
+    """The run itself; `places` are locked for it."""
+    # Conversations become tokens, and tokens become rows, in which each of the author's tokens is scored once.
     check_data_folder(settings.data_dir)
-    conversations = {split: read_conversations(data_file(settings, split)) for split in SPLITS}
+    conversations = {split: read_conversations(settings.data_dir / name) for split, name in DATA_FILES.items()}
     check_hub(settings.base_model)
-    config = load_or_exit(load_config, settings.base_model)
-    tokenizer = load_or_exit(load_tokenizer, settings.base_model, vocabulary_of(config))
+    config = load_config(settings.base_model)
+    tokenizer = load_tokenizer(settings.base_model, vocabulary_of(config))
     tokenized = {split: tokenize(tokenizer, entries) for split, entries in conversations.items()}
     rows_of = split_rows(tokenized, config, settings, process.num_processes)
-    data = count_data(conversations, rows_of)
-    say_lines(data_lines(tokenized, rows_of))
+    say_data(tokenized, rows_of)
 
     # What cannot fit is said here, before minutes are spent on loading weights.
     begun = None if settings.fresh else begun_with(places.unfinished)
     machine = look_at_machine(process, settings.precision)
-    plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
-    say_lines(plan_lines(plan, forecast, settings))
+    plan = make_plan(settings, config, rows_of["train"], machine, begun)
+    say_plan(plan, settings)
     say(f"disk     {check_disk(places, plan)}")
 
-    # The first process decides what may be continued; the others look when it has done so.
+    # The first process decides whether to continue; the others look at what it left.
     identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
             open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
-    # Packed rows are only right for a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
-    if not load_or_exit(can_pack, settings.base_model, model):
-        say("This architecture cannot keep packed documents apart: one window per row, which takes longer.")
+    # Packed rows need a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
+    model = load_for_training(settings.base_model, settings.dropout)
+    with Reading(settings.base_model):
+        is_packed = keeps_documents_apart(model)
+    if not is_packed:
+        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
         rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
-        say_lines(data_lines(tokenized, rows_of))
-        plan, forecast = make_plan(settings, config, rows_of["train"], machine, begun)
-        say_lines(plan_lines(plan, forecast, settings))
+        say_data(tokenized, rows_of)
+        plan = make_plan(settings, config, rows_of["train"], machine, begun)
+        say_plan(plan, settings)
 
-    # Each rate that is tried has a model of its own, so this one makes room.
+    run = Run(settings, places.unfinished, plan, rows_of, count_data(conversations, rows_of))
     tried = {}
     if settings.learning_rate == AUTO:
+        # Each trial loads a model of its own, so this one is dropped.
         del model
-        run = Run(settings, places.unfinished, plan, rows_of, data)
-        tried = find_rates(run, forecast.updates)
-        settings = replace(settings, learning_rate=best_rate(tried))
-        model = load_or_exit(load_for_training, settings.base_model, settings.dropout)
-    model = prepare_to_train(model, plan, settings)
+        tried = find_rates(run)
+        run = replace(run, settings=replace(settings, learning_rate=best_rate(tried)))
+        model = load_for_training(settings.base_model, settings.dropout)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    run = Run(settings, places.unfinished, plan, rows_of, data)
+    model = prepare_to_train(model, plan, settings)
     trainer = build_trainer(run, model, tokenizer)
     log = run_to_the_end(trainer, checkpoint, settings)
+    if not process.is_main_process:
+        return
 
-    if process.is_main_process:
-        # Room for the model that `finish` loads to check what was saved.
-        del model, trainer
-        gc.collect()
-        give_back_memory()
-        names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
-        report = {
-            "settings": {**identity, **names},
-            "data": data,
-            "plan": asdict(plan),
-            "learning_rate": {"used": settings.learning_rate, "bits_per_byte_of_tried": tried},
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "log": without_samples(log),
-        }
-        verdict = finish(places, settings, tokenizer, rows_of["val"], process.device, report)
-        print_or_exit(verdict, f"the model is in place; {verdict}")
+    # Room for the model that `finish` loads to check what was saved.
+    del model, trainer
+    gc.collect()
+    give_back_memory()
+    names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
+    report = {
+        "settings": {**identity, **names},
+        "data": run.data,
+        "plan": asdict(plan),
+        "learning_rate": {"used": run.settings.learning_rate, "bits_per_byte_of_tried": tried},
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "log": without_samples(log),
+    }
+    outcome = finish(places, settings, tokenizer, rows_of["val"], process.device, report)
+    print_or_exit(outcome, f"the model is in place; {outcome}")
 
 
 def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict.
 
-    Ends the program, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
+    Exits, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
     """
-    # The base model does not compete: when training made it worse, that is what the report has to show.
+    # The base model is not a candidate: if training made it worse, the report has to show that.
     base, *later = evaluations(report["log"])
     best = min(later, key=lambda entry: entry["eval_loss"])
     report["base"] = base
@@ -404,16 +406,12 @@ def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device:
     return f"{report['verdict']} {report['advice']}".strip()
 
 
-def data_file(settings: Settings, split: str) -> Path:
-    return settings.data_dir / f"{split}_data.jsonl"
-
-
 def check_hub(name: str) -> None:
-    """Without a way to the hub, say so and look for the model `name` among earlier downloads alone.
+    """If the hub cannot be reached, say so and look for the model `name` only among earlier downloads.
 
-    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. Downloads keep them.
+    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts.
     """
-    # Behind a proxy only huggingface_hub knows the way.
+    # Behind a proxy a direct connection says nothing.
     if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
         return
 
@@ -425,38 +423,25 @@ def check_hub(name: str) -> None:
         hub.HF_HUB_OFFLINE = True
 
 
-def load_or_exit(load: Callable, *arguments):
-    """What `load` returns; a model that cannot be had is one sentence, not a traceback."""
-    try:
-        return load(*arguments)
-    except CannotLoad as error:
-        sys.exit(str(error))
-
-
 def say(text: str, end: str = "\n") -> None:
     """Progress and diagnostics on stderr, from the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         extract_blog_data.say(text, end)
 
 
-def say_lines(lines: list[str]) -> None:
-    for line in lines:
-        say(line)
-
-
 # ---------------------------------------------------------------------------- folders
-# Two folders are written, side by side. What else lies in them, and every other folder, is left alone.
+# Two folders are written, side by side. Whatever else is in them, and every other folder, is left alone.
 #
 #     blog-model-final/              the finished model; its training_report.json lists the files that are this script's
 #     blog-model-final-unfinished/
-#         train_model.lock           held by the run that is at work, and the mark that the folder is this script's
+#         train_model.lock           held while a run works, and the mark that the folder is this script's
 #         run.json                   settings and data of the run
 #         rates.json                 what the trials of the learning rate found
 #         checkpoint-120/            to continue from
 #         best/                      the best model so far
 #         previous/                  the model of an earlier run, while it is replaced
 #
-# The model is replaced by names alone, because a rename happens whole or not at all:
+# The model is replaced by renames only, because a rename is atomic:
 #
 #     step                     after a kill here                           what `recover` does at the next start
 #     PLACE -> previous        nothing at the place, both models beside    moves the new one in
@@ -508,14 +493,14 @@ class Places(NamedTuple):
 
 
 def check_places(settings: Settings) -> Places:
-    """Where this run may write; ends the program where somebody else's files are. Nothing is touched."""
+    """Where this run may write; exits if other files are there. Nothing is touched."""
     try:
         places = Places(settings.output_dir.resolve())
         problem = why_not_to_write(places, folders_to_keep(settings))
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
         problem = f"cannot be used ({brief(error)})"
     if problem:
-        sys.exit(f"--output-dir {settings.output_dir} {problem}: name a folder that is not there yet, as blog-model-2.")
+        sys.exit(f"--output-dir {settings.output_dir} {problem}: name a new folder, such as blog-model-2.")
     return places
 
 
@@ -532,11 +517,11 @@ def folders_to_keep(settings: Settings) -> dict[str, Path]:
 
 
 def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
-    """Why these places are not to be written, as the second half of a sentence; "" if they may be."""
-    str(places.output).encode()  # as the files that name it will be
+    """Why these places must not be written, as the second half of a sentence; "" if they may be."""
+    str(places.output).encode()  # raises UnicodeError if no file could name it
     base = folders_to_keep.get("the base model")
     if base and places.output.is_relative_to(base) and places.output != base:
-        return "lies in the base model"
+        return "is inside the base model"
     for what, folder in folders_to_keep.items():
         if folder == places.output:
             return f"is {what}"
@@ -547,23 +532,23 @@ def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
 
     if os.path.lexists(places.output):
         if not places.output.is_dir():
-            return "is no folder"
+            return "is not a folder"
         if places.output.is_mount():
-            return "is a disk of its own, which cannot be renamed"
-        if any(places.output.iterdir()) and not files_of_ours(places.output):
+            return "is a mount point, which cannot be renamed"
+        if any(places.output.iterdir()) and not hashes_of_ours(places.output):
             return "is a folder with files that train_model.py did not write"
     if os.path.lexists(places.unfinished):
         if not is_unfinished_run(places):
             return f"needs {places.unfinished}, which train_model.py did not write"
         if places.unfinished.is_mount():
-            return f"needs {places.unfinished}, which is a disk of its own"
+            return f"needs {places.unfinished}, which is a mount point"
     return ""
 
 
-def files_of_ours(folder: Path) -> set[str]:
-    """Names of what these scripts have written into a model folder; none where they did not make it."""
+def hashes_of_ours(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a run wrote into a model folder, by name; empty if none did."""
     listed = read_json_object(folder / "training_report.json").get("files")
-    return ADDED_LATER.union(listed) if isinstance(listed, dict) else set()
+    return listed if isinstance(listed, dict) else {}
 
 
 def is_unfinished_run(places: Places) -> bool:
@@ -577,7 +562,7 @@ def is_unfinished_run(places: Places) -> bool:
 
 @contextmanager
 def only_run(places: Places, process: PartialState) -> Iterator[None]:
-    """Hold the lock of the unfinished folder; ends the program where another run holds it, and names that one."""
+    """Hold the lock of the unfinished folder; exits if another run holds it, and names that run."""
     if not process.is_main_process:
         yield
         return
@@ -594,7 +579,7 @@ def only_run(places: Places, process: PartialState) -> Iterator[None]:
     try:
         yield
     finally:
-        # A run that ended before it had anything to continue leaves nothing behind.
+        # A run that ended before its first checkpoint leaves nothing behind.
         if {path.name for path in places.unfinished.iterdir()} <= {places.lock.name, "run.json"}:
             remove_run(places.unfinished)
             places.lock.unlink()
@@ -605,17 +590,17 @@ def only_run(places: Places, process: PartialState) -> Iterator[None]:
 def put_in_place(places: Places) -> None:
     """Make the complete model in `places.best` the one at `places.output`. Raises OSError when the system refuses.
 
-    Ends the program where meanwhile somebody has put something else there.
+    Exits if something else has been put there meanwhile.
     """
     problem = why_not_to_write(places, {})
     if problem:
-        sys.exit(f"{places.output} {problem}: the new model is complete, in {places.best}; move that of the two away.")
+        sys.exit(f"{places.output} {problem}: the new model is complete, in {places.best}; move one of the two away.")
     replace_by(places.best, places.output, places.previous)
     clear_up(places)
 
 
 def replace_by(new: Path, place: Path, aside: Path) -> None:
-    """Rename the folder `new` to `place`; what was there before goes to `aside`."""
+    """Rename the folder `new` to `place`; a folder that was there is renamed to `aside`."""
     if place.exists():
         place.rename(aside)
     new.rename(place)
@@ -623,37 +608,32 @@ def replace_by(new: Path, place: Path, aside: Path) -> None:
 
 def recover(places: Places) -> bool:
     """Finish what a killed `put_in_place` began; whether there was something to finish."""
-    if not places.previous.exists():
-        # Killed while it cleared away.
-        is_over = (places.unfinished / "best-replaced").exists() and places.output.exists()
-        if is_over:
-            clear_up(places)
-        return is_over
-
-    if places.best.exists():
-        # Somebody has put another model there meanwhile.
-        if places.output.exists():
+    if places.previous.exists():
+        if places.best.exists() and places.output.exists():  # somebody has put another model there
             sys.exit(f"{places.output} and {places.previous} hold a model each: move one of the two away.")
-        places.best.rename(places.output)
-    elif not places.output.exists():
-        sys.exit(f"{places.output} is gone, and {places.previous} holds an earlier model: move that one away.")
+        if places.best.exists():
+            places.best.rename(places.output)
+        elif not places.output.exists():
+            sys.exit(f"{places.output} is gone, and {places.previous} holds an earlier model: move that one away.")
+    elif not ((places.unfinished / "best-replaced").exists() and places.output.exists()):
+        return False
+
     clear_up(places)
     return True
 
 
 def clear_up(places: Places) -> None:
-    """Remove what the new model has replaced, and its run; what the user has put into the model folder stays there."""
+    """Remove the replaced model and the run; the user's own files move to the new model folder."""
     if places.previous.exists():
         keep_files_of_others(places.previous, places.output)
-        # From here on nothing in it is missed, also when it is removed in two attempts.
+        # From here on it holds nothing to keep, even if removing it is interrupted.
         places.previous.rename(places.unfinished / "best-replaced")
     remove_run(places.unfinished)
 
 
 def keep_files_of_others(old: Path, new: Path) -> None:
-    """Move what these scripts did not write, or what was changed since, from one model folder to the next; say so."""
-    written = read_json_object(old / "training_report.json").get("files")
-    hashes = written if isinstance(written, dict) else {}
+    """Move files that these scripts did not write, or that were changed since, to the new model folder; say so."""
+    hashes = hashes_of_ours(old)
     for path in sorted(old.iterdir()):
         is_file = path.is_file() and not path.is_symlink()
         is_ours = path.name in ADDED_LATER or path.name == "training_report.json"
@@ -664,11 +644,11 @@ def keep_files_of_others(old: Path, new: Path) -> None:
         while os.path.lexists(place):
             place = place.with_name(place.name + "-previous")
         path.rename(place)
-        say(f"Kept: {place}, which is not as train_model.py wrote it.")
+        say(f"Kept: {place}, which train_model.py did not write or which was changed since.")
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run's files from its unfinished folder; what else is there stays, and is said."""
+    """Remove a run's files from its unfinished folder; other files stay, and are named."""
     for path in [*checkpoints_of(folder), *(folder / name for name in OF_A_RUN)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -691,7 +671,7 @@ def update_of(checkpoint: Path) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, have it on the disk, and move it in, so that it is never there in part."""
+    """Write a file beside its place, flush it and rename it, so that it is never there in part."""
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -701,9 +681,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json_object(path: Path) -> dict:
-    """The JSON object in a file; empty where there is no such file, or something else in it."""
+    """The JSON object in a file; empty if there is no such file or no object in it."""
     try:
-        # Nothing but a file, or a pipe of that name would be waited for.
+        # Reading a pipe of that name would block.
         content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
@@ -711,30 +691,30 @@ def read_json_object(path: Path) -> dict:
 
 
 def close_to_others(folder: Path) -> None:
-    """Leave a model folder to its owner's eyes alone, whatever the umask was: it can repeat what is private."""
+    """Make a model folder readable by its owner only, whatever the umask: it can repeat private text."""
     folder.chmod(0o700)
     for path in folder.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def name_to_share(base_model: str, output: Path) -> str:
-    """The base model as the files of the finished folder name it: without a path that tells whose machine it was."""
+    """The base model's name in the finished folder: no absolute path, which would show whose machine it was."""
     path = Path(base_model)
     if not path.is_absolute():
         return base_model
-    # From the model folder it can be found again, unless the way there leads over the root of all disks.
+    # Relative to the model folder, unless the two only share the root of the file system.
     is_near = len(Path(os.path.commonpath([path, output])).parts) > 1
     return os.path.relpath(path, output) if is_near else path.name
 
 
 # ---------------------------------------------------------------------------- loading
-# The only places at which config, tokenizer and weights are read, of a base model as of a finished one (test_model.py).
-# No code that lies beside a model is run, and what is not whole is not taken.
+# Every config, tokenizer and model is loaded here, also by test_model.py and the benchmarks. No code that comes with a
+# model is run, and an incomplete model is refused.
 class CannotLoad(Exception):
-    """A model that cannot be used, and what to do about it, in one sentence."""
+    """A model cannot be used; the message is one sentence with the next step."""
 
 
-# What transformers and its parsers raise over files that are cut, of another kind or made to do harm.
+# What transformers and its parsers raise for files that are cut, of another kind or malicious.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -751,14 +731,14 @@ LOADING_ERRORS = (
     StrictDataclassError,
     pickle.UnpicklingError,
 )
-GIT_LFS = b"version https://git-lfs"  # how the text begins that git has in a large file's place
-# Tensors of old files that hold nothing learned; transformers does not know all of them by name.
+GIT_LFS = b"version https://git-lfs"  # the start of the pointer that git-lfs leaves in a file's place
+# Buffers in old files, which transformers does not all recognise; they hold nothing learned.
 NOTHING_LEARNED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
-TEMPLATE_SECONDS = 5  # of processor time for a conversation of two sentences
+TEMPLATE_SECONDS = 5  # CPU time for a conversation of two sentences
 
 
 class Reading:
-    """A context in which whatever goes wrong with the files of the model `name` becomes CannotLoad."""
+    """A context that turns errors in the files of the model `name` into CannotLoad."""
 
     def __init__(self, name: str | Path):
         self.name = name
@@ -767,7 +747,7 @@ class Reading:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        # The tokenizers' library raises Exception itself, and no kind of its own.
+        # The tokenizers library raises plain Exception.
         is_ours = kind is Exception or (kind is not None and issubclass(kind, LOADING_ERRORS))
         if not is_ours or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             return
@@ -777,22 +757,22 @@ class Reading:
 def why_not_loaded(name: str | Path, error: Exception) -> str:
     reason = brief(error)
     if "trust_remote_code" in str(error):
-        return f"{name} needs code that lies beside it (auto_map), which is never run: choose another base model."
+        return f"{name} needs code that comes with it (auto_map), which is never run: choose another base model."
     if Path(name).is_dir():
-        return f"Cannot load {name}: {reason}; copy it anew, or choose another base model."
+        return f"Cannot load {name}: {reason}; copy it again or choose another base model."
     return f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason})."
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error's message, to be put into a sentence."""
+    """The first line of an error's message, for use in a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")
 
 
 def check_files(folder: Path) -> None:
-    """Raises CannotLoad that names the first file of a model folder that is damaged, or a sign of one."""
+    """Raises CannotLoad for the first file of a model folder that is damaged or not supported."""
     if (folder / "adapter_config.json").exists():
-        raise CannotLoad(f"{folder} holds adapters and no model of its own: merge them into their base model first.")
+        raise CannotLoad(f"{folder} holds adapters without their base model: merge them into it first.")
 
     for path in sorted(folder.iterdir()):
         problem = damage_of(path)
@@ -801,15 +781,15 @@ def check_files(folder: Path) -> None:
 
 
 def damage_of(path: Path) -> str:
-    """What is wrong with a file of a model folder, as the second half of a sentence; "" if nothing can be seen."""
+    """What is wrong with a file of a model folder, as the second half of a sentence; "" if nothing is found."""
     if not path.is_file():
         is_read = path.suffix == ".safetensors" or path.name in (*MODEL_JSON, "chat_template.jinja")
-        return "is no file: copy it anew" if is_read else ""
+        return "is not a file: copy it again" if is_read else ""
     with path.open("rb") as file:
         if file.read(len(GIT_LFS)) == GIT_LFS:
-            return f"only stands for the file: run `git lfs pull` in {path.parent}"
+            return f"is only a pointer to the file: run `git lfs pull` in {path.parent}"
 
-    copy = "is cut or damaged ({}): copy it anew"
+    copy = "is cut or damaged ({}): copy it again"
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -817,14 +797,14 @@ def damage_of(path: Path) -> str:
         except SafetensorError as error:
             return copy.format(brief(error))
         odd = [key for key, kind in kinds.items() if key.endswith("weight") and not kind.startswith(("F", "BF"))]
-        return f"holds {odd[0]} as {kinds[odd[0]]}: name the model that it was made of" if odd else ""
+        return f"holds {odd[0]} as {kinds[odd[0]]}: use the model that it was quantised from" if odd else ""
     if path.name in MODEL_JSON:
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             return copy.format(brief(error))
         if not isinstance(content, dict):
-            return "holds no settings: copy it anew"
+            return "is not a JSON object: copy it again"
         parts = content.get("weight_map", {})
         if path.name.endswith(".index.json") and not all(str(part).endswith(".safetensors") for part in parts.values()):
             return "names a pickle, which is never loaded: copy the model as safetensors"
@@ -851,12 +831,12 @@ def load_config(name: str | Path, only_local: bool = False):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=only_local)
         model_type = config.model_type
 
-    # From here on nothing names code that lies beside the model, nor do the folders that are saved.
+    # From here on nothing refers to code that comes with the model, and neither do the folders that are saved.
     for key in ("auto_map", "custom_pipelines"):
         if hasattr(config, key):
             delattr(config, key)
 
-    # What a model returns is what the loss is computed from.
+    # The loss needs logits by name, and nothing else.
     config.return_dict = True
     config.output_attentions = False
     config.output_hidden_states = False
@@ -866,24 +846,24 @@ def load_config(name: str | Path, only_local: bool = False):
     if quantised:
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
         raise CannotLoad(
-            f"{name} is quantised ({method or 'quantization_config'}): name the model that it was made of."
+            f"{name} is quantised ({method or 'quantization_config'}): use the model that it was quantised from."
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise CannotLoad(f"{name} is an encoder-decoder ({model_type}), which does not go on from a text: {other}.")
+        raise CannotLoad(f"{name} is an encoder-decoder ({model_type}), not a causal language model: {other}.")
     if "/" in str(getattr(config, "_attn_implementation", None)):
-        raise CannotLoad(f"{name} wants attention code from the hub, which is never run: {other}.")
+        raise CannotLoad(f"{name} needs attention code from the hub, which is never run: {other}.")
     return config
 
 
 def vocabulary_of(config) -> int | None:
-    """Rows of the model's embeddings; None where the config does not say."""
+    """Rows of the model's embeddings; None if the config does not say."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def load_model(name: str | Path, config=None, only_local: bool = False):
-    """A causal model in float32, whole: no tensor is missing, left over, of another shape or not a number.
+    """A causal model in float32, complete: no tensor is missing, left over, misshapen or NaN. Raises CannotLoad.
 
-    Raises CannotLoad. `config` is one of `load_config`'s, perhaps changed.
+    `config` is one from `load_config`, possibly changed.
     """
     config = config or load_config(name, only_local)
     with Reading(name):
@@ -895,53 +875,51 @@ def load_model(name: str | Path, config=None, only_local: bool = False):
             use_safetensors=True,  # a pickle is a program
             local_files_only=only_local,
             output_loading_info=True,
-            # As rows of `info` they can be named.
+            # They are listed in `info` instead, and named below.
             ignore_mismatched_sizes=True,
         )
 
-    # transformers fills what does not fit with random numbers, and only warns.
+    # transformers fills what is missing with random numbers and only warns.
     left_over = [key for key in info["unexpected_keys"] if not key.endswith(NOTHING_LEARNED)]
     misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     problems = {
         "lacks {}": sorted(info["missing_keys"]),
         "has {}, which its config does not know": sorted(left_over),
         "has {} in another shape than its config says": sorted(misshapen),
-        "holds weights that are no numbers, in {}": not_finite(model),
+        "holds NaN or infinite weights in {}": [
+            key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()
+        ],
     }
     for problem, tensors in problems.items():
         if tensors:
             more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
-            raise CannotLoad(f"{name} {problem.format(tensors[0] + more)}: it is no whole model, copy it anew.")
+            raise CannotLoad(f"{name} {problem.format(tensors[0] + more)}: it is incomplete, copy it again.")
     return model
 
 
-def not_finite(model) -> list[str]:
-    return [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-
-
 def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: bool = False, is_tuned: bool = False):
-    """The model's tokenizer; it keeps its chat template, or gets the plain one, unless the model `is_tuned` to another.
+    """The model's tokenizer with its chat template; without one it gets the plain one, unless the model `is_tuned`.
 
-    Raises CannotLoad, also where tokens lie outside of a `vocabulary` of so many.
+    Raises CannotLoad, also if it has tokens outside a `vocabulary` of this size.
     """
     with Reading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=only_local)
-        # Where its files are missing, transformers makes an empty one.
+        # If its files are missing, transformers makes an empty one.
         is_empty = not tokenizer.encode("x", add_special_tokens=False)
-    tokenizer.init_kwargs.pop("auto_map", None)  # which nobody follows, and the saved folder shall not name
+    tokenizer.init_kwargs.pop("auto_map", None)  # not used, and not to be saved
     tokenizer._auto_map = None
     if is_empty:
-        raise CannotLoad(f"{name} has no tokenizer: copy tokenizer.json and tokenizer_config.json to it.")
+        raise CannotLoad(f"{name} has no tokenizer: copy tokenizer.json and tokenizer_config.json into it.")
     if tokenizer.eos_token is None:
         raise CannotLoad(f"The tokenizer of {name} has no end-of-text token, so the model could never learn to stop.")
 
     if tokenizer.chat_template is None:
         if is_tuned:
             raise CannotLoad(f"The tokenizer in {name} has no chat template.")
-        # Such models (Llama) have seen no text without their token of beginning in front.
+        # Llama's models have never seen a text without their beginning-of-sequence token.
         bos = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
         tokenizer.chat_template = bos + PLAIN_TEMPLATE
-    # GPT-2 has none; which token it is does not matter, because nothing that pads is scored.
+    # GPT-2 has none; any token will do, because padding is not scored.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     check_tokens(tokenizer, name, vocabulary)
@@ -949,7 +927,7 @@ def load_tokenizer(name: str | Path, vocabulary: int | None = None, only_local: 
 
 
 def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
-    """Raises CannotLoad where the chat template fails, or uses a token that the model does not know."""
+    """Raises CannotLoad if the chat template fails or uses a token that the model does not have."""
     words = ("Tell me of the kettle.", "It sings at night.")
     question = {"role": "user", "content": words[0]}
     answer = {"role": "assistant", "content": words[1]}
@@ -961,11 +939,13 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
         reason = f"{type(error).__name__}: {brief(error)}"
         raise CannotLoad(f"The chat template of {name} fails ({reason}): choose another base model.") from error
     if not all(said in whole for said in words):
-        raise CannotLoad(f"The chat template of {name} leaves out what is said: choose another base model.")
+        raise CannotLoad(f"The chat template of {name} leaves out part of the conversation: choose another base model.")
     if len(whole) > 100_000:
-        raise CannotLoad(f"The chat template of {name} makes {len(whole):,} signs of two sentences: choose another.")
+        raise CannotLoad(
+            f"The chat template of {name} makes {len(whole):,} characters of two sentences: choose another base model."
+        )
 
-    # Control tokens of other uses (pictures) may lie outside: those never come up, see `break_control_tokens`.
+    # Other control tokens (images) may be outside the vocabulary: `break_control_tokens` keeps them out.
     added = control_tokens(tokenizer)
     ordinary = [place for token, place in tokenizer.get_vocab().items() if token not in added]
     used = tokenizer.encode(whole, add_special_tokens=False)
@@ -980,13 +960,13 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so many seconds of processor time; without effect outside of the main thread."""
+    """Raises TimeoutError after this much CPU time; has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def out_of_time(*_):
-        raise TimeoutError(f"it takes over {seconds} s")
+        raise TimeoutError(f"it needs more than {seconds} s")
 
     before = signal.signal(signal.SIGVTALRM, out_of_time)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
@@ -999,9 +979,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------- conversations
 def check_data_folder(folder: Path) -> None:
-    """Ends the program when the data files are not those that extraction_report.json goes with, as after two runs.
+    """Exits if the data files are not those that extraction_report.json was written with.
 
-    A folder without a report, or with one of an earlier version, is not judged.
+    A folder without a report, or with one of an earlier version, is not checked.
     """
     hashes = read_json_object(folder / "extraction_report.json").get("sha256")
     for split in SPLITS if isinstance(hashes, dict) else ():
@@ -1019,11 +999,11 @@ def file_hash(path: Path) -> str:
 
 
 def read_conversations(path: Path) -> list[dict]:
-    """The conversations of a JSONL file; a line that holds none ends the program and is named by its number."""
+    """The conversations of a JSONL file; exits at the first line that holds none."""
     if not path.is_file():
         sys.exit(f"{path} is missing: run extract_blog_data.py first.")
 
-    # Ends at the first bad line: a model trained on half of the data would look like a success.
+    # A model trained on half of the data would look like a success.
     conversations = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         conversation = parse_conversation(line)
@@ -1040,12 +1020,12 @@ ROLES = ("system", "user", "assistant")
 
 
 def parse_conversation(line: bytes) -> dict | None:
-    """The conversation in a line of JSON, its roles in small letters; None if there is none, or no answer in it."""
+    """The conversation in a line of JSON, its roles in lower case; None if there is none, or no answer in it."""
     answers = []
     try:
         conversation = json.loads(line)
         for turn in conversation["messages"]:
-            # Both raise TypeError for what is no text, and encode raises UnicodeError for half a character.
+            # Both raise TypeError for other types than str; encode raises UnicodeError for half a surrogate pair.
             turn["role"] = str.lower(turn["role"])
             text = str.encode(turn["content"])
             if turn["role"] not in ROLES:
@@ -1080,8 +1060,8 @@ def count_data(conversations: dict[str, list[dict]], rows_of: dict[str, Dataset]
 
 
 # ---------------------------------------------------------------------------- tokens
-# For models without a chat template. Plain text instead of new control tokens: those would grow the vocabulary by rows
-# that nothing has trained. `generation` marks the answer for tools that ask for it (TRL); rendering ignores it.
+# For models without a chat template. Plain text rather than new control tokens, whose embeddings would be untrained.
+# `generation` marks the answer for tools that need it (TRL); rendering ignores it.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "Assistant:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
@@ -1091,16 +1071,16 @@ PLAIN_TEMPLATE = (
 
 
 def starts_with_bos(tokenizer) -> bool:
-    """Whether the tokenizer by itself puts a token of beginning before a text."""
+    """Whether the tokenizer puts a beginning-of-sequence token before a text."""
     return tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
 
 
 @functools.lru_cache(maxsize=4)
 def control_tokens(tokenizer) -> frozenset[str]:
-    """The tokens that a tokenizer finds in a text before it looks for words, and that are no words.
+    """The added tokens of a tokenizer that are not text.
 
-    `all_special_tokens` names only some of them, 3 of 17 for SmolLM2. Of those that are not marked as special, runs of
-    spaces (Pythia, Gemma) and words are text like any other; "<think>" is not.
+    `all_special_tokens` names only some of them, 3 of 17 for SmolLM2. Of those not marked as special, runs of spaces
+    (Pythia, Gemma) and words are text; "<think>" is not.
     """
     found = set()
     for token in tokenizer.added_tokens_decoder.values():
@@ -1112,36 +1092,25 @@ def control_tokens(tokenizer) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4)
 def control_pattern(tokenizer) -> re.Pattern:
-    """Matches any of its control tokens, the longest first."""
+    """Matches any of the control tokens, the longest first."""
     longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
 
 
 def break_control_tokens(text: str, tokenizer) -> str:
-    """`text` with control tokens that stand in it as words broken by a space, so that they stay words.
+    """`text` with a space in each control token, so that it is encoded as words.
 
-    The extraction breaks those of the usual models, for whoever uses its files; this breaks those of this tokenizer.
+    The extraction does this for the usual models; this does it for the tokenizer's own.
     """
     return control_pattern(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
-# A template is a program of somebody's, which can fail as programs do.
-TEMPLATE_ERRORS = (
-    TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TimeoutError,
-    TypeError,
-    ValueError,
-)
+# A template is a program, and can fail like one.
+TEMPLATE_ERRORS = (TemplateError, *LOADING_ERRORS)
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation as the model sees it, in its chat template; one that this refuses ends the program."""
+    """A conversation as the model sees it, in its chat template; exits if the template refuses it."""
     try:
         return render_or_raise(tokenizer, messages, add_generation_prompt)
     except TEMPLATE_ERRORS as error:
@@ -1149,7 +1118,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 
 
 def render_or_raise(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """As `render`; raises TEMPLATE_ERRORS."""
+    """A conversation in the chat template; raises TEMPLATE_ERRORS."""
     safe = []
     for message in messages:
         safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
@@ -1163,15 +1132,15 @@ def tokenize(tokenizer, conversations: list[dict]) -> list[tuple[list[int], list
 def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether it is scored: the author's words and the end of the turn.
 
-    In ChatML, with the scored part in [brackets]; the author is the assistant, and the last sign is a line break:
+    In ChatML, with the scored part in [brackets]; the author is the assistant, and the last character is a newline:
 
         <|im_start|>user
         Write a post about bread.<|im_end|>
         <|im_start|>assistant
         [It rises at night.<|im_end|>]
 
-    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. Where a
-    template renders earlier turns otherwise once a later one follows (Qwen3), that one brings its own context.
+    Most templates do not mark the assistant's part, so it is what the full rendering adds to the prompt. If a template
+    renders earlier turns differently once a later one follows (Qwen3), the later turn has its own context.
     """
     ids = []
     scored = []
@@ -1182,7 +1151,7 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
 
         full = render(tokenizer, messages[: turn + 1])
         prompt, answer = split_at_answer(tokenizer, messages[: turn + 1], full)
-        # Each for itself, as the prompt will be when the model is asked: no token may reach over the border.
+        # Encoded separately, as in generation: no token may span the boundary.
         before = tokenizer.encode(prompt.removeprefix(done), add_special_tokens=False)
         reply, closed_at = reply_tokens(tokenizer, answer, message["content"])
 
@@ -1194,10 +1163,10 @@ def conversation_tokens(tokenizer, messages: list[dict]) -> tuple[list[int], lis
 
 
 def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, str]:
-    """(prompt, answer): what the model is given when it is asked for the last message, and what it is to write.
+    """(prompt, answer): what the model is given to generate the last message, and what it should generate.
 
-    `full` is the rendering of `messages`. Where the prompt ends in something that the finished turn lacks (some
-    templates open a thought for the model, and drop it later), it stays: the model will be asked so.
+    `full` is the rendering of `messages`. If the prompt ends in something that the finished turn lacks (some templates
+    open a thought and drop it later), it stays, because that is the prompt in generation.
     """
     words = break_control_tokens(messages[-1]["content"], tokenizer).strip()
     earlier = messages[:-1]
@@ -1213,14 +1182,15 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
 
 
 def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
-    """Token ids of an answer, and the place of the control token that closes it; what follows is the template's."""
+    """Token ids of an answer, and the index of the control token that closes it; what follows is the template's."""
     control = control_ids(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     places = [place for place, token in enumerate(ids) if token in control]
 
-    # Control tokens before the end of what is said (an opened thought, say) close nothing.
+    # Control tokens before the end of the words (such as an opened thought) do not close the answer.
     words = break_control_tokens(content, tokenizer).strip()
-    said = text[: end_of_words(text, words)]
+    start = 0 if text.startswith(words) else text.rfind(words)
+    said = text[: start + len(words)] if start >= 0 else ""  # the template may have changed the words
     opened = [token for token in tokenizer.encode(said, add_special_tokens=False) if token in control]
     if len(opened) >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
@@ -1229,17 +1199,9 @@ def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
 
 @functools.lru_cache(maxsize=4)
 def control_ids(tokenizer) -> frozenset[int]:
-    """Token ids that are marked as control tokens: one of them closes an answer."""
+    """Ids of the tokens that are marked as control tokens; one of them closes an answer."""
     marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(marked | set(tokenizer.all_special_ids))
-
-
-def end_of_words(text: str, words: str) -> int:
-    """Where `words` end, which a template has put into `text`; 0 where it has changed them."""
-    if text.startswith(words):
-        return len(words)
-    place = text.rfind(words)
-    return place + len(words) if place >= 0 else 0
 
 
 # ---------------------------------------------------------------------------- rows
@@ -1261,11 +1223,11 @@ def cut(ids: list[int], scored: list[bool], conversation: int, context: int, ove
     stop = max(len(ids) - overlap, 1)
     for start in range(0, stop, step):
         end = start + context
-        # What overlaps is there to be read; it has its labels in the window before.
+        # The overlap is context; it has its labels in the window before.
         repeated = overlap if start else 0
         fresh = labels[start + repeated : end]
 
-        # A window of nothing but a long question would cost time and teach nothing.
+        # A window without the author's tokens would cost time and teach nothing.
         teaches = any(label != UNSCORED for label in fresh)
         if teaches:
             window_labels = [UNSCORED] * repeated + fresh
@@ -1273,12 +1235,12 @@ def cut(ids: list[int], scored: list[bool], conversation: int, context: int, ove
 
 
 def pack(windows: list[Window], size: int) -> list[list[Window]]:
-    """Windows in groups of at most `size` tokens: the longest first, each where it leaves the least room."""
+    """Windows in groups of at most `size` tokens, by best fit, the longest first."""
     groups = []
     open_groups = defaultdict(list)  # by the number of tokens that still fit
     for window in sorted(windows, key=lambda window: len(window.ids), reverse=True):
         length = len(window.ids)
-        # The fullest group that still takes it, found by its room, or a new one.
+        # The fullest group with enough room, or a new one.
         room = next((room for room in range(length, size) if open_groups[room]), size)
 
         if room < size:
@@ -1308,12 +1270,12 @@ def make_rows(
         windows += cut(ids, scored, number, context, overlap)
 
     groups = pack(windows, context) if packed else [[window] for window in windows]
-    # Fillers change no loss: they have no label, and the loss is divided by the number of labels.
+    # Fillers do not change the loss: they have no label, and the loss is divided by the number of labels.
     filler = Window(ids=[0, 0], labels=[UNSCORED, UNSCORED], conversation=0)
     while len(groups) % multiple:
         groups.append([filler])
 
-    # A dict of columns and not a list of rows, because a Dataset of no rows must have its columns too.
+    # A dict of columns rather than a list of rows, so that a Dataset without rows has its columns, too.
     columns = {"input_ids": [], "labels": [], "conversation": []}
     if packed:
         columns["position_ids"] = []
@@ -1341,7 +1303,7 @@ def split_rows(
     """Rows of each split, no longer than the model has positions."""
     context = min(settings.context_tokens, positions_of(config, settings.context_tokens))
     overlap = min(settings.overlap_tokens, context // 2)
-    # Whole updates, so that one process or several shuffle the same rows into the same updates.
+    # Whole updates, so that any number of processes shuffles the same rows into the same updates.
     multiple = math.lcm(settings.rows_per_update, processes)
     return {
         "train": make_rows(tokenized["train"], context, overlap, packed, multiple),
@@ -1354,16 +1316,14 @@ def positions_of(config, unlimited: int) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", unlimited)
 
 
-def data_lines(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> list[str]:
-    """A line per split; its two numbers of tokens are the same, or something was lost or is scored twice."""
-    lines = []
+def say_data(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> None:
+    """A line per split; its two numbers of tokens are equal, or something was lost or is scored twice."""
     for split, entries in tokenized.items():
         tokens = sum(sum(scored) for _, scored in entries)
-        lines.append(
+        say(
             f"{split:<8} {len(entries):,} conversations, {tokens:,} tokens of the author's, "
             f"{scored_tokens(rows_of[split]):,} scored an epoch"
         )
-    return lines
 
 
 def scored_tokens(rows: Dataset) -> int:
@@ -1376,13 +1336,13 @@ def scored_tokens(rows: Dataset) -> int:
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     """Rows as tensors of shape (rows, longest).
 
-    Padding counts as one more document, so no attention mask is needed: with one, models no longer see from the
-    positions where a packed document begins.
+    Padding is one more document, so no attention mask is needed: with a mask, models do not derive from the positions
+    where a packed document begins.
     """
     longest = max(len(example["input_ids"]) for example in examples)
     batch = {}
     for name in examples[0]:
-        # 0 in position_ids too: that is what begins another document.
+        # 0 in position_ids, too: it begins another document.
         filler = UNSCORED if name == "labels" else 0
         padded = [example[name] + [filler] * (longest - len(example[name])) for example in examples]
         batch[name] = torch.tensor(padded)
@@ -1391,43 +1351,37 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------------- model and loss
 def load_for_training(name: str, dropout: float = 0.0):
-    """The model in float32: updates of 2e-5 would be rounded away in bfloat16 weights. Raises CannotLoad."""
+    """The model in float32: bfloat16 weights would round updates of 2e-5 away. Raises CannotLoad."""
     config = load_config(name)
     set_dropout(config, dropout)
     usual_names = fuse_activations(config)
     if hasattr(config, "n_positions"):
-        config.n_ctx = config.n_positions  # which llama.cpp's converter asks for
+        config.n_ctx = config.n_positions  # llama.cpp's converter needs it
 
     model = load_model(name, config)
-    model.generation_config = GenerationConfig()  # it answers with the setting SAMPLING
+    model.generation_config = GenerationConfig()  # sampling uses the setting SAMPLING
     for key, value in usual_names.items():  # the saved folder keeps the name that other tools know
         setattr(model.config, key, value)
     return model
 
 
 def set_dropout(config, dropout: float) -> None:
-    """Set it wherever the architecture has a place for it: the names of these keys differ."""
+    """Set every dropout of the config; their names differ between architectures."""
     for key, value in config.to_dict().items():
         if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, key, dropout)
 
 
-def can_pack(name: str, model) -> bool:
-    """Whether it `keeps_documents_apart`; raises CannotLoad where the model, which is run here first, fails."""
-    with Reading(name):
-        return keeps_documents_apart(model)
-
-
 @torch.no_grad()
 def keeps_documents_apart(model) -> bool:
-    """Whether this architecture sees from positions alone that a second document begins in a row.
+    """Whether this architecture derives from the positions that a second document begins in a row.
 
-    Asked of the model itself: eight tokens, twice at the positions 0 to 3, against the last four alone.
+    Tested on the model: eight tokens at positions 0 to 3, twice, against the last four alone.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
 
-    # Eight different tokens, so that what leaks from the first four makes a difference.
+    # Eight different tokens, so that a leak from the first four makes a difference.
     ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % model.config.vocab_size
     positions = torch.arange(4, device=model.device).repeat(2).reshape(1, 8)
     model.eval()
@@ -1437,8 +1391,8 @@ def keeps_documents_apart(model) -> bool:
 
 
 def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (scored tokens, vocabulary) and targets (scored tokens): the rest never meets the output layer."""
-    # The logits at a place are about the token after it.
+    """Logits (scored tokens, vocabulary) and targets (scored tokens); others skip the output layer."""
+    # The logits at a position predict the next token.
     following = functional.pad(batch["labels"][:, 1:], (0, 1), value=UNSCORED)
     keep = following != UNSCORED
 
@@ -1450,18 +1404,18 @@ def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def conversation_losses(model, rows: Dataset) -> np.ndarray:
-    """Exact negative log-likelihood of the author's tokens, in nats, by number of the conversation."""
+    """Exact negative log-likelihood of the author's tokens of each conversation, in nats."""
     model.eval()
     conversations = 1 + max(map(max, rows["conversation"]), default=0)
     losses = np.zeros(conversations)
 
-    # One row at a time: nothing is padded, and logits over a whole vocabulary are large.
+    # One row at a time: nothing is padded, and logits are large.
     for row in rows:
         batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         logits, targets = scored_logits(model, batch)
         nats = functional.cross_entropy(logits.float(), targets, reduction="none")
 
-        # A row may hold several conversations. Nothing predicts its first token, so that has no loss.
+        # A row may hold several conversations. Nothing predicts its first token, so it has no loss.
         is_scored = np.array(row["labels"][1:]) != UNSCORED
         owners = np.array(row["conversation"][1:])[is_scored]
         np.add.at(losses, owners, nats.cpu().double().numpy())
@@ -1470,7 +1424,7 @@ def conversation_losses(model, rows: Dataset) -> np.ndarray:
 
 @torch.inference_mode()
 def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
-    """One answer to `prompt`, always the same for the same weights; training's random numbers stay untouched."""
+    """One answer to `prompt`, the same for the same weights; the random state of training is not changed."""
     model.eval()
     text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
@@ -1486,33 +1440,22 @@ def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
 
 
 # ---------------------------------------------------------------------------- plan
-FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # processors without them train faster in float32
-# The compute capability from which on a card has kernels of its own: RTX 30xx and A100; V100 and RTX 20xx; all.
+FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # CPUs without them train faster in float32
+# The first compute capability with native kernels: RTX 30xx and A100; V100 and RTX 20xx; all.
 FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
 
-# From the most exact to the thriftiest: (Trainer's name of the optimizer, whether activations are computed twice).
+# From the most exact to the least memory: (Trainer's name of the optimizer, whether activations are recomputed).
 OPTIMIZERS = (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
-# The averages of adapters are small: there is more to be had from the activations, at no loss of exactness.
+# The averages of adapters are small: recomputing activations saves more, and stays exact.
 OPTIMIZERS_OF_ADAPTERS = (("adamw_torch_fused", False), ("adamw_torch_fused", True), ("adamw_bnb_8bit", True))
 
 
 class WayToTrain(NamedTuple):
-    """What costs memory and changes no loss, or, for the 8-bit optimizer, hardly any."""
+    """Choices that trade memory for speed; only the 8-bit optimizer changes the loss, and hardly."""
 
     optimizer: str
     checkpointing: bool
     rows_at_once: int
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a plan means for this data on this machine: said once and kept nowhere."""
-
-    base_model: str
-    rows: int  # that hold a scored token
-    updates: int
-    memory: dict[str, int]  # bytes needed, by purpose
-    free_memory: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -1522,41 +1465,39 @@ class Plan:
     device: str
     precision: str  # "bf16", "fp16" or "fp32"
     optimizer: str
-    checkpointing: bool  # activations are computed again in the backward pass, which saves memory
-    rows_at_once: int  # of one process; the more, the faster a card works, and the update is the same
+    checkpointing: bool  # activations are recomputed in the backward pass, which saves memory
+    rows_at_once: int  # of one process; more are faster on a card, and the update is the same
     accumulation: int  # batches of one process in an update
     evaluate_every: int  # updates
-    parameters: int  # of the model; adapters are not counted, because they are merged into them
+    parameters: int  # of the model without adapters
     lora_rank: int = 0  # 0: all weights are trained
     trained: int = 0  # parameters of the adapters; 0 without any
+    rows: int = 0  # that hold a scored token
+    updates: int = 0
+    memory: dict[str, int] = field(default_factory=dict)  # bytes needed, by purpose
+    free_memory: int = 0  # bytes
 
 
-def plan_lines(plan: Plan, forecast: Forecast, settings: Settings) -> list[str]:
-    """The plan for people, a line each."""
-    lines = []
+def say_plan(plan: Plan, settings: Settings) -> None:
     # The user should know why it is slower than on another machine.
     if (plan.optimizer, plan.checkpointing) != OPTIMIZERS[0]:
         recomputed = " and recomputed activations." if plan.checkpointing else ""
-        lines.append(f"Memory is short: training with {plan.optimizer}{recomputed}")
+        say(f"Memory is short: training with {plan.optimizer}{recomputed}")
 
     size = f"{plan.parameters / 1e6:.0f}M parameters"
     if plan.lora_rank:
         size += f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
-    lines.append(f"model    {forecast.base_model}, {size}, {plan.precision} on {plan.device}")
+    say(f"model    {settings.base_model}, {size}, {plan.precision} on {plan.device}")
     at_once = f", {plan.rows_at_once} rows at once" if plan.rows_at_once > 1 else ""
-    rows = f"{forecast.rows:,} rows of up to {settings.context_tokens} tokens"
-    lines.append(f"data     {rows}, {forecast.updates} updates{at_once}")
+    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {plan.updates} updates{at_once}")
 
-    gigabytes = {name: f"{needed / 1e9:.1f}" for name, needed in forecast.memory.items()}
-    parts = ", ".join(f"{name} {size}" for name, size in gigabytes.items())
-    needed = sum(forecast.memory.values()) / 1e9
-    free = forecast.free_memory / 1e9
-    lines.append(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
-    return lines
+    parts = ", ".join(f"{name} {needed / 1e9:.1f}" for name, needed in plan.memory.items())
+    needed = sum(plan.memory.values()) / 1e9
+    say(f"memory   {needed:.1f} GB ({parts}) of {plan.free_memory / 1e9:.1f} GB free")
 
 
 class Machine(NamedTuple):
-    """What a run has to work with, before its weights take any of it."""
+    """What a run can use, before its weights are loaded."""
 
     device: torch.device
     processes: int
@@ -1567,83 +1508,78 @@ class Machine(NamedTuple):
 def look_at_machine(process: PartialState, wanted: str) -> Machine:
     free = free_memory(process.device)
     if process.num_processes > 1:
-        # All have to make the same plan, also the one whose card has the desktop.
+        # All must make the same plan, including the one whose card also shows the desktop.
         free = min(gather_object([free]))
 
     precision = pick_precision(process.device, wanted)
     if process.device.type == "cuda" and precision == "bf16" != fastest_precision(process.device):
-        sys.exit('Training with emulated bfloat16 takes memory that no plan counts: set PRECISION = "auto".')
+        sys.exit('Training with emulated bfloat16 needs memory that the plan does not count: set PRECISION = "auto".')
     return Machine(process.device, process.num_processes, precision, free)
 
 
 class Begun(NamedTuple):
-    """How an unfinished run was begun: its checkpoint holds the averages of this optimizer, and of no other."""
+    """How an unfinished run was begun: its checkpoint holds the averages of this optimizer."""
 
     optimizer: str
     free_memory: int  # bytes
 
 
-def make_plan(
-    settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None
-) -> tuple[Plan, Forecast]:
-    """How to train on `rows`; ends the program when no way fits into memory. No weights are loaded for it.
+def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None) -> Plan:
+    """How to train on `rows`; exits if no way fits into memory. No weights are loaded for it.
 
-    A run that was `begun` keeps its optimizer; how many rows go through at once, and what is recomputed, may change.
+    A run that was `begun` keeps its optimizer; how many rows are computed at once, and what is recomputed, may change.
     """
-    shape = load_or_exit(shape_of_model, settings.base_model, config, settings.lora_rank)
+    with Reading(settings.base_model):
+        shape = shape_of(config, settings.lora_rank)
     check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
-    # An update has the same rows, however many processes share them, and however many go through at once.
+    # An update has the same rows, however many processes share them and however many are computed at once.
     rows_of_process = max(1, settings.rows_per_update // machine.processes)
     way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
 
+    # The rows are a multiple of an update's.
     updates_per_epoch = math.ceil(len(rows) / settings.rows_per_update)
     updates = settings.max_steps or math.ceil(updates_per_epoch * settings.epochs)
-    plan = Plan(
+    return Plan(
         device=machine.device.type,
         precision=machine.precision,
         optimizer=way.optimizer,
         checkpointing=way.checkpointing,
         rows_at_once=way.rows_at_once,
         accumulation=rows_of_process // way.rows_at_once,
-        # Not by the epoch alone: a run of a few updates (MAX_STEPS) has its evaluations too.
+        # A run shorter than an epoch (MAX_STEPS) has its evaluations, too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
         parameters=shape.parameters,
         lora_rank=shape.lora_rank,
         trained=shape.adapters,
+        rows=sum(max(labels) != UNSCORED for labels in rows["labels"]),
+        updates=updates,
+        memory=memory,
+        free_memory=machine.free_memory,
     )
-    filled = sum(max(labels) != UNSCORED for labels in rows["labels"])
-    return plan, Forecast(settings.base_model, filled, updates, memory, machine.free_memory)
 
 
 def pick_precision(device: torch.device, wanted: str) -> str:
-    """`wanted` ("auto", "bf16", "fp16" or "fp32") as it is on `device`: "bf16", "fp16" or "fp32".
-
-    Says where the device has no fast kernels for it.
-    """
-    picked = precision_on(device, wanted)
+    """One of PRECISIONS for `wanted`, which may also be "auto"; says so if the device is slow in it."""
     fastest = fastest_precision(device)
     if device.type == "cuda":
+        picked = fastest if wanted == "auto" else wanted
         if picked == "bf16" and fastest != "bf16":
             name = torch.cuda.get_device_name(device)
             say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
-    elif picked == "fp32" and wanted != "fp32":
-        missing = "bf16" if wanted == "auto" else wanted
-        say(f"This {device.type.upper()} has no fast {missing}: float32 it is.")
-    return picked
+        return picked
 
-
-def precision_on(device: torch.device, wanted: str) -> str:
-    """As `pick_precision`, which also says why."""
-    fastest = fastest_precision(device)
-    if device.type == "cuda":
-        return fastest if wanted == "auto" else wanted
-    # Trainer refuses fp16 anywhere else.
-    return "bf16" if fastest == "bf16" and wanted in ("auto", "bf16") else "fp32"
+    # Trainer refuses fp16 on every other device.
+    if wanted in ("auto", "bf16") and fastest == "bf16":
+        return "bf16"
+    if wanted != "fp32":
+        slow = "bf16" if wanted == "auto" else wanted
+        say(f"This {device.type.upper()} is slow in {slow}; using float32.")
+    return "fp32"
 
 
 def fastest_precision(device: torch.device) -> str:
-    """The fastest of PRECISIONS that the device computes without emulation."""
+    """The fastest of PRECISIONS that the device computes natively."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         return next(precision for precision, first in FIRST_CARDS.items() if capability >= first)
@@ -1654,14 +1590,14 @@ def fastest_precision(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Matrix products in `precision` over float32 weights; nothing at all for "fp32"."""
+    """Matrix products in `precision` over float32 weights; no effect for "fp32"."""
     number_type = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, number_type, enabled=precision != "fp32")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides how much memory training takes. Widths are in channels."""
+    """What decides how much memory training a model needs. Widths are in channels."""
 
     parameters: int
     embeddings: int  # of the parameters; those of tokens, and of positions where they are learned
@@ -1674,32 +1610,27 @@ class Shape:
     gated: bool  # the MLP multiplies two products (Llama, Qwen, Gemma)
     further_norms: int  # in a layer, beside the two that all have (Gemma)
     norms_of_heads: int  # of queries and keys (Qwen3, Gemma 3)
-    adapted_widths: int  # what goes into and what comes out of each layer that has an adapter, in sum
+    adapted_widths: int  # sum of the input and output widths of all layers that have an adapter
     lora_rank: int  # 0: all weights are trained
 
     @property
     def adapters(self) -> int:
-        """Parameters that are trained beside the frozen ones; 0 without adapters."""
+        """Parameters of the adapters; 0 without any."""
         return self.lora_rank * self.adapted_widths
 
 
-def shape_of_model(name: str, config, lora_rank: int) -> Shape:
-    """As `shape_of`; raises CannotLoad where no model can be made of the config."""
-    with Reading(name):
-        return shape_of(config, lora_rank)
-
-
 def shape_of(config, lora_rank: int = 0) -> Shape:
-    with torch.device("meta"):  # tensors that have a shape and take no memory
+    with torch.device("meta"):  # tensors with a shape and no memory
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     names = [name for name, _ in model.named_modules()]
 
+    # Architectures without attention (Mamba) have no heads; some have heads of their own width.
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
 
-    # Of the first layer, which a number in its name tells; all others are like it.
+    # Those of layer 0; all layers are alike.
     norms = [name for name in names if ".0." in name and name.endswith("norm")]
     of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
     return Shape(
@@ -1720,7 +1651,8 @@ def shape_of(config, lora_rank: int = 0) -> Shape:
 
 
 # Bytes that a layer keeps of each token for the backward pass, per channel of (the model, its attention, its MLP).
-# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again.
+# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again. Beside adapters a layer keeps up to a
+# quarter less in the architectures that have further norms (Qwen3, Gemma 3), and about the same in the others.
 KEPT_BYTES = {
     # (gated, mixed)
     (False, True): (12, 8, 4),  # GPT-2: 36 in all, as its attention is as wide as the model and its MLP four times
@@ -1728,63 +1660,45 @@ KEPT_BYTES = {
     (True, True): (20, 14, 8),  # Llama: 56 to 58
     (True, False): (18, 22, 16),
 }
-# Of frozen weights: a layer's input is kept for its adapter, which may be in another precision, and a norm's output is
-# not kept. What an adapter keeps between its two matrices (2 bytes a rank) is too little to count.
-KEPT_BYTES_BESIDE_ADAPTERS = {
-    (False, True): (14, 8, 4),
-    (False, False): (16, 20, 8),
-    (True, True): (18, 10, 8),
-    (True, False): (16, 16, 16),
-}
 
 
 def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
     """Bytes of one token's activations that one layer keeps until the backward pass."""
-    kind = shape.gated, mixed
-    if shape.lora_rank:
-        per_channel, per_attention, per_mlp = KEPT_BYTES_BESIDE_ADAPTERS[kind]
-        per_further_norm = 4
-        per_norm_of_heads = 4
-    else:
-        per_channel, per_attention, per_mlp = KEPT_BYTES[kind]
-        per_further_norm = 10
-        per_norm_of_heads = 5
-
+    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
     # Norms that not every architecture has.
-    per_channel += per_further_norm * shape.further_norms
-    per_attention += per_norm_of_heads * shape.norms_of_heads
+    per_channel += 10 * shape.further_norms
+    per_attention += 5 * shape.norms_of_heads
     return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width
 
 
 def memory_needed(
     shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu", processes: int = 1
 ) -> dict[str, int]:
-    """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights but for "fp32".
+    """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights except for "fp32".
 
-    Of several `processes` each has the gradients twice: its own, and in the pieces in which they are sent around.
+    Each of several `processes` has the gradients twice: its own, and in the buckets in which they are exchanged.
     """
-    # Frozen weights are held in the precision that they are computed in, so that autocast needs no copy of them.
+    # Frozen weights are held in the precision of the computation, so autocast needs no copy of them.
     mixed = precision != "fp32"
     low_precision = 2 if mixed else 0
     is_frozen = shape.lora_rank > 0
     frozen = shape.parameters * (2 if mixed else 4) if is_frozen else 0
     trained = shape.adapters if is_frozen else shape.parameters
 
-    # AdamW's two averages. bitsandbytes has them in one byte each, but for embeddings.
+    # AdamW's two averages, in one byte each with bitsandbytes, except for embeddings.
     in_full = trained
     if "8bit" in way.optimizer:
         in_full = 0 if is_frozen else shape.embeddings
     averages = in_full * 8 + (trained - in_full) * 2
 
-    # Computed twice, a layer keeps its input, and the layer at work all the rest.
+    # With recomputation a layer keeps only its input, and the current layer everything.
     kept = bytes_kept_by_layer(shape, mixed)
     layers = shape.layers * shape.width * 4 + kept if way.checkpointing else shape.layers * kept
     if rounds_attention(device, precision, way.checkpointing):
-        layers += shape.layers * shape.heads * tokens * 2  # the weight of every token before this one
+        layers += shape.layers * shape.heads * tokens * 2  # attention weights
 
-    # Two moments compete for the peak. The loss has the logits, their gradient, and a piece of them in float32 twice;
-    # then the output layer, unless it is frozen, has its own gradient in the making, once as it is computed and once in
-    # float32.
+    # The peak is at one of two moments: the loss holds the logits, their gradient and float32 copies of a piece;
+    # then the output layer, unless it is frozen, holds its gradient in both precisions.
     number = 2 if mixed else 4  # bytes of a logit
     batch = tokens * way.rows_at_once
     logits = batch * shape.vocabulary
@@ -1796,7 +1710,7 @@ def memory_needed(
         output_layer += shape.vocabulary * shape.width * (4 + low_precision)
     activations = batch * layers + max(loss, output_layer)
 
-    # An evaluation needs next to none of them, and puts the frozen weights aside: see `merged`.
+    # An evaluation needs hardly any of them, but a copy of the frozen weights: see `merged`.
     if device == "cpu":
         activations = max(activations, frozen)
     return {
@@ -1810,9 +1724,9 @@ def memory_needed(
 def fit_into_memory(
     shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]]:
-    """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it then has room for.
+    """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it has room for.
 
-    Returns it with its bytes by purpose; ends the program when there is none.
+    Returns it with its bytes by purpose; exits if there is none.
     """
     fitting = first_that_fits(shape, tokens, rows, machine, begun)
     if fitting:
@@ -1822,7 +1736,7 @@ def fit_into_memory(
     if begun and first_that_fits(shape, tokens, rows, machine):
         sys.exit(
             f"The unfinished run was begun with {begun.optimizer}, when {tell_bytes(begun.free_memory)} of memory were "
-            f"free, and {free} are now: close what else takes memory to continue it, or throw it away with --fresh."
+            f"free, and {free} are now: close other programs to continue it, or throw it away with --fresh."
         )
 
     way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
@@ -1831,9 +1745,9 @@ def fit_into_memory(
         if adapted:
             size = sum(adapted[1].values()) / 1e9
             adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
-            way_out = f"set {adapters}, which takes {size:.1f} GB, {way_out}"
+            way_out = f"set {adapters}, which needs {size:.1f} GB, {way_out}"
 
-    # The last way is the thriftiest.
+    # The last way needs the least.
     way = WayToTrain(*ways_to_train(shape, machine.device)[-1], rows_at_once=1)
     needed = sum(memory_of_machine(shape, tokens, machine, way).values())
     sys.exit(
@@ -1847,7 +1761,7 @@ def memory_of_machine(shape: Shape, tokens: int, machine: Machine, way: WayToTra
 
 
 def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
-    """As OPTIMIZERS, without those of bitsandbytes where that is not installed (macOS) or has no kernels (MPS)."""
+    """Optimizer and recomputation; bitsandbytes may not be installed (macOS) and has no kernels for MPS."""
     ways = OPTIMIZERS_OF_ADAPTERS if shape.lora_rank else OPTIMIZERS
     has_8_bit = device.type != "mps" and importlib.util.find_spec("bitsandbytes") is not None
     return [way for way in ways if has_8_bit or "8bit" not in way[0]]
@@ -1856,7 +1770,6 @@ def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
 def first_that_fits(
     shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]] | None:
-    """As `fit_into_memory`; None when there is no way."""
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
     if machine.device.type == "cuda":
@@ -1875,12 +1788,12 @@ def first_that_fits(
 
 
 def check_host_memory(shape: Shape, machine: Machine) -> None:
-    """Ends a run on a card whose weights the computer's own memory cannot hold: in float32 they are loaded there."""
+    """Exits if a model for a card does not fit into the computer's memory, where it is loaded in float32 first."""
     needed = 4 * shape.parameters + 1e9
     free = psutil.virtual_memory().available
     if machine.device.type == "cuda" and needed > free:
         sys.exit(
-            f"The model is loaded into the computer's memory first, which takes {tell_bytes(needed)}, and "
+            f"The model is loaded into the computer's memory first, which needs {tell_bytes(needed)}, and "
             f"{tell_bytes(free)} are free: choose a smaller BASE_MODEL, or under WSL set memory= in .wslconfig."
         )
 
@@ -1890,15 +1803,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_disk(places: Places, plan: Plan) -> str:
-    """Ends a run that lacks room for its checkpoint, the best model, and another of that which is larger.
+    """Exits if the disk lacks room for a checkpoint, the best model, and one more of the larger of the two.
 
-    A checkpoint takes 12 bytes a trained parameter, a model 4 each, or 2 where its weights are held in half precision.
-    What an unfinished run has there already is part of it, or makes room for it.
+    A checkpoint has 12 bytes per trained parameter, a model 4, or 2 if its weights are held in half precision.
+    The files of an unfinished run count as free, as they are kept or replaced.
     """
     is_half = plan.lora_rank and plan.precision != "fp32"
     checkpoint = 12 * (plan.trained if plan.lora_rank else plan.parameters)
     best = plan.parameters * (2 if is_half else 4)
-    # What is replaced stays until the new one is whole.
+    # The old one stays until the new one is complete.
     needed = checkpoint + best + max(checkpoint, best)
 
     held = sum(path.stat().st_size for path in places.unfinished.rglob("*") if path.is_file())
@@ -1913,37 +1826,34 @@ def tell_bytes(number: float) -> str:
 
 
 # ---------------------------------------------------------------------------- adapters
-# With LORA_RANK = r the base model is frozen. Beside each of its linear layers, but for the output layer, stand two
-# thin matrices, which alone are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
+# With LORA_RANK = r the base model is frozen. Each of its linear layers except the output layer gets two thin matrices,
+# and only these are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
 #
 #     y = W x + scale * B (A x)        W: out x in, frozen;  A: r x in, random;  B: out x r, zero at first
 #
-# They are merged, W + scale * B A, whenever the model is measured, answers or is saved: the merge rounds, so that only
-# the merged model's loss is true of what is saved.
+# They are merged, W + scale * B A, whenever the model is measured, sampled or saved: merging rounds, so only the merged
+# model's loss is that of the saved model.
 
-# The scale is LORA_ALPHA / r, which makes one learning rate right for every rank. All linear layers, this alpha and ten
-# times the rate of full training are what "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora) found best, and
-# that little text takes no high rank. Of it rate and rank were tried here: benchmarks/README.md.
+# The scale is LORA_ALPHA / r, so that one learning rate suits every rank. All linear layers, this alpha and ten times
+# the rate of full training are best according to "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora); rate
+# and rank were also tried here: benchmarks/README.md.
 LORA_ALPHA = 32
-USUAL_RANK = 16  # which a plan proposes where full training does not fit
-USUAL_RATE = "1e-3"  # with it; at a tenth of that adapters would learn little, and nobody would know why
+USUAL_RANK = 16  # a plan suggests it if full training does not fit
+USUAL_RATE = "1e-3"  # with it; a tenth of it is too low for adapters
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def layers_to_adapt(model) -> list[torch.nn.Module]:
-    """Those that peft's "all-linear" means: all linear layers but the output layer."""
+    """The layers of peft's "all-linear": all linear layers except the output layer."""
     output = model.get_output_embeddings()
-    linear = (torch.nn.Linear, Conv1D)  # the second is GPT-2's, whose weights are in x out
+    linear = (torch.nn.Linear, Conv1D)  # GPT-2 has the second, with weights of in x out
     return [layer for layer in model.modules() if isinstance(layer, linear) and layer is not output]
 
 
 def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
-    """`model`, frozen and held in `precision`, with float32 adapters; ends the program where none can be.
-
-    The same numbers in A for the same seed.
-    """
+    """`model`, frozen and held in `precision`, with float32 adapters; exits if it cannot have any."""
     hold_in_half(model, precision)
-    # By its name peft would ask the hub for the base model's config at every checkpoint.
+    # With a name, peft would ask the hub for the base model's config at every checkpoint.
     model.name_or_path = ""
     has_conv1d = any(isinstance(layer, Conv1D) for layer in layers_to_adapt(model))
     config = LoraConfig(
@@ -1956,22 +1866,22 @@ def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(settings.seed)
-        # peft asks by a name that transformers has given up.
+        # peft uses a name that transformers has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             sys.exit(
-                f"{model.config.model_type} takes no adapters: set LORA_RANK = 0, or another BASE_MODEL ({reason})."
+                f"{model.config.model_type} cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL ({reason})."
             )
 
 
 def hold_in_half(model, precision: str) -> None:
-    """Hold what is frozen in the half precision that autocast would cast it to; nothing changes for "fp32".
+    """Hold the frozen weights in the half precision that autocast would cast them to; "fp32" changes nothing.
 
-    Only matrices: norms and biases, a thousandth of all, stay float32. So does, under autocast, what one layer hands to
-    the next, as with float32 weights: float16 ends at 65,504, and sums over all layers in it lose what is small.
+    Only matrices: norms and biases, a thousandth of all weights, stay float32. So does, under autocast, what one layer
+    passes to the next: float16 ends at 65,504, and a sum over all layers in it loses small terms.
     """
     if precision not in HALF_PRECISION:
         return
@@ -1982,29 +1892,29 @@ def hold_in_half(model, precision: str) -> None:
 
 
 def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """A forward hook: float32 under autocast; a model that is wholly in half precision stays so."""
+    """A forward hook: float32 under autocast; a model entirely in half precision stays so."""
     return output.float() if torch.is_autocast_enabled(output.device.type) else output
 
 
 @contextmanager
 def merged(model, seed: int):
-    """While it lasts, the adapters of `model` are in its weights, rounded always alike; nothing without adapters.
+    """Within this context the adapters of `model` are merged into its weights, with the same rounding each time.
 
-    To subtract them would not bring back what rounding took, so the frozen weights are put aside, in the computer's
-    memory.
+    Subtracting them would not restore the frozen weights, which rounding has changed, so a copy of these is kept in
+    the computer's memory. Without adapters it does nothing.
     """
     if not isinstance(model, PeftModel):
         yield
         return
 
-    dice = torch.Generator(model.device).manual_seed(seed)
+    rng = torch.Generator(model.device).manual_seed(seed)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     frozen = [layer.get_base_layer().weight.to("cpu", copy=True) for layer in layers]
     with model.disable_adapter():
         for layer in layers:
             weight = layer.get_base_layer().weight.data
             learned = layer.get_delta_weight("default").detach()
-            weight.copy_(rounded(weight.float() + learned, weight.dtype, dice))
+            weight.copy_(rounded(weight.float() + learned, weight.dtype, rng))
         try:
             yield
         finally:
@@ -2012,26 +1922,25 @@ def merged(model, seed: int):
                 layer.get_base_layer().weight.data.copy_(before)
 
 
-def rounded(values: torch.Tensor, number_type: torch.dtype, dice: torch.Generator) -> torch.Tensor:
-    """float32 `values` as they are to be saved; in bfloat16 up or down by chance, so that the mean stays what it is.
+def rounded(values: torch.Tensor, number_type: torch.dtype, rng: torch.Generator) -> torch.Tensor:
+    """float32 `values` as they are saved; to bfloat16 they are rounded stochastically, which keeps their mean.
 
-    Weights of 0.2 lie 0.001 apart in bfloat16 and an adapter adds 0.0002: to the nearest, four fifths of them stayed
-    the base model's. SmolLM2-135M, rounded to bfloat16 and trained by adapters of rank 16 for two epochs of the sample
-    blog, had 3.849 nats a token before, 3.677 merged to the nearest, 3.646 merged by chance and 3.645 in float32; in
-    float16, whose numbers lie eight times as close, to the nearest 3.645.
+    Near 0.2 bfloat16 has steps of 0.001 and an adapter adds 0.0002: rounded to nearest, four fifths of the weights
+    would not change. SmolLM2-135M in bfloat16 with adapters of rank 16, two epochs of the sample blog, nats per token:
+    3.849 before, 3.677 merged with rounding to nearest, 3.646 stochastic, 3.645 in float32 or (to nearest) float16.
     """
     if number_type != torch.bfloat16:
         return values.to(number_type)
 
-    # bfloat16 is the upper half of float32's bits. What is cut off is carried into it as often as it is large.
-    chance = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=dice)
-    bits = values.contiguous().view(torch.int32) + chance
+    # bfloat16 is the upper half of float32's bits. The lower half plus a random number carries into it in proportion.
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
+    bits = values.contiguous().view(torch.int32) + noise
     upper_half = bits & -(1 << 16)
     return upper_half.view(torch.float32).to(torch.bfloat16)
 
 
 def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """(model, its weights by name) as if there were no adapters; to be called while they are `merged`."""
+    """(model, its weights by name) as if there were no adapters; call it while they are `merged`."""
     if not isinstance(model, PeftModel):
         return model, model.state_dict()
 
@@ -2044,8 +1953,8 @@ def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def prepare_to_train(model, plan: Plan, settings: Settings):
-    """`model` on its device, as it is trained: with adapters if there are to be any."""
-    # Halved before it meets the card, which need not have room for it in float32.
+    """`model` on its device, ready for training, with adapters if the plan has any."""
+    # Halved before it is moved to the card, which may not have room for it in float32.
     if plan.lora_rank:
         model = add_adapters(model, plan.precision, settings)
     model.to(PartialState().device)
@@ -2054,25 +1963,24 @@ def prepare_to_train(model, plan: Plan, settings: Settings):
 
 
 # ---------------------------------------------------------------------------- learning rate
-# LEARNING_RATE = "auto": from the same weights, a short run at each of three rates, with a warm-up and fall of its
-# own, on the rows that the run begins with. The rate that leaves the least to guess of held-out posts is taken, and the
-# run begins anew with it: to the last bit the run that has this number for a LEARNING_RATE.
-# The first is best for Gemma 3 270M, the last for SmolLM2-135M, as trials of two to eight updates found on real blogs
-# (benchmarks/README.md). Higher rates look good in a trial and overfit later. Those for adapters are ten times as high,
-# see LORA_ALPHA.
+# LEARNING_RATE = "auto": a short run at each of three rates, from the same weights, with its own schedule, on the rows
+# that the run begins with. The rate with the lowest loss on held-out posts is used; the run then starts again from the
+# base model, and is to the last bit the run that has this number as its LEARNING_RATE.
+# Trials of two to eight updates on real blogs chose the first for Gemma 3 270M and the last for SmolLM2-135M
+# (benchmarks/README.md). Higher rates look good in a trial and overfit later. For adapters: see LORA_ALPHA.
 RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
 RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
 TRIAL_UPDATES = 8
 
 
-def find_rates(run: Run, updates: int) -> dict[float, float]:
-    """Held-out bits per byte after a trial of each rate, by the rate; `updates` are those of the whole run.
+def find_rates(run: Run) -> dict[float, float]:
+    """Held-out bits per byte after a trial of each rate, by the rate.
 
     What an earlier start of this run has found, and left in its folder, is not tried again.
     """
     rates = RATES_FOR_ADAPTERS if run.plan.lora_rank else RATES_TO_TRY
-    # All together they take no longer than the run; one update would be none, as a warm-up begins with a rate of 0.
-    few = min(TRIAL_UPDATES, max(2, updates // len(rates)))
+    # Together they are no longer than the run; a single update would have a rate of 0, the start of the warm-up.
+    few = min(TRIAL_UPDATES, max(2, run.plan.updates // len(rates)))
     names = ", ".join(f"{rate:g}" for rate in rates)
     say(f"rate     each of {names} has a trial of {few} updates, from the same start")
 
@@ -2085,17 +1993,21 @@ def find_rates(run: Run, updates: int) -> dict[float, float]:
             tried[rate] = try_rate(replace(run, settings=trial, plan=plan))
             keep_rates(run.folder, tried)
             forget_trial(plan.optimizer)
-        say(f"rate     {rate:<6g}  {tell_bits(tried[rate])}")
+        bits = f"{tried[rate]:.4f} bits per byte on posts it never saw"
+        say(f"rate     {rate:<6g}  {bits if math.isfinite(tried[rate]) else 'the loss became NaN'}")
     if all(math.isinf(tried[rate]) for rate in rates):
-        sys.exit(f'No rate kept the loss a number: set PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}.')
-    how = "the middle one of rates that are all alike" if is_tie(tried) else "the best of them"
-    say(f"rate     {best_rate(tried):g} is {how}, and the run's rate")
+        remedy = f'PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}'
+        sys.exit(f"Training diverged at every learning rate that was tried: set {remedy}.")
+    if is_tie(tried):
+        say(f"rate     all gave the same loss; using the middle one, {best_rate(tried):g}")
+    else:
+        say(f"rate     {best_rate(tried):g} is the best and is used")
     return tried
 
 
 def try_rate(trial: Run) -> float:
-    """Held-out bits per byte after the updates of a trial; infinite where it broke down."""
-    model = load_or_exit(load_for_training, trial.settings.base_model, trial.settings.dropout)
+    """Held-out bits per byte after the updates of a trial; infinite if it diverged."""
+    model = load_for_training(trial.settings.base_model, trial.settings.dropout)
     model = prepare_to_train(model, trial.plan, trial.settings)
     trainer = trainer_with([CastWeightsOnce(model.device), SaySkipped()], trial, model)
     trainer.train()
@@ -2105,12 +2017,8 @@ def try_rate(trial: Run) -> float:
     return bits if math.isfinite(bits) else math.inf
 
 
-def tell_bits(bits: float) -> str:
-    return f"{bits:.4f} bits per byte on posts it never saw" if math.isfinite(bits) else "the loss became no number"
-
-
 def is_tie(tried: dict[float, float]) -> bool:
-    """Whether no rate made a difference, as where float16 skipped the updates of all trials."""
+    """Whether all rates gave the same loss, as when float16 skips every update of the trials."""
     return len(tried) > 1 and len(set(tried.values())) == 1
 
 
@@ -2121,10 +2029,9 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def forget_trial(optimizer: str) -> None:
-    """Give back what a trial has left: its model waits for Python's collector, and bitsandbytes keeps its embeddings.
+    """Free the memory of a trial: its model, which Python has not collected yet, and the embeddings in bitsandbytes.
 
-    bitsandbytes notes for which layers Trainer wants averages in 32 bits, and never forgets one: 0.2 GB a trial of
-    GPT2-medium.
+    bitsandbytes keeps a list of the layers with 32-bit averages, and with it their weights: 0.2 GB for GPT2-medium.
     """
     if "8bit" in optimizer:
         from bitsandbytes.optim import GlobalOptimManager
@@ -2135,7 +2042,7 @@ def forget_trial(optimizer: str) -> None:
 
 
 def known_rates(folder: Path) -> dict[float, float]:
-    """What earlier trials of the run in `folder` have found; nothing where that cannot be read."""
+    """The results of earlier trials of the run in `folder`; empty if they cannot be read."""
     found = read_json_object(folder / "rates.json")
     try:
         return {float(rate): math.inf if bits is None else float(bits) for rate, bits in found.items()}
@@ -2150,48 +2057,47 @@ def keep_rates(folder: Path, tried: dict[float, float]) -> None:
 
 # ---------------------------------------------------------------------------- training
 class BlogTrainer(Trainer):
-    """Trainer whose loss is the author's tokens' only, each of the same weight, and whose evaluation is exact.
+    """Trainer with the loss of the author's tokens only, all of the same weight, and an exact evaluation.
 
     `validation_bytes`: UTF-8 bytes of the author's text in eval_dataset, for bits per byte. `precision` is that of
-    forward pass and loss; Trainer's own way (bf16=True) would also be on in the backward pass, and would hand the
-    logits over as a float32 copy.
+    forward pass and loss; Trainer's own (bf16=True) would also cover the backward pass and copy the logits to float32.
     """
 
     def __init__(self, *arguments, validation_bytes: int = 0, precision: str = "fp32", **options):
         super().__init__(*arguments, **options)
         self.validation_bytes = validation_bytes
         self.precision = precision
-        # compute_loss divides by the scored tokens of the whole update: Trainer has to count them, ...
+        # compute_loss divides by the scored tokens of the whole update, so Trainer must count them, ...
         self.model_accepts_loss_kwargs = True
-        # ... and not to divide by the number of batches after that.
+        # ... and must not divide by the number of batches again.
         self.loss_is_scaled_for_ga = True
 
         rounded = rounds_attention(self.args.device.type, precision, self.args.activation_checkpointing)
         self.attention = attention_in_bfloat16 if rounded else contextlib.nullcontext
 
     def compute_loss_context_manager(self) -> torch.autocast:
-        """What Trainer computes the loss in, and only that."""
+        """The context in which Trainer computes the loss."""
         return autocast(self.args.device, self.precision)
 
     def floating_point_ops(self, inputs) -> int:
-        """Nobody reads it, and Trainer would walk over all parameters for every batch."""
+        """Not used; Trainer would loop over all parameters for every batch."""
         return 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with self.attention():
             logits, targets = scored_logits(model, inputs)
         loss = SummedCrossEntropy.apply(logits, targets) / num_items_in_batch
-        return loss * self.accelerator.num_processes  # which average their gradients
+        return loss * self.accelerator.num_processes  # the processes average their gradients
 
     def evaluate(self, **_) -> dict[str, float]:
-        """Nats per token and bits per byte over all of eval_dataset; Trainer's own is a mean of the batches' means."""
-        # What updates have freed is in pieces of other sizes than an evaluation needs.
+        """Nats per token and bits per byte over eval_dataset; Trainer's own is a mean of batch means."""
+        # Updates freed blocks of other sizes than an evaluation needs.
         give_back_memory()
 
-        # Each process measures every n-th row; nats add up, whoever measured them.
+        # Each process measures every n-th row; nats add up.
         rank = self.args.process_index
         mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
-        # What is measured is what is saved, and what gives the sample.
+        # The merged model is measured, saved and sampled.
         with merged(self.model, self.args.seed):
             with self.compute_loss_context_manager():
                 losses = conversation_losses(self.model, mine)
@@ -2219,8 +2125,8 @@ class Run:
 
 
 def build_trainer(run: Run, model, tokenizer) -> BlogTrainer:
-    # They are called in this order: a loss that is no number ends the run before anything is printed about it,
-    # and Progress prints the sample that LogSample has left in the log.
+    # They are called in this order: NaN ends the run before anything is printed about it, and Progress prints the
+    # sample that LogSample puts into the log.
     callbacks = [
         CastWeightsOnce(model.device),
         StopAtNaN(run.plan.precision),
@@ -2234,7 +2140,6 @@ def build_trainer(run: Run, model, tokenizer) -> BlogTrainer:
 
 
 def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrainer:
-    """What a run and a trial have in common: rows, loss and evaluation; they differ in `callbacks`."""
     trainer = BlogTrainer(
         model=model,
         args=training_arguments(run),
@@ -2246,7 +2151,7 @@ def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrain
         callbacks=callbacks,
     )
 
-    # It would print the whole log entry to stdout.
+    # PrinterCallback prints log entries on stdout.
     trainer.remove_callback(PrinterCallback)
     scaler = trainer.accelerator.scaler
     if scaler:
@@ -2257,45 +2162,44 @@ def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrain
 def training_arguments(run: Run) -> TrainingArguments:
     settings = run.settings
     plan = run.plan
-    updates = {
-        "per_device_train_batch_size": plan.rows_at_once,
-        "gradient_accumulation_steps": plan.accumulation,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,  # Trainer's word for "as many as the epochs need"
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": settings.warmup_share,  # below 1, Trainer reads it as a share
-        "optim": plan.optimizer,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-    }
-    hardware = {
-        "use_cpu": plan.device == "cpu",
-        "fp16": plan.precision == "fp16",  # for its scaling of the loss; see BlogTrainer for the rest
-        "activation_checkpointing": plan.checkpointing,
-        "dataloader_pin_memory": plan.device == "cuda",
-    }
-
-    # Early stopping and `KeepBest` compare by the loss; when to save is for `Checkpoints` to say.
-    watching = {
-        "eval_strategy": "steps",
-        "eval_steps": plan.evaluate_every,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-        "save_strategy": "no",
-        "restore_callback_states_from_checkpoint": True,
-    }
-
-    # Every update is logged as it is, also a loss that is no number: `StopAtNaN` has to see it.
-    logging = {"logging_steps": 1, "logging_nan_inf_filter": False, "disable_tqdm": True}
-
-    # Nothing is reported anywhere. The model does not read the column "conversation", our loss does.
-    other = {"report_to": "none", "push_to_hub": False, "remove_unused_columns": False}
-    return TrainingArguments(output_dir=str(run.folder), **updates, **hardware, **watching, **logging, **other)
+    return TrainingArguments(
+        output_dir=str(run.folder),
+        # updates
+        per_device_train_batch_size=plan.rows_at_once,
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,  # -1: as many as the epochs need
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_share,  # below 1, Trainer reads it as a share
+        optim=plan.optimizer,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        # hardware
+        use_cpu=plan.device == "cpu",
+        fp16=plan.precision == "fp16",  # for its scaling of the loss; see BlogTrainer for the rest
+        activation_checkpointing=plan.checkpointing,
+        dataloader_pin_memory=plan.device == "cuda",
+        # evaluations; `Checkpoints` decides when to save
+        eval_strategy="steps",
+        eval_steps=plan.evaluate_every,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        save_strategy="no",
+        restore_callback_states_from_checkpoint=True,
+        # every update is logged as it is, NaN too: `StopAtNaN` has to see it
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        # nothing is reported; the column "conversation" is not the model's, but our loss reads it
+        report_to="none",
+        push_to_hub=False,
+        remove_unused_columns=False,
+    )
 
 
 def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None, settings: Settings) -> list[dict]:
-    """Train, from `checkpoint` if there is one; returns the log. A run that the user stopped ends the program here."""
+    """Train, from `checkpoint` if there is one; returns the log. Exits if the user stopped the run."""
     checkpoints = Checkpoints(settings.checkpoint_minutes)
     trainer.add_callback(checkpoints)
     # The base model is measured before the first update.
@@ -2319,11 +2223,11 @@ def evaluations(log_history: list[dict]) -> list[dict]:
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends the program when a loss is no number any more: no later update can mend the weights."""
+    """Exits when a loss is NaN or infinite: no later update can repair the weights."""
 
     def __init__(self, precision: str):
         self.remedy = "a LEARNING_RATE below"
-        if precision == "fp16":  # which ends at 65,504; the activations of some models (Gemma 3) do not
+        if precision == "fp16":  # it ends at 65,504, which the activations of some models (Gemma 3) exceed
             self.remedy = f'PRECISION = "bf16" or "fp32", or {self.remedy}'
 
     def on_log(self, args, state, control, logs, **_):
@@ -2335,16 +2239,13 @@ class StopAtNaN(TrainerCallback):
             )
 
 
-# Of the loss in float16, at first. torch's 65,536 overflows in the first updates of larger models, and a skipped update
-# is one of a trial's eight; at 4,096 a gradient of 2e-11 is still a number. A guess: no card has been at hand.
+# The initial scale of the loss in float16. torch's 65,536 overflows in the first updates of larger models, and a trial
+# has only eight; with 4,096 a gradient of 2e-11 is not lost. A guess, not tuned on a card.
 FIRST_SCALE = 4096.0
 
 
 class SaySkipped(TrainerCallback):
-    """Says which updates float16's loss scaling skipped, and keeps their gradient norm, no number, out of the log.
-
-    The scale is halved whenever a gradient overflows.
-    """
+    """Says which updates float16's loss scaling skipped, and keeps their infinite gradient norm out of the log."""
 
     def on_log(self, args, state, control, logs, **_):
         if math.isfinite(logs.get("grad_norm", 0.0)):
@@ -2355,14 +2256,14 @@ class SaySkipped(TrainerCallback):
         entry["grad_norm"] = None
         if args.fp16:
             entry["skipped"] = True
-            say(f"Update {state.global_step} was skipped: float16 overflowed, from now on the loss is scaled less.")
+            say(f"Update {state.global_step} was skipped: float16 overflowed; the loss is scaled less from now on.")
 
 
 class KeepBest(TrainerCallback):
-    """Has the model with the lowest validation loss so far in the folder "best"; the base model does not count."""
+    """Keeps the model with the lowest validation loss in the folder "best"; the base model is not a candidate."""
 
     def on_evaluate(self, args, state, control, metrics, model, **_):
-        # Trainer notes the new best after this, so best_metric is still that of the evaluations before.
+        # Trainer updates best_metric after this callback.
         is_better = metrics["eval_loss"] < (state.best_metric or math.inf)
         if is_better and state.global_step > 0 and state.is_world_process_zero:
             self.save(model, Path(args.output_dir))
@@ -2378,7 +2279,7 @@ class KeepBest(TrainerCallback):
 
 
 class LogSample(TrainerCallback):
-    """Puts an answer of the model into the log entry of each evaluation, so that the voice is seen arriving."""
+    """Puts an answer of the model into the log entry of each evaluation, to watch the voice develop."""
 
     def __init__(self, tokenizer, precision: str, settings: Settings):
         self.tokenizer = tokenizer
@@ -2409,7 +2310,7 @@ class Progress(TrainerCallback):
         self.began = time.monotonic()
 
     def on_step_end(self, args, state, control, **_):
-        # A card is still at work when Python has told it everything.
+        # A card works asynchronously.
         if args.device.type != "cpu":
             torch.accelerator.synchronize()
         self.seconds += time.monotonic() - self.began
@@ -2451,10 +2352,7 @@ class Progress(TrainerCallback):
 
 
 class Checkpoints(TrainerCallback):
-    """Keeps one complete checkpoint (two while the next is written), a new one every so many minutes.
-
-    Ctrl-C, SIGTERM or SIGHUP (the window is closed) writes one and stops.
-    """
+    """Keeps one complete checkpoint, a new one every few `minutes`; a signal writes one and stops the run."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes
@@ -2470,10 +2368,10 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         minutes = (time.monotonic() - self.saved) / 60
-        # Each process has its own clock and is sent its own signal, and a checkpoint takes all of them.
+        # Processes have their own clocks and signals, and all must save together.
         is_due, stop = agreed([minutes >= self.minutes, self.asked_to_stop])
 
-        # After the last update there is the model itself to save.
+        # After the last update the model itself is saved.
         is_last = state.global_step >= state.max_steps
         control.should_save = (is_due or stop) and not is_last
         if stop:
@@ -2486,9 +2384,11 @@ class Checkpoints(TrainerCallback):
             return
         new = Path(args.output_dir, f"checkpoint-{state.global_step}")
 
-        # The mark must not reach the disk before what it vouches for.
+        # The mark must not reach the disk before the files.
         flush_to_disk(new)
-        sizes = {path.name: path.stat().st_size for path in new.iterdir() if not is_of_one_process(path)}
+        # Another process may still be writing its random state.
+        files = [path for path in new.iterdir() if not path.name.startswith("rng_state")]
+        sizes = {path.name: path.stat().st_size for path in files}
         write_whole(new / "complete", json.dumps(sizes))
         flush_to_disk(new)
 
@@ -2498,7 +2398,7 @@ class Checkpoints(TrainerCallback):
 
 
 def agreed(answers: list[bool]) -> list[bool]:
-    """For each question whether any process says yes, the same in all of them."""
+    """For each question, whether any process answers yes; the same in all processes."""
     if PartialState().num_processes == 1:
         return answers
     return [any(said) for said in zip(*gather_object([answers]), strict=True)]
@@ -2506,14 +2406,14 @@ def agreed(answers: list[bool]) -> list[bool]:
 
 # ---------------------------------------------------------------------------- unfinished runs
 def identity_of_run(settings: Settings, precision: str) -> dict:
-    """What makes two runs the same run: settings and data. Only between such runs may a checkpoint pass.
+    """Settings and data; a run may only continue the checkpoint of a run with the same identity.
 
-    `precision` is the one that was picked: "auto" means another on another device, with other losses.
+    `precision` is the one that was picked: "auto" depends on the device.
     """
     identity = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_IDENTITY}
     identity["precision"] = precision
-    for split in SPLITS:
-        identity[f"{split}_sha256"] = file_hash(data_file(settings, split))
+    for split, name in DATA_FILES.items():
+        identity[f"{split}_sha256"] = file_hash(settings.data_dir / name)
     return identity
 
 
@@ -2529,17 +2429,20 @@ BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
 
 
 def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> None:
-    """Leave `folder` as it is if it holds a checkpoint of the same run; else make it that of a run that begins.
+    """Keep `folder` as it is if it holds a checkpoint of the same run; otherwise make it the folder of a new run.
 
-    Ends the program when it holds another run: only `fresh` throws that away.
+    Exits if it holds another run: only `fresh` throws that away.
     """
-    restore_best(folder)
+    # `KeepBest` may have been killed between its two renames.
+    if (folder / "best-previous").is_dir() and not (folder / "best").exists():
+        (folder / "best-previous").rename(folder / "best")
+
     earlier = {} if fresh else read_json_object(folder / "run.json")
     earlier.pop(BEGUN_WITH, None)
     checkpoint = None if fresh else last_checkpoint(folder, say)
     rates = {} if fresh else known_rates(folder)
 
-    # After the best model was moved to its place the run is over, and its rates with it.
+    # Once the best model is in its place the run is over, and its rates with it.
     is_over = bool(checkpoints_of(folder)) and not (folder / "best").is_dir()
     something_left = checkpoint or (folder / "best").is_dir() or (rates and not is_over)
     if earlier and earlier != identity and something_left:
@@ -2556,17 +2459,9 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
     folder.mkdir(mode=0o700, exist_ok=True)
     remove_run(folder)
     write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: begun._asdict()}, indent=1))
-    # A run that was killed before its first checkpoint need not look for its learning rate again.
+    # A run that was killed before its first checkpoint keeps the rates it has tried.
     if rates and earlier == identity:
         keep_rates(folder, rates)
-
-
-def restore_best(folder: Path) -> None:
-    """Bring the best model back where `KeepBest` was killed between its two renames."""
-    best = folder / "best"
-    previous = folder / "best-previous"
-    if previous.is_dir() and not best.exists():
-        previous.rename(best)
 
 
 def tell_differences(earlier: dict, now: dict) -> str:
@@ -2582,7 +2477,7 @@ def tell_differences(earlier: dict, now: dict) -> str:
 
 
 def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | None:
-    """The newest checkpoint that is whole and whose best model still lies beside it; `tell` is told of damaged ones."""
+    """The newest complete checkpoint whose best model is still beside it; damaged ones are reported to `tell`."""
     for checkpoint in reversed(checkpoints_of(folder)):
         if not (checkpoint / "complete").is_file():
             continue
@@ -2591,16 +2486,16 @@ def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | 
             tell(f"{checkpoint} cannot be continued: {damage}.")
             continue
 
-        # Once the best model has been moved to its place, the run is over and there is nothing to continue.
+        # Once the best model is in its place the run is over.
         needs_best = read_json_object(checkpoint / "trainer_state.json").get("best_metric") is not None
         return None if needs_best and not (folder / "best").is_dir() else checkpoint
     return None
 
 
 def damage_of_checkpoint(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, "" if nothing is: sizes, the checksums of torch's files, headers, JSON.
+    """What is wrong with a checkpoint, "" if nothing is: sizes, checksums of torch's files, headers, JSON.
 
-    Raises OSError where a file is there and the system does not give it: that may pass.
+    Raises OSError if a file cannot be read, which may be temporary.
     """
     sizes = read_json_object(checkpoint / "complete")
     state = read_json_object(checkpoint / "trainer_state.json")
@@ -2629,7 +2524,7 @@ def damage_of_checkpoint(checkpoint: Path) -> str:
 
 
 def is_state(state: dict, update: int) -> bool:
-    """Whether Trainer can go on from this content of trainer_state.json, after so many updates."""
+    """Whether Trainer can continue from this content of trainer_state.json, after `update` updates."""
     log = state.get("log_history")
     best = state.get("best_metric")
     return (
@@ -2643,19 +2538,14 @@ def is_state(state: dict, update: int) -> bool:
     )
 
 
-def is_of_one_process(path: Path) -> bool:
-    """Whether it is the random state of one of several processes, which may still be writing it."""
-    return path.name.startswith("rng_state")
-
-
 def flush_to_disk(folder: Path) -> None:
-    """Have every file of `folder` on the disk, so that a power cut cannot take it back."""
+    """fsync every file of `folder`, so that a power cut cannot lose it."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         except OSError as error:
-            # Some file systems (a Windows drive under WSL) have no such thing for folders, as fsync(2) allows.
+            # Some file systems (a Windows drive under WSL) cannot flush folders, as fsync(2) allows.
             if error.errno != errno.EINVAL or not path.is_dir():
                 raise
         finally:
@@ -2693,14 +2583,21 @@ print(write([{{"role": "user", "content": "{sample_prompt}"}}])[0]["generated_te
 
 
 def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -> None:
-    """Everything that belongs beside the weights: tokenizer, sampling settings, report, card, Modelfile and curve."""
+    """Write what belongs beside the weights: tokenizer, sampling settings, report, card, Modelfile and curve."""
     stops = stop_tokens(tokenizer)
     written = {Path(path).name for path in tokenizer.save_pretrained(folder)}
     written |= {path.name for path in folder.glob("model*.safetensors*")}
-    generation_config(tokenizer, stops, settings.sampling).save_pretrained(folder)
+    # Whoever loads the folder samples with our settings.
+    sampling = GenerationConfig(
+        **settings.sampling,
+        do_sample=True,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    sampling.save_pretrained(folder)
 
-    # As whoever loads the folder will read it.
-    positions = positions_of(load_or_exit(load_config, folder), settings.context_tokens)
+    positions = positions_of(load_config(folder), settings.context_tokens)
     texts = {
         "README.md": CARD.format(**report, sample_prompt=settings.sample_prompt),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, settings.sampling),
@@ -2710,22 +2607,19 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     draw_curve(report["log"], folder / "loss_curve.png")
     written |= {*texts, "config.json", "generation_config.json", "chat_template.jinja", "loss_curve.png"}
 
-    # What is in the list, and as it is there, is replaced by the next run; all else is its owner's.
+    # The next run replaces the files in this list that are unchanged; all others are the user's.
     report["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name in written}
     content = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "training_report.json").write_text(content, encoding="utf-8")
 
 
 def without_samples(log: list[dict]) -> list[dict]:
-    """The log without what the model said: a sample can repeat a private post, and the report is there to be shown."""
+    """The log without samples, which can repeat a private post: the report may be shown to others."""
     return [{key: value for key, value in entry.items() if key != "sample"} for entry in log]
 
 
 def finite(value):
-    """`value`, made of what JSON is made of, with null in the place of infinity and of what is no number.
-
-    Python would write them as Infinity and NaN, which JSON does not have.
-    """
+    """The JSON `value` with None for infinity and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -2736,26 +2630,16 @@ def finite(value):
 
 
 def stop_tokens(tokenizer) -> list[int]:
-    """The token that closes an answer in this template, and the end of text: after either, the model is done."""
+    """The tokens that end an answer: the one that closes it in this template, and the end of text."""
     exchange = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     ids, scored = conversation_tokens(tokenizer, exchange)
     last_scored = max(place for place, counts in enumerate(scored) if counts)
     return sorted({ids[last_scored], tokenizer.eos_token_id})
 
 
-def generation_config(tokenizer, stops: list[int], sampling: dict) -> GenerationConfig:
-    return GenerationConfig(
-        **sampling,
-        do_sample=True,
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-
-
 def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
-    """Load the folder as any user would and measure it again: it must be the model whose loss was reported."""
-    model = load_or_exit(load_model, folder)
+    """Load the folder as a user would and measure it again: its loss must be the reported one."""
+    model = load_model(folder)
     if plan["lora_rank"]:
         hold_in_half(model, plan["precision"])
     model.to(device)
@@ -2763,23 +2647,25 @@ def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, r
         nats = conversation_losses(model, rows).sum()
     loss = nats / scored_tokens(rows)
 
-    if not abs(loss - reported) < 1e-3:  # so that a loss that is no number fails too
+    if not abs(loss - reported) < 1e-3:  # `not <`, so that NaN fails, too
         sys.exit(f"The saved model's validation loss is {loss:.4f}, not {reported:.4f}: {folder} was not put in place.")
 
 
 def draw_curve(log_history: list[dict], path: Path) -> None:
     """Loss over updates as a picture: training, validation, and the base model's validation as a line."""
     updates = [entry for entry in log_history if "loss" in entry]
+    # The first evaluation is the base model's.
     measured = evaluations(log_history)
     base_loss = measured[0]["eval_loss"]
 
-    # Not by pyplot, which keeps every figure and may look for a screen.
-    # Small, so that its letters are large enough where a phone shows the whole of it.
+    # pyplot keeps every figure and may look for a screen. Small, so that its text is readable on a phone.
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*curve(updates, "loss"), color="0.5", label="train, each update")
+    steps = [entry["step"] for entry in updates]
+    axes.plot(steps, [entry["loss"] for entry in updates], color="0.5", label="train, each update")
+    steps = [entry["step"] for entry in measured]
     label = "validation: posts it never saw"
-    axes.plot(*curve(measured, "eval_loss"), marker="o", color="tab:blue", label=label)
+    axes.plot(steps, [entry["eval_loss"] for entry in measured], marker="o", color="tab:blue", label=label)
     axes.axhline(base_loss, linestyle="--", color="tab:orange", label="base model on the same posts")
 
     axes.set(xlabel="updates", ylabel="loss (nats per token)", title="Blue below the dashed line: it learned")
@@ -2788,14 +2674,9 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=180)
 
 
-def curve(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
-    updates = [entry["step"] for entry in entries]
-    values = [entry[key] for entry in entries]
-    return updates, values
-
-
 def verdict(base: dict, best: dict, conversations: int) -> str:
     """Whether the model learned, in one sentence; `base` and `best` are evaluations."""
+    # Bits per byte can be compared between models, nats per token cannot.
     before = base["eval_bits_per_byte"]
     after = best["eval_bits_per_byte"]
     unseen = f"over {conversations} conversations it never saw"
@@ -2811,14 +2692,13 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     return f"Validation {change} bits per byte {unseen}: it learned."
 
 
-# Share of the whole gain that the last evaluation has to bring for more epochs to be worth their time. The learning
-# rate falls to zero by then, so that even a run which ended much too early brings little there. A guess: a real blog
-# after a third of an epoch brought 14 % with its last evaluation, and another after half an epoch the same.
+# The last evaluation's share of the whole gain above which more epochs are worth their time. It is low because the
+# learning rate has fallen to zero by then. A guess: two real blogs, after a third and half of an epoch, had 14 %.
 STILL_LEARNING = 0.04
 
 
 def tell_epochs(base: dict, later: list[dict]) -> str:
-    """Whether more epochs would help, from the evaluations after the base model's; "" where nothing was learned."""
+    """Whether more epochs would help, from the evaluations after the base model's; "" if nothing was learned."""
     *earlier, last = later
     best = min(later, key=lambda entry: entry["eval_loss"])
     gain = base["eval_loss"] - best["eval_loss"]
@@ -2828,7 +2708,7 @@ def tell_epochs(base: dict, later: list[dict]) -> str:
     if best is not last:
         return f"It was best after epoch {best['epoch']:.1f}, and that model was kept: more epochs would not help."
     if not earlier:
-        return "It was measured once only, so nobody can tell whether more epochs would help."
+        return "Only one evaluation, so it is unknown whether more epochs would help."
     lately = earlier[-1]["eval_loss"] - last["eval_loss"]
     if lately > STILL_LEARNING * gain:
         return "It was still learning when it ended: more EPOCHS would help."
@@ -2836,16 +2716,16 @@ def tell_epochs(base: dict, later: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------- graphics cards
-# The NVIDIA driver that PyTorch needs at least, by the CUDA that it was built with ("CUDA 13.x: >= 580"):
+# The oldest NVIDIA driver for the CUDA that PyTorch was built with ("CUDA 13.x: >= 580"):
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 DRIVER_NEEDED = {"11": 450, "12": 525, "13": 580}
 
-CARD_OF_WSL = Path("/dev/dxg")  # is also there for a card of Intel's or AMD's
+CARD_OF_WSL = Path("/dev/dxg")  # also exists for cards of Intel and AMD
 OTHER_PYTORCH = "another PyTorch for it (https://pytorch.org/get-started/locally)"
 
 
 def check_card(cpu_wanted: bool) -> None:
-    """Ends the program when an NVIDIA card is there and PyTorch cannot use it: a CPU could take days instead.
+    """Exits if there is an NVIDIA card that PyTorch cannot use: on a CPU the run could take days.
 
     A card that the user has hidden (CUDA_VISIBLE_DEVICES is empty) counts as none.
     """
@@ -2874,8 +2754,8 @@ def check_card(cpu_wanted: bool) -> None:
 def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
     """Whether a PyTorch `built_for` "sm_86", "compute_120" and so on runs on a card of this compute capability.
 
-    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled when it is needed, for 12.0 and whatever is newer.
-    Names of another kind (AMD's "gfx90a") are not judged.
+    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled on demand for 12.0 and newer. Names of another kind
+    (AMD's "gfx90a") are not checked.
     """
     for name in built_for:
         kind, _, number = name.partition("_")
@@ -2891,7 +2771,7 @@ def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
 
 
 def find_nvidia_card() -> str:
-    """The NVIDIA card that this machine has, and its driver, even if PyTorch cannot use it; "" if there is none."""
+    """The name and driver of this machine's NVIDIA card, even if PyTorch cannot use it; "" if there is none."""
     # Not every WSL has the second on its path.
     program = shutil.which("nvidia-smi") or shutil.which("/usr/lib/wsl/lib/nvidia-smi")
     if program:
@@ -2901,8 +2781,7 @@ def find_nvidia_card() -> str:
             name, driver = said.splitlines()[0].split(", ")
             return f"{name} (driver {driver})"
         except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-            # Without a card, or with half an update of the driver; then the next place knows.
-            pass
+            pass  # no card, or a driver that is half updated
 
     cards = Path("/proc/driver/nvidia/gpus")
     return "An NVIDIA card" if cards.is_dir() and any(cards.iterdir()) else ""
@@ -2914,7 +2793,7 @@ def what_keeps_from_cuda() -> str:
     if built_with is None:
         return f"PyTorch {torch.__version__} was built without CUDA: install {OTHER_PYTORCH}"
 
-    # It says itself what is wrong, in many lines, when it is made to begin.
+    # The reason is the first sentence of the error at initialisation.
     try:
         torch.cuda.init()
         reason = "it does not say why"
@@ -2933,41 +2812,41 @@ def what_keeps_from_cuda() -> str:
 
 
 def prepare_card(device: torch.device) -> None:
-    """Set what is right for every NVIDIA card; does nothing for another device."""
+    """Settings for NVIDIA cards; no effect on other devices."""
     if device.type != "cuda":
         return
 
-    # cuDNN plans anew for every length of a row, and on an H100 it would be asked first. Seen elsewhere:
-    # half a second each (https://github.com/modelscope/FunASR/issues/3704); not measured here.
+    # cuDNN, the first choice on an H100, makes a new plan for every row length: half a second each, as reported in
+    # https://github.com/modelscope/FunASR/issues/3704; not measured here.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-    # Before sm_80 no kernel but the plainest takes fewer keys than queries (SmolLM2, Qwen, Llama 3), and that one keeps
-    # the weight of every token for the backward pass; with repeated keys the efficient kernel is right.
+    # Before sm_80 only the slowest kernel supports fewer keys than queries (SmolLM2, Qwen, Llama 3), and it keeps all
+    # attention weights for the backward pass; with repeated keys the efficient kernel can be used.
     if torch.cuda.get_device_capability(device) < FIRST_CARDS["bf16"]:
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
 
-    # WSL puts what the card cannot hold into the computer's memory, many times slower, instead of failing.
-    # 0.3 GB is a guess at what CUDA takes beside PyTorch's tensors.
+    # When the card is full, WSL moves data to the computer's memory, many times slower, instead of failing.
+    # 0.3 GB is a guess at what CUDA needs beside PyTorch's tensors.
     free, total = torch.cuda.mem_get_info()
     share = (free - 3e8) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.1, share)))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """PyTorch raises a kind of its own only for its own tensors; cuBLAS and the CPU are told by their words."""
+    """PyTorch's own exception covers its tensors only; cuBLAS and the CPU are recognised by their messages."""
     words = ("out of memory", "allocate memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def is_on_windows_drive(folder: Path) -> bool:
-    """Whether WSL has the folder from Windows, as /mnt/c and everything below."""
+    """Whether the folder is on a Windows drive under WSL, such as /mnt/c."""
     is_wsl = "microsoft" in platform.release().lower()
     _, *names = folder.resolve().parts
     return is_wsl and names[:1] == ["mnt"] and len("".join(names[1:2])) == 1
 
 
 # ---------------------------------------------------------------------------- speed on a CPU
-# Nothing here changes what the model learns; a reader who has a graphics card may skip all of it.
+# Nothing here changes what the model learns. SummedCrossEntropy and CastWeightsOnce are also used on a card.
 #
 #     trick                                                          tokens/s      gain
 #     keep_freed_memory: memory is not asked for anew each time      75-80 -> 86   10 %
@@ -2987,7 +2866,7 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch
 
 
 def fuse_activations(config) -> dict[str, str]:
-    """Name the fused form of each activation in `config`; returns the names that stood there."""
+    """Set the fused form of each activation in `config`; returns the original names."""
     usual_names = {key: value for key, value in config.to_dict().items() if str(value) in FUSED_ACTIVATIONS}
     for key, value in usual_names.items():
         setattr(config, key, FUSED_ACTIVATIONS[value])
@@ -2995,9 +2874,9 @@ def fuse_activations(config) -> dict[str, str]:
 
 
 def use_sparse_embedding_gradient(model) -> None:
-    """Have the input embedding's gradient name only the rows that were read, and not hold a zero for all others.
+    """Make the input embedding's gradient sparse: only the rows that were read.
 
-    Only where it is added to the output layer's, which makes it dense; AdamW and DistributedDataParallel want that.
+    Only if it is added to the output layer's, which makes it dense, as AdamW and DistributedDataParallel need it.
     """
     embedding = model.get_input_embeddings()
     output = model.get_output_embeddings()
@@ -3006,7 +2885,7 @@ def use_sparse_embedding_gradient(model) -> None:
     embedding.sparse = alone and is_tied and embedding.weight.requires_grad
 
 
-# Tokens whose logits are float32 at a time. What stays in a processor's cache is faster; a card wants fewer calls.
+# Tokens whose logits are float32 at a time. A CPU is faster if they fit its cache; a card with fewer calls.
 LOSS_PIECE = defaultdict(lambda: 64, cuda=512)
 
 
@@ -3020,7 +2899,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         total = logits.new_zeros((), dtype=torch.float32)
-        # float16 would lose what is rare.
+        # float16 would lose small values.
         kept_type = torch.bfloat16 if logits.dtype == torch.bfloat16 else torch.float32
         gradient = torch.empty_like(logits, dtype=kept_type)
 
@@ -3045,17 +2924,17 @@ class SummedCrossEntropy(torch.autograd.Function):
 
 
 class CastWeightsOnce(TrainerCallback):
-    """Lets the micro-batches of an update share one low-precision copy of the weights.
+    """Lets the batches of an update share one low-precision copy of the weights.
 
-    Autocast keeps such copies until its outermost context ends. This one casts nothing itself: backward passes, too,
-    are run in it.
+    Autocast keeps such copies until its outermost context ends. This context casts nothing itself, as backward passes
+    run in it, too.
     """
 
     def __init__(self, device: torch.device):
         self.casting = torch.autocast(device.type, enabled=False)
 
     def on_train_begin(self, args, state, control, model, **_):
-        # With float16's loss scaling comes a wrapper that hands the logits over as a float32 copy, 100 MB of them.
+        # float16's loss scaling adds a wrapper that copies the logits to float32, 100 MB.
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
     def on_step_begin(self, args, state, control, **_):
@@ -3066,10 +2945,7 @@ class CastWeightsOnce(TrainerCallback):
 
 
 def rounds_attention(device: str, precision: str, checkpointing: bool) -> bool:
-    """Whether training takes `attention_in_bfloat16`.
-
-    Not where activations are computed twice: that must happen in the same way, and the second time is torch's.
-    """
+    """Whether training uses `attention_in_bfloat16`; not with recomputation, which torch runs outside its context."""
     return device == "cpu" and precision == "bf16" and not checkpointing
 
 
@@ -3091,7 +2967,7 @@ def attention_in_bfloat16() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep big blocks instead of mapping them anew for every tensor."""
+    """Make glibc keep large blocks instead of mapping new ones for every tensor."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
@@ -3104,7 +2980,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Hand to the system what glibc has kept, see `keep_freed_memory`; it would stay taken beside what comes next.
+    """Return the memory that glibc keeps (see `keep_freed_memory`) to the system.
 
     On two cores, SmolLM2-135M with adapters of rank 16 then took 1.49 GB at most beside Python instead of 1.98.
     """
@@ -3114,12 +2990,12 @@ def give_back_memory() -> None:
 
 
 # ---------------------------------------------------------------------------- for Ollama
-# A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. Its template is
-# written in Go's template language, so the pieces of the model's own template, which is Jinja, are put into this one.
-# Ollama gives it the messages, in .System all that the system said, and puts an empty answer at the end.
+# A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. The template is in
+# Go's template language, so it is built from pieces of the model's own template, which is Jinja. Ollama fills in the
+# messages, with all system messages in .System, and adds an empty answer at the end.
 OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
-# Ollama reserves memory for all of num_ctx at once; Llama 3.2's 131,072 positions would take more than its weights.
+# Ollama reserves memory for num_ctx tokens at once; Llama 3.2's 131,072 would need more than its weights.
 LONGEST_CHAT = 4_096  # tokens
 
 
@@ -3128,7 +3004,7 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
 
     `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
     """
-    # Ollama forgets the beginning of a text that outgrows num_ctx, so half of it is the prompt's.
+    # Ollama drops the beginning of a text longer than num_ctx, so half of it is for the prompt.
     context = min(positions, LONGEST_CHAT)
     longest_answer = max(1, context // 2)
     options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], longest_answer)}
@@ -3138,7 +3014,7 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
         lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
     lines.append(f"PARAMETER num_ctx {context}")
 
-    # JSON's quotes are Ollama's too.
+    # Ollama quotes strings as JSON does.
     for stop in stops:
         lines.append(f"PARAMETER stop {json.dumps(stop)}")
     return "\n".join(lines) + "\n"
@@ -3147,7 +3023,7 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
 def ollama_template(tokenizer) -> str:
     pieces = chat_pieces(tokenizer)
     if pieces is None or holds_go(pieces):
-        say("The chat template depends on what is said: write the TEMPLATE of the Modelfile yourself to use Ollama.")
+        say("The chat template cannot be converted for Ollama: write the TEMPLATE of the Modelfile yourself.")
         return "{{ .Prompt }}"
 
     start = pieces.start
@@ -3158,17 +3034,13 @@ def ollama_template(tokenizer) -> str:
         say("The chat template has no turn for system messages: Ollama will leave them out.")
     else:
         turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
-        if system.start != start:  # a message of the template's own, where the user gives none (SmolLM2)
+        if system.start != start:  # the template has a default system message (SmolLM2)
             start = f"{{{{ if .System }}}}{system.start}{{{{ else }}}}{start}{{{{ end }}}}"
     return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
 
 
 class ChatPieces(NamedTuple):
-    """What a chat template puts at the start, before and after each turn, and before an answer.
-
-    ChatML has nothing at the start, ("<|im_start|>user\\n", "<|im_end|>\\n") around a user's turn, and
-    "<|im_start|>assistant\\n" before an answer.
-    """
+    """What a chat template puts at the start, before and after each turn, and before an answer."""
 
     start: str
     user: tuple[str, str]
@@ -3181,14 +3053,14 @@ class SystemPieces(NamedTuple):
     turn: tuple[str, str]
 
 
-MARK = "\ue000"  # stands for what is said; a sign of the private use area is in no template
+MARK = "\ue000"  # stands for the content; no template contains this private-use character
 USER = {"role": "user", "content": MARK}
 ASSISTANT = {"role": "assistant", "content": MARK}
 SYSTEM = {"role": "system", "content": MARK}
 
 
 def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """As `render_or_raise`, without the token of beginning that llama.cpp puts there itself."""
+    """A conversation in the chat template without the beginning-of-sequence token, which llama.cpp adds itself."""
     text = render_or_raise(tokenizer, messages, add_generation_prompt)
     if tokenizer.bos_token and starts_with_bos(tokenizer):
         return text.removeprefix(tokenizer.bos_token)
@@ -3202,16 +3074,16 @@ def chat_pieces(tokenizer) -> ChatPieces | None:
         two = render_for_ollama(tokenizer, [USER, ASSISTANT])
         three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
         asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
-    except TEMPLATE_ERRORS:  # which the conversations of the data have not met
+    except TEMPLATE_ERRORS:  # for a combination of turns that the data does not have
         return None
 
-    # What each turn adds to the rendering so far; what is left of the first one is the start.
+    # What each turn adds to the rendering so far; the rest of the first rendering is the start.
     before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
     before_question, _, after_question = three.removeprefix(two).partition(MARK)
     start = one.partition(MARK)[0].removesuffix(before_question)
     answer = asked.removeprefix(one)
 
-    # A template that treats a turn by its place, or by what is said, is not the sum of its pieces.
+    # A template that depends on a turn's position or content is not the sum of its pieces.
     question = before_question + MARK + after_question
     reply = before_reply + MARK + after_reply
     whole = start + question + reply + question + answer
@@ -3221,13 +3093,13 @@ def chat_pieces(tokenizer) -> ChatPieces | None:
 
 
 def holds_go(pieces: ChatPieces | SystemPieces) -> bool:
-    """Whether a piece holds what Ollama would take for its own language, or for the end of the template."""
+    """Whether a piece contains Go template syntax or the end of the template."""
     text = json.dumps(pieces)
     return any(sign in text for sign in ("{{", "}}", '\\"\\"\\"'))
 
 
 def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
-    """What the template does with a system message at the beginning; None if it has no turn of its own (Gemma)."""
+    """The pieces around a system message at the beginning; None if the template has no such turn (Gemma)."""
     try:
         whole = render_for_ollama(tokenizer, [SYSTEM, USER])
     except TEMPLATE_ERRORS:
@@ -3251,7 +3123,7 @@ def stop(*_):
 
 
 def stop_at_once(*_):
-    """What is on the disk is whole at every moment, so nothing has to be tidied."""
+    """A signal handler. The files are complete at every moment, so there is nothing to clean up."""
     try:
         os.write(2, b"\nStopped at once: run the same command again to continue from the last checkpoint.\n")
     finally:
@@ -3269,27 +3141,28 @@ def main(argv: list[str] | None = None) -> int:
             keep_freed_memory()
             train(settings)
 
+    except CannotLoad as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped: run the same command again; it continues from the last checkpoint, if there is one.")
     except RuntimeError as error:
-        # The kinds of RuntimeError that a user can do something about are only told apart by their words.
+        # These kinds of RuntimeError differ only in their messages.
         if is_out_of_memory(error):
             sys.exit(
-                "Out of memory: close what else takes memory and run the same command again, which plans anew and "
-                "continues; lower CONTEXT_TOKENS or a smaller BASE_MODEL take less, and start over with --fresh."
+                "Out of memory: close other programs and run the same command again, which makes a new plan and "
+                "continues; a lower CONTEXT_TOKENS or a smaller BASE_MODEL needs less, and starts over with --fresh."
             )
         if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
-            sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); what was there before still is.")
+            sys.exit(f"Cannot write a checkpoint: is the disk full? ({brief(error)}); earlier files are not changed.")
         raise
 
-    except pickle.UnpicklingError as error:  # which is refused, and not run
-        sys.exit(f"The checkpoint holds what is none of train_model.py's ({brief(error)}): start over with --fresh.")
-    except SafetensorError as error:  # of a model that is saved; one that is loaded has its own sentence
-        sys.exit(f"Cannot write a model: is the disk full? ({brief(error)}); what was there before still is.")
+    except pickle.UnpicklingError as error:  # a pickle that is refused
+        sys.exit(f"The checkpoint was not written by train_model.py ({brief(error)}): start over with --fresh.")
+    except SafetensorError as error:  # while saving; loading raises CannotLoad
+        sys.exit(f"Cannot write a model: is the disk full? ({brief(error)}); earlier files are not changed.")
     except OSError as error:
-        sys.exit(
-            f"Cannot read or write {error.filename or 'a file'}: {error.strerror or error}; nothing old is damaged."
-        )
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        sys.exit(f"Cannot read or write {what}; earlier files are not changed.")
     return 0
 
 

@@ -163,7 +163,7 @@ def test_where_all_trials_skip_their_updates_that_is_said_and_the_middle_rate_is
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3", "--learning-rate", "auto")
     said = capsys.readouterr().err
     assert report["learning_rate"]["used"] == 1e-3
-    assert "0.001 is the middle one of rates that are all alike, and the run's rate" in said
+    assert "all gave the same loss; using the middle one, 0.001" in said
     assert said.count("was skipped: float16 overflowed") >= 3 * 2
 
 
@@ -188,7 +188,7 @@ def test_a_run_keeps_the_optimizer_that_it_was_begun_with(medium):
         train_model.fit_into_memory(medium, 512, 8, machine(7), exact)
     assert str(ended.value) == (
         "The unfinished run was begun with adamw_torch_fused, when 11.0 GB of memory were free, and 7.0 GB are now: "
-        "close what else takes memory to continue it, or throw it away with --fresh."
+        "close other programs to continue it, or throw it away with --fresh."
     )
 
 
@@ -261,7 +261,7 @@ def test_emulated_bfloat16_is_refused_for_training(monkeypatch):
     monkeypatch.setattr(train_model, "free_memory", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 2080")
-    with pytest.raises(SystemExit, match='takes memory that no plan counts: set PRECISION = "auto"'):
+    with pytest.raises(SystemExit, match='needs memory that the plan does not count: set PRECISION = "auto"'):
         train_model.look_at_machine(argparse.Namespace(device=torch.device("cuda"), num_processes=1), "bf16")
 
 
@@ -274,7 +274,7 @@ def test_a_card_needs_room_for_the_weights_in_the_computer_s_memory_too(medium, 
         if fits:
             train_model.check_host_memory(large, machine(8))
         else:
-            with pytest.raises(SystemExit, match=r"memory first, which takes 7\.8 GB, and 7\.0 GB are free"):
+            with pytest.raises(SystemExit, match=r"memory first, which needs 7\.8 GB, and 7\.0 GB are free"):
                 train_model.check_host_memory(large, machine(8))
 
 
@@ -290,7 +290,7 @@ def test_running_out_of_memory_names_what_keeps_the_checkpoint(gpt2_folder, data
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
 
     monkeypatch.setattr(train_model, "scored_logits", starved)
-    with pytest.raises(SystemExit, match="run the same command again, which plans anew and continues"):
+    with pytest.raises(SystemExit, match="run the same command again, which makes a new plan and continues"):
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 

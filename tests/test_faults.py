@@ -87,19 +87,19 @@ ODD_PLACES = [
     ("odd", "is a folder with files that train_model.py did not write"),
     (".git", "is a folder with files that train_model.py did not write"),
     ("loop", "cannot be used"),
-    ("file", "is no folder"),
-    ("file-link", "is no folder"),
+    ("file", "is not a folder"),
+    ("file-link", "is not a folder"),
     ("file/below", "cannot be used|Not a directory"),
-    ("fifo", "is no folder"),
+    ("fifo", "is not a folder"),
     ("a", "a-unfinished, which train_model.py did not write"),
     ("b", "b-unfinished, which train_model.py did not write"),
     ("c", "c-unfinished, which train_model.py did not write"),
     ("d", "d-unfinished, which train_model.py did not write"),
-    ("base/in-it", "lies in the base model"),
+    ("base/in-it", "is inside the base model"),
     ("n" * 300, "cannot be used|File name too long"),
     ("\udcff", "cannot be used"),
-    ("/dev/null", "is no folder"),
-    ("/proc", "is a disk of its own|did not write"),
+    ("/dev/null", "is not a folder"),
+    ("/proc", "is a mount point|did not write"),
 ]
 
 
@@ -147,7 +147,7 @@ def test_what_was_changed_in_a_model_folder_is_kept_beside_what_is_new(home, cap
     assert Path("mine/Modelfile-previous").read_text(encoding="utf-8") == "a template of my own"
     assert Path("mine/loss_curve.png-previous/notes.md").exists()
     assert capsys.readouterr().err.count("Kept: ") == 2
-    names = {"Modelfile-previous", "loss_curve.png-previous", *train_model.files_of_ours(Path("mine"))}
+    names = {"Modelfile-previous", "loss_curve.png-previous", *train_model.hashes_of_ours(Path("mine"))}
     assert {path.name for path in Path("mine").iterdir()} <= {*names, "training_report.json"}
 
 
@@ -274,15 +274,15 @@ WEIGHTS = "model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1519984962\n"
 SAYS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
 BROKEN_MODELS = {
-    "a tensor is missing": (edit_weights(lambda t: t.pop(last(t))), "lacks .*: it is no whole model"),
+    "a tensor is missing": (edit_weights(lambda t: t.pop(last(t))), "lacks .*: it is incomplete"),
     "a tensor is left over": (edit_weights(lambda t: t.update(extra=torch.ones(2))), "config does not know"),
     "half of the layers": (edit_json("config.json", n_layer=1, num_hidden_layers=1), "config does not know"),
     "another shape": (edit_json("config.json", n_positions=128), "in another shape"),
     "another architecture": (edit_json("config.json", model_type="gpt_neo"), "lacks|Cannot load"),
-    "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "weights that are no numbers"),
+    "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "NaN or infinite weights"),
     "an infinite number": (
         edit_weights(lambda t: t[last(t)].view(-1)[0].fill_(math.inf)),
-        "weights that are no numbers",
+        "NaN or infinite weights",
     ),
     "weights cut": (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors is cut or damaged"),
     "weights of noise": (
@@ -295,12 +295,15 @@ BROKEN_MODELS = {
     ),
     "no weights": (without("model.safetensors"), "Cannot load"),
     "weights of git-lfs": (write("model.safetensors", POINTER), "run `git lfs pull` in"),
-    "tokenizer of git-lfs": (write("tokenizer.json", POINTER), "tokenizer.json only stands for the file"),
+    "tokenizer of git-lfs": (write("tokenizer.json", POINTER), "tokenizer.json is only a pointer to the file"),
     "config cut": (lambda folder: cut_in_half(folder / "config.json"), "config.json is cut or damaged"),
-    "config is a list": (write("config.json", "[]"), "config.json holds no settings"),
+    "config is a list": (write("config.json", "[]"), "config.json is not a JSON object"),
     "config too deep": (write("config.json", "[" * 100_000), "config.json is cut or damaged"),
     "config of odd sizes": (edit_json("config.json", n_embd="wide"), "Cannot load"),
-    "generation config is a list": (write("generation_config.json", "[]"), "generation_config.json holds no settings"),
+    "generation config is a list": (
+        write("generation_config.json", "[]"),
+        "generation_config.json is not a JSON object",
+    ),
     "a config of no width": (edit_json("config.json", n_embd=0, hidden_size=0), "Cannot load"),
     "an activation of nobody's": (edit_json("config.json", activation_function="evil"), "Cannot load"),
     "a config that returns tuples": (edit_json("config.json", return_dict=False, output_attentions=True), "^$"),
@@ -308,7 +311,7 @@ BROKEN_MODELS = {
     "an odd end": (edit_json("generation_config.json", eos_token_id="x"), "Cannot load|^$"),
     "whole numbers as weights": (
         edit_weights(lambda t: t.update({last(t): t[last(t)].to(torch.int8)})),
-        "as I8: name the model that it was made of",
+        "as I8: use the model that it was quantised from",
     ),
     "an index that names a pickle": (
         write("model.safetensors.index.json", '{"weight_map": {"a": "pytorch_model.bin"}}'),
@@ -316,7 +319,7 @@ BROKEN_MODELS = {
     ),
     "a template that is a pipe": (
         lambda folder: os.mkfifo(folder / "chat_template.jinja"),
-        "chat_template.jinja is no",
+        "chat_template.jinja is not",
     ),
     "no config": (without("config.json"), "Cannot load"),
     "no tokenizer": (
@@ -345,7 +348,7 @@ BROKEN_MODELS = {
         r"quantised \(bitsandbytes\)",
     ),
     "encoder and decoder": (edit_json("config.json", model_type="t5"), "is an encoder-decoder|Cannot load"),
-    "adapters": (write("adapter_config.json", "{}"), "holds adapters and no model of its own"),
+    "adapters": (write("adapter_config.json", "{}"), "holds adapters without their base model"),
     "attention from the hub": (
         edit_json("config.json", _attn_implementation="kernels-community/flash-attn", attn_implementation="a/b"),
         "never run|Cannot load|^$",
@@ -359,8 +362,11 @@ BROKEN_MODELS = {
         "chat template of .* fails",
     ),
     "template: long": (template("{{ 'a' * 200000 }}" + SAYS), "makes 200,0"),
-    "template: nothing": (template("{{ '' }}"), "leaves out what is said"),
-    "template: of the question alone": (template("{{ messages[0]['content'] }}"), "leaves out what is said"),
+    "template: nothing": (template("{{ '' }}"), "leaves out part of the conversation"),
+    "template: of the question alone": (
+        template("{{ messages[0]['content'] }}"),
+        "leaves out part of the conversation",
+    ),
     "template: refuses": (template("{{ raise_exception('no') }}"), "chat template of .* fails"),
     "template: of code": (
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}" + SAYS),

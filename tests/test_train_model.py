@@ -592,19 +592,19 @@ def test_what_is_measured_in_half_precision_is_what_anybody_loads(
 
 def test_a_merge_into_bfloat16_keeps_in_the_mean_what_each_weight_would_lose():
     """Weights of 0.19, which lie 0.001 apart; to the nearest, nothing of 0.0001 more would be left."""
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for sign in (1, -1):
         base = (sign * torch.full((400, 400), 0.19)).bfloat16().float()
         step = 2.0**-10
-        merged = train_model.rounded(base + 0.1 * step, torch.bfloat16, dice)
+        merged = train_model.rounded(base + 0.1 * step, torch.bfloat16, rng)
         assert merged.dtype == torch.bfloat16
         change = (merged.float() - base) / step
         assert set(change.unique().tolist()) == {0.0, 1.0}
         assert change.mean().item() == pytest.approx(0.1, abs=0.01)
         # What has a number of its own keeps it: a base model without anything learned is the base model.
-        assert torch.equal(train_model.rounded(base, torch.bfloat16, dice).float(), base)
+        assert torch.equal(train_model.rounded(base, torch.bfloat16, rng).float(), base)
     near = torch.tensor([0.19003])
-    assert torch.equal(train_model.rounded(near, torch.float16, dice), near.half())
+    assert torch.equal(train_model.rounded(near, torch.float16, rng), near.half())
 
 
 def test_layers_hand_on_float32_over_a_base_in_half_precision(llama_folder, rank_4):
@@ -672,7 +672,7 @@ def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
 def test_a_model_that_takes_no_adapters_is_one_sentence(data_folder, tmp_path, rank_4):
     base = make_model_folder(tmp_path / "base", "mamba", False)
     with pytest.raises(
-        SystemExit, match=r"^mamba takes no adapters: set LORA_RANK = 0, or another BASE_MODEL \(.*\)\.$"
+        SystemExit, match=r"^mamba cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL \(.*\)\.$"
     ):
         run(base, data_folder, tmp_path / "model")
 
@@ -697,8 +697,8 @@ def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
     assert losses(found) == losses(given)
 
     assert said[0] == "rate     each of 0.0001, 0.01, 1e+30 has a trial of 3 updates, from the same start"
-    assert said[3] == "rate     1e+30   the loss became no number"
-    assert said[4] == "rate     0.01 is the best of them, and the run's rate"
+    assert said[3] == "rate     1e+30   the loss became NaN"
+    assert said[4] == "rate     0.01 is the best and is used"
     tried = found["learning_rate"]["bits_per_byte_of_tried"]
     assert found["learning_rate"]["used"] == 1e-2 and found["settings"]["learning_rate"] == "auto"
     assert tried["0.01"] < tried["0.0001"] < found["base"]["eval_bits_per_byte"] and tried["1e+30"] is None
@@ -717,7 +717,9 @@ def test_where_no_rate_keeps_the_loss_a_number_the_run_does_not_begin(
 ):
     """As with float16 and a model whose activations it cannot hold."""
     monkeypatch.setattr(train_model, "RATES_TO_TRY", (1e29, 1e30))
-    with pytest.raises(SystemExit, match='No rate kept the loss a number: set PRECISION = "fp32", or'):
+    with pytest.raises(
+        SystemExit, match='Training diverged at every learning rate that was tried: set PRECISION = "fp32", or'
+    ):
         run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", "--learning-rate", "auto")
     assert "update 0/9" not in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
@@ -732,8 +734,8 @@ def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(update
         return 1.0
 
     monkeypatch.setattr(train_model, "try_rate", instead)
-    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0)
-    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}), updates)
+    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0, updates=updates)
+    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}))
     assert lengths == [each] * 3
 
 
@@ -1196,7 +1198,7 @@ def test_a_run_killed_between_its_two_renames_has_its_model_at_the_next_start(
 
     run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'model'} holds that model now" in said and "notes" in said
+    assert f"that model is in {tmp_path / 'model'} now" in said and "notes" in said
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == "gpt2"
     assert json.loads((tmp_path / "model" / "training_report.json").read_text())["verdict"]
     assert (tmp_path / "model" / "notes").read_text() == "mine"
@@ -1223,7 +1225,7 @@ def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
-    assert errors.count("is the best of them") == 1
+    assert errors.count("is the best and is used") == 1
     together = json.loads((tmp_path / "together" / "training_report.json").read_text())
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
     assert together["learning_rate"]["used"] == alone["learning_rate"]["used"]
@@ -1405,7 +1407,7 @@ def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medi
     _, memory = train_model.first_that_fits(replace(medium, lora_rank=16), 512, 8, with_free(5e9))
     size = sum(memory.values()) / 1e9
     assert str(error.value).endswith(
-        f'and 5.0 GB are free: set LORA_RANK = 16 with LEARNING_RATE = "auto" or 1e-3, which takes {size:.1f} GB, '
+        f'and 5.0 GB are free: set LORA_RANK = 16 with LEARNING_RATE = "auto" or 1e-3, which needs {size:.1f} GB, '
         "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
     )
     for rank, free in ((0, 1.5e9), (16, 1.5e9)):
@@ -1663,7 +1665,7 @@ def test_a_windows_drive_is_known_by_its_place_under_wsl(release, folder, warned
 def test_a_model_on_a_windows_drive_is_warned_about_once(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_model, "is_on_windows_drive", lambda folder: True)
     run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
-    assert capsys.readouterr().err.count("lies on a Windows drive") == 1
+    assert capsys.readouterr().err.count("is on a Windows drive") == 1
 
 
 @pytest.mark.parametrize(
@@ -1671,10 +1673,10 @@ def test_a_model_on_a_windows_drive_is_warned_about_once(gpt2_folder, data_folde
     [
         (True, "auto", "bf16", ""),
         (True, "bf16", "bf16", ""),
-        (True, "fp16", "fp32", "This CPU has no fast fp16: float32 it is.\n"),
+        (True, "fp16", "fp32", "This CPU is slow in fp16; using float32.\n"),
         (True, "fp32", "fp32", ""),
-        (False, "auto", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
-        (False, "bf16", "fp32", "This CPU has no fast bf16: float32 it is.\n"),
+        (False, "auto", "fp32", "This CPU is slow in bf16; using float32.\n"),
+        (False, "bf16", "fp32", "This CPU is slow in bf16; using float32.\n"),
         (False, "fp32", "fp32", ""),
     ],
 )
@@ -1865,7 +1867,7 @@ def test_out_of_memory_names_the_settings(error, gpt2_folder, data_folder, tmp_p
         raise error
 
     monkeypatch.setattr(train_model, "scored_logits", starved)
-    with pytest.raises(SystemExit, match="run the same command again, which plans anew"):
+    with pytest.raises(SystemExit, match="run the same command again, which makes a new plan"):
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 
@@ -1894,7 +1896,7 @@ def test_versions_named_in_the_requirements_are_those_installed():
         ([3.0, 2.8, 2.7], "still learning"),
         ([3.0, 2.8, 2.795], "hardly changed"),
         ([3.0, 2.8, 2.7, 2.75], "best after epoch 2.0"),
-        ([3.0, 2.8], "once only"),
+        ([3.0, 2.8], "Only one evaluation"),
         ([3.0, 3.1, 3.2], ""),
     ],
 )
