@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_model
 import train_model
 from voice.asking import read_blog, write_words
-from voice.evidence import Evidence
+from voice.evidence import Evidence, NotMeasured
 from voice.loading import DTYPES, load_tuned
 from voice.reader import ReaderShare, attribute
 from voice.sampling import read_sampling
@@ -47,7 +47,13 @@ def judge(data_dir: Path, tested: dict[str, list[str]], left_out: tuple[str, ...
     known = author_texts(blog.train)
     evidence = Evidence(blog, not_strangers=left_out)
     strangers = find_strangers(evidence, pick_features(known))
-    size = min(pick_chunk_size({"author": texts}) for texts in tested.values())
+    sizes = []
+    for whose, texts in tested.items():
+        try:
+            sizes.append(pick_chunk_size({"author": texts}))
+        except NotMeasured as missing:
+            sys.exit(f"Too little to judge in {whose}: {missing}.")
+    size = min(sizes)
 
     def chunks(texts: list[str]) -> Chunks:
         return count_stretches(texts, strangers.features).chunks(size)
