@@ -11,6 +11,7 @@ temporary files (TMPDIR).
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,24 +20,28 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # all models are made here
 if "--tiny" in sys.argv:
-    os.environ["OMP_NUM_THREADS"] = "1"  # the fastest for tiny models; child processes inherit it
+    # Child processes inherit both; one thread is the fastest for tiny models.
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
 from accelerate.state import AcceleratorState
 from bench_train import UPDATE, Clock, fastest_update, hardware, train_stock
+from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
+from torch import cuda
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train_model
-from train_model import prepare_card
+from train_model import OPTIMIZERS, CastWeightsOnce, Machine, PartialState, Plan, Run, Settings, prepare_card
 
 TOLERANCE = 1e-3  # nats; on a CPU, bfloat16 losses are within 2e-4 of float32's
 CAPS = (6.2e9, 6.4e9, 6.6e9, 7.2e9)  # bytes free, near the sizes at which the plan for GPT2-medium changes
@@ -64,22 +69,21 @@ class Lab(NamedTuple):
         """Like train_model.prepare_card, but with `free` bytes of the card, 0.3 GB of them for CUDA itself."""
         prepare_card(self.device)
         if self.has_card:
-            _, total = torch.cuda.mem_get_info()
+            _, total = cuda.mem_get_info()
             share = (free - 3e8) / total
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+            cuda.set_per_process_memory_fraction(min(1.0, share))
 
     def forget(self) -> None:
         """Free the card's memory and restart its count, as in a new process."""
         train_model.forget_trial("adamw_bnb_8bit")
         AcceleratorState._reset_state(reset_partial_state=True)  # otherwise the device of the last run stays
         if self.has_card:
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            torch.cuda.reset_peak_memory_stats()
+            cuda.empty_cache()
+            cuda.set_per_process_memory_fraction(1.0)
+            cuda.reset_peak_memory_stats()
 
 
 # ---------------------------------------------------------------------------- models, data, runs
-SMALL = {"CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8}  # settings for tiny models
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
 MODELS = {
     "gpt2": {**TINY, "model_type": "gpt2", "vocab_size": 500},
@@ -90,7 +94,7 @@ MODELS = {
 WORDS = ["the", "kettle", "sings", "at", "night", "and", "bakes", "bread"]
 
 
-def make_model(lab: Lab, name: str = "gpt2") -> Path:
+def make_model(lab: Lab, name: str) -> Path:
     """A model folder as from the hub, made once. The tokenizer has at most 400 tokens, the model may have more."""
     folder = lab.folder / name
     if folder.exists():
@@ -109,59 +113,58 @@ def make_model(lab: Lab, name: str = "gpt2") -> Path:
     return folder
 
 
-def make_data(lab: Lab, posts: int = 40, words: int = 60) -> Path:
-    """Made-up posts of up to `words` words, and 6 held-out ones."""
+def make_data(lab: Lab) -> Path:
+    """A folder of 240 made-up posts, 20 of them private, and 6 held-out ones."""
     rng = random.Random(0)
-    folder = lab.folder / f"data-{posts}"
+    folder = lab.folder / "data"
     folder.mkdir(exist_ok=True)
-    for split, count in (("train", posts), ("val", 6)):
+    for split, count in (("train", 240), ("val", 6)):
         with (folder / f"{split}_data.jsonl").open("w", encoding="utf-8") as file:
             for number in range(count):
-                post = make_post(rng, number, words)
+                post = make_post(rng, number)
                 file.write(json.dumps(post) + "\n")
     return folder
 
 
-def make_post(rng: random.Random, number: int, words: int) -> dict:
-    length = rng.randint(words // 4, words)
-    text = " ".join(rng.choices(WORDS, k=length))
-    request = {"role": "user", "content": f"Write about {rng.choice(WORDS)}."}
-    post = {"kind": "post", "blog": "blog", "path": f"{number}.md", "title": f"post {number}", "date": "2006-08-25"}
-    post["visibility"] = "private" if number % 2 else "public"
-    post["messages"] = [request, {"role": "assistant", "content": text}]
-    return post
+def make_post(rng: random.Random, number: int) -> dict:
+    words = rng.choices(WORDS, k=rng.randint(15, 60))
+    request = {"role": "user", "content": f"Write about {words[0]}."}
+    answer = {"role": "assistant", "content": " ".join(words)}
+    visibility = "private" if number < 20 else "public"
+    return {"messages": [request, answer], "visibility": visibility}
 
 
-def make_rows(lengths: list[int], updates: int):
-    """Packed rows, shuffled, of documents of these lengths in tokens, random and all scored."""
+def settings_for(lab: Lab, name: str, updates: int, **others) -> Settings:
+    """Train the model `name` on the made-up posts; windows are small for a tiny one. `others` are other settings."""
+    base = str(make_model(lab, name))
+    settings = replace(train_model.parse_arguments([]), base_model=base, data_dir=make_data(lab), max_steps=updates)
+    if name != "medium":
+        settings = replace(settings, context_tokens=64, overlap_tokens=8)
+    if not lab.has_card:
+        settings = replace(settings, cpu=True, precision="fp32")
+    return replace(settings, **{"learning_rate": 1e-3, **others})
+
+
+def make_rows(lengths: list[int], settings: Settings) -> Dataset:
+    """Packed rows for all updates, shuffled, of documents of these lengths in tokens, random and all scored."""
     rng = random.Random(0)
     tokenized = [(rng.choices(range(1, 500), k=length), [True] * length) for length in lengths]
-    rows = train_model.make_rows(tokenized, train_model.CONTEXT_TOKENS, 0, multiple=UPDATE)
-    return rows.shuffle(seed=0).select(range(updates * UPDATE))
+    rows = train_model.make_rows(tokenized, settings.context_tokens, overlap=0, multiple=UPDATE)
+    return rows.shuffle(seed=0).select(range(settings.max_steps * UPDATE))
 
 
-def run_training(lab: Lab, name: str, *flags: str, cpu: bool = False, **settings) -> str:
-    """Run train_model.main with `settings` into the folder `name`; returns its output. Raises what it raises."""
+def run_training(lab: Lab, name: str, settings: Settings) -> str:
+    """Run train_model.train into the folder `name`; returns its output. Raises what it raises."""
     lab.forget()
-    arguments = ["--output-dir", str(lab.folder / name), *flags]
-    if cpu or not lab.has_card:
-        arguments.append("--cpu")
-        # Use a precision that this CPU is slow in, too: its code is to be run.
-        settings["pick_precision"] = lambda _, wanted: "fp32" if wanted == "auto" else wanted
-
+    settings = replace(settings, output_dir=lab.folder / name)
     output = io.StringIO()
-    with mock.patch.multiple(train_model, **settings), redirect_stderr(output), redirect_stdout(output):
-        train_model.main(arguments)
+    with redirect_stderr(output), redirect_stdout(output):
+        train_model.train(settings)
     return output.getvalue()
 
 
-def input_flags(base: Path, data: Path, updates: int, rate: str = "1e-3") -> list[str]:
-    folders = ["--base-model", str(base), "--data-dir", str(data)]
-    return [*folders, "--max-steps", str(updates), "--learning-rate", rate]
-
-
 def training_report(lab: Lab, name: str) -> dict:
-    return json.loads((lab.folder / name / "training_report.json").read_text(encoding="utf-8"))
+    return train_model.read_json_object(lab.folder / name / "training_report.json")
 
 
 def loss_history(lab: Lab, name: str) -> list[float]:
@@ -176,56 +179,62 @@ def loss_history(lab: Lab, name: str) -> list[float]:
 
 
 def compare_losses(lab: Lab, name: str, one: str, other: str) -> Row:
-    pairs = zip(loss_history(lab, one), loss_history(lab, other), strict=False)
-    differences = [abs(left - right) for left, right in pairs]
+    differences = []
+    for left, right in zip(loss_history(lab, one), loss_history(lab, other), strict=False):
+        differences.append(abs(left - right))
     largest = max(differences)
     measured = f"{len(differences)} losses, {largest:.1e} nats apart"
     return Row(name, measured, f"at most {TOLERANCE:g}", largest <= TOLERANCE)
 
 
-def plan_and_train(lab: Lab, rows, free: float) -> tuple[train_model.Plan, float, Clock]:
+def plan_and_train(lab: Lab, settings: Settings, rows: Dataset, free: float) -> tuple[Plan, float, Clock]:
     """Train as train_model.py does with `free` bytes: (plan, planned bytes, clock). SystemExit if nothing fits."""
-    base = make_model(lab, lab.large)
-    updates = len(rows) // UPDATE
-    args = train_model.parse_arguments(input_flags(base, lab.folder, updates))
-    device = train_model.PartialState(cpu=not lab.has_card).device
-    machine = train_model.Machine(device, 1, lab.precision, int(free))
+    base = settings.base_model
+    device = PartialState(cpu=not lab.has_card).device
+    machine = Machine(device, 1, lab.precision, int(free))
     lab.prepare(free)
-    plan, forecast = train_model.make_plan(args, train_model.load_config(base), rows, machine)
+    config = train_model.load_config(base)
+    plan, forecast = train_model.make_plan(settings, config, rows, machine)
 
-    model = train_model.prepare_to_train(train_model.load_for_training(base), plan)
+    model = train_model.load_for_training(base)
+    model = train_model.prepare_to_train(model, plan, settings)
     clock = Clock()
-    callbacks = [train_model.CastWeightsOnce(model.device), clock]
+    callbacks = [CastWeightsOnce(model.device), clock]
     rows_of = {"train": rows, "val": rows.select(range(2))}
     data = {"val": {"author_bytes": 1}}
-    trainer = train_model.trainer_with(callbacks, args, lab.folder / "trial", plan, model, rows_of, data)
+    run = Run(settings, lab.folder / "trial", plan, rows_of, data)
+    trainer = train_model.trainer_with(callbacks, run, model)
     trainer.args.train_sampling_strategy = "sequential"
     trainer.train()
-    return plan, sum(forecast.memory.values()), clock
+    planned = sum(forecast.memory.values())
+    return plan, planned, clock
 
 
 # ---------------------------------------------------------------------------- the checks
 def losses(lab: Lab) -> Iterator[Row]:
     """Another device and another precision must learn the same as the CPU in float32."""
-    precision = "auto" if lab.has_card else "bf16"
+    precision = lab.precision if lab.has_card else "bf16"
     for name in ("gpt2", "llama"):
         expected = f"{name}-cpu"
         found = f"{name}-here"
-        flags = input_flags(make_model(lab, name), make_data(lab), 8)
-        run_training(lab, expected, *flags, cpu=True, **SMALL, PRECISION="fp32")
-        run_training(lab, found, *flags, **SMALL, PRECISION=precision)
-
-        used = training_report(lab, found)["plan"]["precision"]
-        title = f"losses: {name}, {used} on {lab.device.type}, beside the CPU's"
+        settings = settings_for(lab, name, updates=8, precision=precision)
+        run_training(lab, expected, replace(settings, precision="fp32", cpu=True))
+        # Also on a CPU that is slow in bfloat16, and would not take it.
+        with mock.patch.object(train_model, "pick_precision", lambda _, wanted: wanted):
+            run_training(lab, found, settings)
+        title = f"losses: {name}, {precision} on {lab.device.type}, beside the CPU's"
         yield compare_losses(lab, title, found, expected)
 
 
 def memory(lab: Lab) -> Iterator[Row]:
     """Measured beside planned memory: each way to train, then the planned way with little memory free."""
     free = train_model.free_memory(lab.device)
-    runs = [(free, (way,), 0) for way in train_model.OPTIMIZERS]
-    runs.append((free, train_model.OPTIMIZERS_OF_ADAPTERS[:1], train_model.USUAL_RANK))
-    runs += [(min(cap, free), train_model.OPTIMIZERS, 0) for cap in CAPS]
+    runs = [(free, train_model.OPTIMIZERS_OF_ADAPTERS[:1], train_model.USUAL_RANK)]
+    for way in OPTIMIZERS:
+        runs.append((free, (way,), 0))
+    for cap in CAPS:
+        runs.append((min(cap, free), OPTIMIZERS, 0))
+
     for free_bytes, ways, rank in runs:
         name = f"memory: {free_bytes / 1e9:.1f} GB free"
         yield from tried(lab, name, measure, name, free_bytes, ways, rank)
@@ -233,60 +242,59 @@ def memory(lab: Lab) -> Iterator[Row]:
 
 def measure(lab: Lab, name: str, free: float, ways: tuple, rank: int) -> Iterator[Row]:
     """Train in the first of `ways` that fits into `free` bytes."""
-    half = train_model.CONTEXT_TOKENS // 2  # two documents a row, so that attention needs a mask
-    rows = make_rows([half] * 8 * UPDATE, updates=4)
+    settings = settings_for(lab, lab.large, updates=4, lora_rank=rank)
+    half = settings.context_tokens // 2  # two documents a row, so that attention needs a mask
+    rows = make_rows([half] * 8 * UPDATE, settings)
     try:
-        with mock.patch.multiple(train_model, LORA_RANK=rank, OPTIMIZERS=ways, OPTIMIZERS_OF_ADAPTERS=ways):
-            plan, planned, _ = plan_and_train(lab, rows, free)
+        with mock.patch.object(train_model, "ways_to_train", lambda *_: ways):
+            plan, planned, _ = plan_and_train(lab, settings, rows, free)
     except SystemExit as stop:
         # A small card may lack memory for one of the ways, but the planned way must fit.
         passed = None if len(ways) == 1 else False
         yield Row(f"{name}, {ways[0]}", f"skipped: {stop}", "", passed)
         return
 
-    peak = torch.cuda.max_memory_reserved()
+    peak = cuda.max_memory_reserved()
     passed = peak <= planned + 1e9 if lab.has_card else None
     measured = f"{peak / 1e9:.2f} GB"
     wanted = f"at most {planned / 1e9:.2f} + 1 GB"
     yield Row(f"{name}, {describe(plan)}", measured, wanted, passed)
 
 
-def describe(plan: train_model.Plan) -> str:
+def describe(plan: Plan) -> str:
     recomputed = ", recomputed" if plan.checkpointing else ""
     return f"{plan.optimizer}{recomputed}, rank {plan.lora_rank}, {plan.rows_at_once} rows at once"
 
 
 def recipe(lab: Lab) -> Iterator[Row]:
     """The default recipe as on an 8 GB card: three trials of the learning rate, then the run."""
-    data = make_data(lab, posts=240, words=500) if lab.has_card else make_data(lab)
-    flags = input_flags(make_model(lab, lab.large), data, 24, rate=train_model.AUTO)
-    run_training(
-        lab, "recipe", *flags, free_memory=lambda _: FREE_OF_8_GB, prepare_card=lambda _: lab.prepare(FREE_OF_8_GB)
-    )
+    settings = settings_for(lab, lab.large, updates=24, learning_rate=train_model.AUTO)
+    small_card = {"free_memory": lambda _: FREE_OF_8_GB, "prepare_card": lambda _: lab.prepare(FREE_OF_8_GB)}
+    with mock.patch.multiple(train_model, **small_card):
+        run_training(lab, "recipe", settings)
 
     found = training_report(lab, "recipe")
+    plan = describe(Plan(**found["plan"]))
     bits = found["learning_rate"]["bits_per_byte_of_tried"].values()
-    trials = sum(value is not None for value in bits)
-    plan = describe(train_model.Plan(**found["plan"]))
-    measured = f"{plan}; {trials} trials; {found['verdict']}"
-    yield Row("recipe: 7.0 GB free", measured, "3 trials", trials == 3)
+    yield Row("recipe: 7.0 GB free", f"{plan}; {found['verdict']}", "no trial broke down", None not in bits)
 
 
 def speed(lab: Lab) -> Iterator[Row]:
     """Tokens a second in the fastest update, beside the stock recipe: Trainer as it comes, one document a row."""
-    updates = 12 if lab.has_card else 4
-    context = train_model.CONTEXT_TOKENS
-    lengths = random.Random(0).choices(range(16, 2 * context), k=2 * updates * UPDATE)
-    rows = make_rows(lengths, updates)
-    _, _, clock = plan_and_train(lab, rows, train_model.free_memory(lab.device))
+    settings = settings_for(lab, lab.large, updates=12 if lab.has_card else 4)
+    context = settings.context_tokens
+    documents = settings.max_steps * UPDATE
+    lengths = random.Random(0).choices(range(16, 2 * context), k=2 * documents)
+    rows = make_rows(lengths, settings)
+    _, _, clock = plan_and_train(lab, settings, rows, train_model.free_memory(lab.device))
     ours = fastest_update(clock, [len(tokens) for tokens in rows["input_ids"]])
 
     lab.forget()
-    lengths = [min(length, context) for length in lengths[: updates * UPDATE]]
+    lengths = [min(length, context) for length in lengths[:documents]]
     stock_rows = [{"input_ids": [1] * length} for length in lengths]
     try:
         with redirect_stdout(io.StringIO()):  # the trainer's log
-            clock = train_stock(make_model(lab, lab.large), stock_rows, lab.device, lab.precision)
+            clock = train_stock(settings.base_model, stock_rows, lab.device, lab.precision)
         stock = fastest_update(clock, lengths)
     except torch.OutOfMemoryError:
         stock = 0.0
@@ -299,46 +307,45 @@ def resume(lab: Lab) -> Iterator[Row]:
     """A killed run continues as if nothing had happened, with the averages of 8-bit Adam."""
     train_resumably(lab, "whole")
     # Only another process can be killed.
-    command = [sys.executable, __file__, "--victim", str(lab.folder)]
-    if not lab.has_card:
-        command.append("--tiny")
-    status = subprocess.run(command, capture_output=True, timeout=300, check=False).returncode
+    victim = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(lab,), daemon=True)
+    victim.start()
+    victim.join(timeout=300)
 
     output = train_resumably(lab, "killed")
     goes_on = f"the run that stopped after update {KILLED_AT - 1}" in output
-    passed = goes_on and status == -signal.SIGKILL
-    measured = f"status {status}, went on {goes_on}"
+    passed = goes_on and victim.exitcode == -signal.SIGKILL
+    measured = f"status {victim.exitcode}, went on {goes_on}"
     yield Row("resume: a killed run", measured, "status -9, went on True", passed)
     yield compare_losses(lab, "resume: losses beside the uninterrupted run's", "killed", "whole")
 
 
 def train_resumably(lab: Lab, name: str) -> str:
-    settings = {**SMALL, "OPTIMIZERS": (("adamw_bnb_8bit", False),), "CHECKPOINT_MINUTES": 0}
-    flags = input_flags(make_model(lab), make_data(lab), 10)
-    return run_training(lab, name, *flags, **settings)
+    settings = settings_for(lab, "gpt2", updates=10, checkpoint_minutes=0)
+    with mock.patch.object(train_model, "ways_to_train", lambda *_: [("adamw_bnb_8bit", False)]):
+        return run_training(lab, name, settings)
 
 
-def die(callback, args, state, control, **_) -> None:
-    """Replaces Progress.on_log: kills the process before the checkpoint of the update is written."""
-    if state.global_step == KILLED_AT:
-        os.kill(os.getpid(), signal.SIGKILL)
+def train_until_killed(lab: Lab) -> None:
+    """As train_resumably; the process is killed before the checkpoint of an update is written."""
+
+    def die(callback, args, state, control, **_) -> None:
+        if state.global_step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(train_model.Progress, "on_log", die):
+        train_resumably(lab, "killed")
 
 
 def report(lab: Lab) -> Iterator[Row]:
     """The report of a fully trained model and of one with adapters."""
-    script = str(Path(train_model.__file__).with_name("test_model.py"))
-    data = make_data(lab)
     for name, rank in (("full", 0), ("adapters", 4)):
-        flags = input_flags(make_model(lab), data, 4)
-        run_training(lab, name, *flags, **SMALL, LORA_RANK=rank)
-        command = [sys.executable, script, "--report", "--quick"]
-        command += ["--model-dir", str(lab.folder / name), "--data-dir", str(data)]
-        if not lab.has_card:
-            command.append("--cpu")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        last_line = "".join(done.stderr.splitlines()[-1:])
-        measured = f"status {done.returncode}; {last_line}"
-        yield Row(f"report: {name}", measured, "status 0", done.returncode == 0)
+        settings = settings_for(lab, "gpt2", updates=4, lora_rank=rank)
+        run_training(lab, name, settings)
+        command = [sys.executable, "test_model.py", "--report", "--quick"]
+        command += ["--model-dir", str(lab.folder / name), "--data-dir", str(settings.data_dir)]
+        done = subprocess.run(command, cwd=train_model.HERE, capture_output=True, text=True, timeout=300, check=False)
+        *_, last_line = done.stderr.splitlines() or [""]
+        yield Row(f"report: {name}", last_line, "exit status 0", done.returncode == 0)
 
 
 CHECKS = {check.__name__: check for check in (losses, memory, recipe, speed, resume, report)}
@@ -360,23 +367,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny models, on the CPU")
     parser.add_argument("--only", choices=CHECKS, metavar="NAME", help=", ".join(CHECKS))
-    parser.add_argument("--victim", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.tiny and not torch.cuda.is_available():
+    if not args.tiny and not cuda.is_available():
         sys.exit("PyTorch finds no graphics card; use --tiny to test this script on the CPU.")
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cpu" if args.tiny else "cuda")
+    precision = train_model.fastest_precision(device)
     large = "gpt2" if args.tiny else "medium"
-    small = mock.patch.dict(vars(train_model), SMALL if args.tiny else {})
-    with tempfile.TemporaryDirectory(prefix="bench_gpu-") as folder, small:
-        precision = train_model.fastest_precision(device)
-        lab = Lab(args.victim or Path(folder), device, not args.tiny, precision, large)
-        if args.victim:
-            with mock.patch.object(train_model.Progress, "on_log", die):
-                train_resumably(lab, "killed")
-            return 0
+    with tempfile.TemporaryDirectory(prefix="bench_gpu-") as folder:
+        lab = Lab(Path(folder), device, not args.tiny, precision, large)
         return run_checks(lab, [args.only] if args.only else list(CHECKS))
 
 

@@ -15,59 +15,52 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-
 import test_model
 import train_model
+from voice.asking import read_blog, write_words
+from voice.evidence import Evidence, NotMeasured
+from voice.loading import DTYPES, load_tuned
+from voice.reader import ReaderShare, attribute
+from voice.sampling import read_sampling
+from voice.style import Chunks, count_stretches, find_strangers, pick_chunk_size, pick_features
+from voice.word_index import WordIndex, author_texts
 
 
 def write(model_dir: Path, data_dir: Path, words: int) -> list[str]:
     """What a model answers to the requests of its author's unseen posts, copies of its training posts taken out."""
-    model, tokenizer = test_model.load_tuned(model_dir)
-    sampling = test_model.read_sampling(model.generation_config, tokenizer, None)
-    precision = train_model.pick_precision(model.device, train_model.PRECISION)
-    dtype = test_model.NUMBERS[precision]
-    model = model.to(dtype)
-    blog = test_model.read_blog(data_dir)
-    index = test_model.WordIndex(blog.train)
-    prompts = []
-    for post in blog.held_out:
-        request = post["messages"][:1]
-        prompts.append(test_model.prompt_tokens(tokenizer, request))
+    settings, _ = test_model.parse_arguments([])
+    model, tokenizer = load_tuned(model_dir)
+    sampling = read_sampling(model.generation_config, tokenizer, settings)
+    precision = train_model.pick_precision(model.device, train_model.AUTO)
 
-    rng = torch.Generator().manual_seed(42)
-    texts = []
-    while test_model.count_words(texts) < words:
-        places = range(len(texts), len(texts) + 24)
-        batch = [prompts[place % len(prompts)] for place in places]
-        for answer in test_model.whole_answers(model, tokenizer, batch, sampling, rng):
-            texts.append(index.without_copies(answer.text))
-    return texts
+    blog = read_blog(data_dir)
+    requests = [post["messages"][0]["content"] for post in blog.held_out]
+    evidence = Evidence(blog, requests=requests, words=words)
+    answers = write_words(model.to(DTYPES[precision]), tokenizer, evidence, sampling, model_dir.name)
+    index = WordIndex(blog.train)
+    return [index.without_copies(answer.text) for answer in answers]
 
 
-def judge(data_dir: Path, tested: dict[str, list[str]], left_out: list[str]) -> dict[str, test_model.ReaderShare]:
+def judge(data_dir: Path, tested: dict[str, list[str]], left_out: tuple[str, ...]) -> dict[str, ReaderShare]:
     """How much of each tested text a reader who knows the author's training posts gives to the author."""
-    blog = test_model.read_blog(data_dir)
-    known = [test_model.author_text(post) for post in blog.train]
-    features = test_model.pick_features(known)
-    test_model.NOT_STRANGERS = left_out
-    evidence = test_model.Evidence(blog)
-    strangers = test_model.find_strangers(evidence, features)
-    size = test_model.pick_chunk_size(tested)
+    blog = read_blog(data_dir)
+    known = author_texts(blog.train)
+    evidence = Evidence(blog, not_strangers=left_out)
+    strangers = find_strangers(evidence, pick_features(known))
+    sizes = []
+    for whose, texts in tested.items():
+        try:
+            sizes.append(pick_chunk_size({"author": texts}))
+        except NotMeasured as missing:
+            sys.exit(f"Too little to judge in {whose}: {missing}.")
+    size = min(sizes)
 
-    def chunks(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        counted = test_model.count_stretches(texts, strangers.features)
-        return counted.chunks(size)
+    def chunks(texts: list[str]) -> Chunks:
+        return count_stretches(texts, strangers.features).chunks(size)
 
     profile, _ = chunks(known)
     crowd = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
-    shares = {}
-    for name, texts in tested.items():
-        counted = chunks(texts)
-        asked = {"author": counted, "tuned": counted, "base": counted}
-        reader = test_model.ask_reader(profile, asked, crowd)
-        shares[name] = reader.author
+    shares, _ = attribute(profile, {name: chunks(texts) for name, texts in tested.items()}, crowd)
     return shares
 
 
@@ -82,8 +75,8 @@ def main() -> int:
     for entry in args.authors:
         name, data, *model = entry.split("=")
         folders[name] = Path(data)
-        blog = test_model.read_blog(folders[name])
-        tested[f"{name}'s posts"] = [test_model.author_text(post) for post in blog.held_out]
+        blog = read_blog(folders[name])
+        tested[f"{name}'s posts"] = author_texts(blog.held_out)
         if model:
             tested[f"{name}'s model"] = write(Path(model[0]), folders[name], args.words)
 
@@ -92,8 +85,9 @@ def main() -> int:
     print("|---" * len(columns) + "|")
     for name, folder in folders.items():
         cells = [name]
-        for taken in judge(folder, tested, list(folders)).values():
-            cells.append(f"{taken.share:.0%}")
+        shares = judge(folder, tested, tuple(folders))
+        for whose in tested:
+            cells.append(f"{shares[whose].share:.0%}")
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 

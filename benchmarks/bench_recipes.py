@@ -10,8 +10,9 @@ whose row names what was found. Every rate is tried with each of `--ranks` (LORA
 settings of `--dropouts` and `--overlaps` one by one, at the rate given last.
 
 Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
-a fortieth of its size (`--report --quick` with REPORT_SIZE = 0.25), for what is given away; last `--words` words, which
-the report's reader judges, who knows all training posts of the whole blog. `--bits-alone` leaves the two last out, and
+a fortieth of its size (REPORT_SIZE = 0.025), for what is given away: tries until the likeliest 12 tokens that were
+trained on have an even chance to come out. Last `--words` words, which the report's reader judges, who knows all
+training posts of the whole blog. `--bits-alone` leaves the two last out, and
 a first row gives the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
 
 `--first-version` adds a row for the first version of this project, which held its weights in bfloat16, cut every post
@@ -31,9 +32,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from transformers import (
@@ -51,9 +51,13 @@ from bench_train import hardware, peak_gigabytes, stock_rows
 
 import test_model
 import train_model
+from extract_blog_data import flag_type
+from train_model import SPLITS
+from voice.leaks import LENGTHS, tell_power
+from voice.loading import choose_device
+from voice.reader import ReaderShare
 
-SPLITS = ("train", "val")
-REPORTED = ("copied", "any settings: tries", "own settings: tries", "membership")
+REPORTED = ("copied", "any settings: tries", "own settings: tries")
 COLUMNS = ("gain", "minutes", "GB", "taken for the author", *REPORTED)
 
 
@@ -65,7 +69,7 @@ class Outcome:
     bits: list[float] = field(default_factory=list)  # bits per byte of the base model and after each epoch
     minutes: float | None = None
     gigabytes: float | None = None
-    taken: test_model.ReaderShare | None = None
+    taken: ReaderShare | None = None
     seen: dict = field(default_factory=dict)  # voice_report.json
 
     def line(self, epochs: int) -> str:
@@ -78,22 +82,17 @@ class Outcome:
 
     def tell_report(self) -> list[str]:
         """The columns REPORTED: what somebody might get out of the training posts."""
-        leaks = self.seen["leaks"]
-        groups = [group for name, group in leaks["groups"].items() if name != "held-out"]
-        membership = leaks.get("membership")
-        return [
-            f"{self.seen['copies']['tuned']['share']:.2%}",
-            fewest_tries(groups, "anyhow"),
-            fewest_tries(groups, "own"),
-            f"{membership['share']:.0%}" if membership else "",
-        ]
+        copied = self.seen["copies"]["tuned"]["share"]
+        by_group = self.seen["leaks"]["by_length"][str(LENGTHS[0])]
+        groups = [group for name, group in by_group.items() if name != "held-out"]
+        return [f"{copied:.2%}", fewest_tries(groups, "bound"), fewest_tries(groups, "sampled")]
 
 
 def tell(number: float | None) -> str:
     return "" if number is None else f"{number:.1f}"
 
 
-def tell_taken(taken: test_model.ReaderShare | None) -> str:
+def tell_taken(taken: ReaderShare | None) -> str:
     if taken is None:
         return ""
     low, high = taken.interval
@@ -104,7 +103,7 @@ def fewest_tries(groups: list[dict], chance: str) -> str:
     """Tries until the likeliest passage of all groups has an even chance to come out."""
     tries = [group[chance]["log10_tries"] for group in groups]
     possible = [number for number in tries if number is not None]
-    return test_model.tell_power(min(possible)) if possible else "never"
+    return tell_power(min(possible)) if possible else "never"
 
 
 @contextlib.contextmanager
@@ -126,44 +125,51 @@ def smaller_blog(folder: Path, posts: list[int] | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: int, settings: dict) -> Outcome:
-    """Train and report with train_model.py under other `settings`."""
+def our_recipe(args: argparse.Namespace, data: Path, rate: float | str, seed: int, others: dict) -> Outcome:
+    """Train and report with train_model.py under `others`, by the name of the setting."""
     logging.set_verbosity_error()
     train_model.keep_freed_memory()
-    watching = {"EVALUATIONS_PER_EPOCH": 1, "PATIENCE": args.epochs + 1, "SEED": seed}
-    reporting = {"REPORT_SIZE": 0.25, "NOT_STRANGERS": [args.name] if args.name else []}
-    others = "".join(f", {name} {value:g}" for name, value in settings.items())
-    others += f", seed {seed}" if len(args.seeds) > 1 else ""
-    outcome = Outcome(f"{rate}{others}")
+    changed = "".join(f", {name.upper()} {value:g}" for name, value in others.items())
+    changed += f", seed {seed}" if len(args.seeds) > 1 else ""
+    outcome = Outcome(f"{rate}{changed}")
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         model = Path(scratch, "model")
-        recipe = ["--learning-rate", str(rate), "--epochs", str(args.epochs)]
+        flags = ["--base-model", args.base_model, "--data-dir", str(data), "--output-dir", str(model)]
+        recipe = {"learning_rate": rate, "epochs": args.epochs, "seed": seed, **others}
+        settings = replace(train_model.parse_arguments(flags), **recipe)
         began = time.monotonic()
-        with mock.patch.multiple(train_model, **watching, **settings):
-            folders = ["--data-dir", str(data), "--output-dir", str(model)]
-            train_model.main(["--base-model", args.base_model, *recipe, *folders])
+        train_model.train(replace(settings, evaluations_per_epoch=1, patience=args.epochs + 1))
         outcome.minutes = (time.monotonic() - began) / 60
         outcome.gigabytes = peak_gigabytes()
 
-        history = json.loads((model / "training_report.json").read_text(encoding="utf-8"))
+        history = train_model.read_json_object(model / "training_report.json")
         if rate == train_model.AUTO:
-            outcome.recipe = f"{rate} ({history['learning_rate']['used']:g}){others}"
+            outcome.recipe = f"{rate} ({history['learning_rate']['used']:g}){changed}"
         outcome.bits = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(history["log"])]
-        if args.bits_alone:
-            return outcome
-
-        with mock.patch.multiple(test_model, **reporting):
-            test_model.main(["--data-dir", str(data), "--model-dir", str(model), "--report", "--quick"])
-        outcome.seen = json.loads((model / "voice_report.json").read_text(encoding="utf-8"))
-        outcome.taken = voice_of(args, model)
+        if not args.bits_alone:
+            outcome.seen = report_of(args, data, model)
+            outcome.taken = voice_of(args, model)
     return outcome
 
 
-def voice_of(args: argparse.Namespace, model: Path) -> test_model.ReaderShare:
+def report_of(args: argparse.Namespace, data: Path, model: Path) -> dict:
+    """What voice_report.json holds, made from a fortieth of the words."""
+    settings, mode = test_model.parse_arguments(["--data-dir", str(data), "--model-dir", str(model), "--report"])
+    settings = replace(settings, report_size=0.025, not_strangers=names_of(args))
+    test_model.run(settings, mode, choose_device(cpu_wanted=False))
+    return train_model.read_json_object(model / "voice_report.json")
+
+
+def names_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of the author among the strangers."""
+    return (args.name,) if args.name else ()
+
+
+def voice_of(args: argparse.Namespace, model: Path) -> ReaderShare:
     """How much of what a model writes the reader gives to the author, known by the whole blog."""
     texts = write(model, args.data_dir, args.words)
-    return judge(args.data_dir, {"model": texts}, [args.name] if args.name else [])["model"]
+    return judge(args.data_dir, {"model": texts}, names_of(args))["model"]
 
 
 def base_voice(args: argparse.Namespace) -> Outcome:
@@ -203,13 +209,14 @@ def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
     tokenizer = train_model.load_tokenizer(args.base_model)
     conversations = {split: train_model.read_conversations(data / f"{split}_data.jsonl") for split in SPLITS}
     tokenized = {split: train_model.tokenize(tokenizer, entries) for split, entries in conversations.items()}
-    ours = {
-        split: train_model.make_rows(entries, 512, train_model.OVERLAP_TOKENS) for split, entries in tokenized.items()
-    }
+    settings = train_model.parse_arguments([])
+    ours = {}
+    for split, entries in tokenized.items():
+        ours[split] = train_model.make_rows(entries, 512, settings.overlap_tokens)
     measure = Measure(ours["val"], train_model.author_bytes(conversations["val"]))
 
     rows, _ = stock_rows(tokenizer, conversations["train"])
-    updates_per_epoch = math.ceil(len(ours["train"]) / train_model.ROWS_PER_UPDATE)
+    updates_per_epoch = math.ceil(len(ours["train"]) / settings.rows_per_update)
     arguments = TrainingArguments(
         output_dir="/nonexistent",
         per_device_train_batch_size=1,
@@ -239,7 +246,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the author among the strangers")
     parser.add_argument("--words", type=int, default=3_000, help="that the reader judges")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rates", type=train_model.number_or_auto, nargs="+", default=[2e-5, 1e-4, 2e-4, 4e-4])
+    rate = flag_type(train_model.SETTINGS["LEARNING_RATE"])
+    parser.add_argument("--rates", type=rate, nargs="+", default=[2e-5, 1e-4, 2e-4, 4e-4])
     parser.add_argument("--dropouts", type=float, nargs="*", default=[])
     parser.add_argument("--overlaps", type=int, nargs="*", default=[])
     parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="LORA_RANK; 0 trains the whole model")
@@ -263,17 +271,17 @@ def main() -> None:
     print("|---" * len(columns) + "|", flush=True)
 
     last_rate = args.rates[-1]
-    tries = [(rate, {"LORA_RANK": rank} if rank else {}) for rate in args.rates for rank in args.ranks]
-    tries += [(last_rate, {"DROPOUT": value}) for value in args.dropouts]
-    tries += [(last_rate, {"OVERLAP_TOKENS": value}) for value in args.overlaps]
+    tries = [(rate, {"lora_rank": rank} if rank else {}) for rate in args.rates for rank in args.ranks]
+    tries += [(last_rate, {"dropout": value}) for value in args.dropouts]
+    tries += [(last_rate, {"overlap_tokens": value}) for value in args.overlaps]
 
     with smaller_blog(args.data_dir, args.posts) as data:
         if not args.bits_alone:
             print(apart(base_voice, args).line(args.epochs), flush=True)
         if args.first_version:
             print(apart(first_recipe, args, data, args.rates[0]).line(args.epochs), flush=True)
-        for (rate, settings), seed in itertools.product(tries, args.seeds):
-            print(apart(our_recipe, args, data, rate, seed, settings).line(args.epochs), flush=True)
+        for (rate, others), seed in itertools.product(tries, args.seeds):
+            print(apart(our_recipe, args, data, rate, seed, others).line(args.epochs), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     tokenizer = train_model.load_tokenizer(model_folder)
     model = train_model.load_for_training(model_folder)
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations]
-    rows = train_model.make_rows(tokenized, 512, train_model.OVERLAP_TOKENS)
+    settings = train_model.parse_arguments([])
+    rows = train_model.make_rows(tokenized, 512, settings.overlap_tokens)
     if full:
         rows = rows.filter(lambda row: len(row["input_ids"]) == 512)
     rows = rows.shuffle(seed=0).select(range(updates * UPDATE))
@@ -121,7 +122,7 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     )
     trainer.train()
 
-    authors = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+    authors = [sum(label != train_model.UNSCORED for label in labels) for labels in rows["labels"]]
     found = figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
     return {**found, "taken": found["gigabytes"] - before, "planned": planned_gigabytes(model_folder, 512)}
 

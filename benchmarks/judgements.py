@@ -107,7 +107,8 @@ def main() -> int:
     for judge, numbers in NUMBERS.items():
         witnesses = [blog[judge] for blog in seen]
         for number in numbers:
-            fewer, more = count_changes(witnesses, number, 0.8), count_changes(witnesses, number, 1.2)
+            fewer = count_changes(witnesses, number, 0.8)
+            more = count_changes(witnesses, number, 1.2)
             print(f"{number:<24}{getattr(x, number):>7}{fewer:>29}{more:>9}", flush=True)
     return 0
 

@@ -1,7 +1,6 @@
-"""benchmarks/bench_recipes.py: its rows are what train_model.py and test_model.py say, and settings come back."""
+"""benchmarks/bench_recipes.py: its rows are what train_model.py and test_model.py say."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -11,26 +10,23 @@ from conftest import conversations, write_jsonl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_recipes
 
-import test_model
 import train_model
+from voice.leaks import tell_power
 
 
 @pytest.fixture
 def blog(tmp_path, monkeypatch) -> Path:
-    """Data of more posts than are asked for; rows are made in this process, and handlers of signals put back."""
+    """Data of more posts than are asked for; rows are made in this process."""
     monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
     monkeypatch.setattr(train_model, "PRECISION", "fp32")
     monkeypatch.setattr(bench_recipes, "apart", lambda work, *given: work(*given))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     folder = tmp_path / "data"
     write_jsonl(folder / "train_data.jsonl", conversations(24, words=200))
     write_jsonl(folder / "val_data.jsonl", conversations(9, seed=1, words=200))
     hashes = dict.fromkeys(("train_data.jsonl", "val_data.jsonl"), "of the whole data")
     (folder / "extraction_report.json").write_text(json.dumps({"sha256": hashes}))
-    yield folder
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return folder
 
 
 def table(capsys, monkeypatch, *flags) -> list[dict[str, str]]:
@@ -46,13 +42,8 @@ def table(capsys, monkeypatch, *flags) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def settings() -> dict:
-    return {name: getattr(train_model, name) for name in train_model.SETTINGS}
-
-
 def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, monkeypatch):
     """Of as many posts as asked for, evaluated after each epoch; `auto` names the rate that it found."""
-    before = settings()
     flags = ("--base-model", gpt2_folder, "--data-dir", blog, "--posts", 12, 3, "--epochs", 2, "--bits-alone")
     rows = table(capsys, monkeypatch, *flags, "--rates", "1e-2", "auto", "--ranks", 0, 4)
     assert [row["learning rate"] for row in rows] == [
@@ -61,7 +52,6 @@ def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, mo
         "auto (0.0002)",
         "auto (0.002), LORA_RANK 4",
     ]
-    assert settings() == before
 
     # The first of them by hand.
     for name, number in (("train_data.jsonl", 12), ("val_data.jsonl", 3)):
@@ -81,18 +71,21 @@ def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, mo
 
 def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():
     """Fewest tries of all texts that were trained on, and never those of held-out posts."""
-    seen = {
-        "copies": {"tuned": {"share": 0.0123}},
-        "leaks": {
-            "groups": {
-                "private": {"anyhow": {"log10_tries": 12.0}, "own": {"log10_tries": None}},
-                "public": {"anyhow": {"log10_tries": 3.0}, "own": {"log10_tries": 30.0}},
-                "held-out": {"anyhow": {"log10_tries": 1.0}, "own": {"log10_tries": 1.0}},
-            },
-            "membership": {"share": 0.75},
-        },
+    groups = {
+        "private": {"bound": {"log10_tries": 12.0}, "sampled": {"log10_tries": None}},
+        "public": {"bound": {"log10_tries": 3.0}, "sampled": {"log10_tries": 30.0}},
+        "held-out": {"bound": {"log10_tries": 1.0}, "sampled": {"log10_tries": 1.0}},
     }
+    seen = {"copies": {"tuned": {"share": 0.0123}}, "leaks": {"by_length": {"12": groups}}}
     outcome = bench_recipes.Outcome("1e-4", seen=seen)
-    assert outcome.tell_report() == ["1.23%", test_model.tell_power(3.0), test_model.tell_power(30.0), "75%"]
-    del seen["leaks"]["membership"]
-    assert outcome.tell_report()[-1] == ""
+    assert outcome.tell_report() == ["1.23%", tell_power(3.0), tell_power(30.0)]
+
+
+def test_what_a_model_gives_away_comes_from_its_report(gpt2_folder, blog, capsys, monkeypatch):
+    """The reader, who needs more words than this, is left out."""
+    monkeypatch.setattr(bench_recipes, "voice_of", lambda *_: None)
+    flags = ("--base-model", gpt2_folder, "--data-dir", blog, "--posts", 12, 3, "--epochs", 1)
+    base, row = table(capsys, monkeypatch, *flags, "--rates", "1e-2")
+    assert base["learning rate"] == "base model"
+    assert row["copied"].endswith("%")
+    assert row["any settings: tries"]
