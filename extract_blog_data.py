@@ -1395,8 +1395,8 @@ AUTO_REPLY = "<AUTO-REPLY>"  # Pidgin's sign of an automatic answer
 # <name> at the start of a line, which HTML takes for an element: behind a time, or with a sign that no element has
 ANGLED = re.compile(rf"^((?:[(\[]?{STAMP}[)\]]?[ \t]*))?<(\w[^<>\n:/]{{0,29}})>(?=[ \t]+\S)|{AUTO_REPLY}", re.MULTILINE)
 
-# Guesses. The nine public blogs and the sample hold three chats (benchmarks/judgements.py); 20 % more or less, at least
-# one, changes none to four posts. The tests have texts just on either side.
+# Guesses. The nine public blogs and the sample hold one chat and three interviews (benchmarks/judgements.py); 20 % more
+# or less, at least one, changes none to four posts. The tests have texts just on either side.
 LINES_BETWEEN = 4  # from one timed line of a chat to the next, that line included: long messages wrap
 LEAST_SPOKEN = 4  # lines of a chat without times; three may be a joke
 LEAST_SPEAKERS = 2  # who speak twice; a list of "eggs: two" has no name twice

@@ -5,9 +5,9 @@
 
 Reads the blogs as the extractor does and keeps what its guesses were asked: whether an editor broke a post's lines
 (is_hard_wrapped), whether a block is verse or code (looks_like_prose), which lines are pasted chats (timed_chat,
-headed_chat, spoken_chat). First a row a blog: what was asked and how often the answer was yes. Then a row for each number of the
-guesses: how many answers change if it is a fifth smaller or a fifth larger. A number that changes none of them can
-stay as it is; one that changes many ought to be looked at with --show.
+headed_chat, spoken_chat). First a row a blog: what was asked and how often the answer was yes. Then a row for each
+number of the guesses: how many answers change if it is a fifth smaller or a fifth larger. A number that changes none of
+them can stay as it is; one that changes many ought to be looked at with --show.
 """
 
 import argparse
