@@ -5,9 +5,9 @@
 
 Reads the blogs as the extractor does and keeps what its guesses were asked: whether an editor broke a post's lines
 (is_hard_wrapped), whether a block is verse or code (looks_like_prose), which lines are pasted chats (timed_chat,
-spoken_chat). First a row a blog: what was asked and how often the answer was yes. Then a row for each number of the
-guesses: how many answers change if it is a fifth smaller or a fifth larger. A number that changes none of them can
-stay as it is; one that changes many ought to be looked at with --show.
+headed_chat, spoken_chat). First a row a blog: what was asked and how often the answer was yes. Then a row for each
+number of the guesses: how many answers change if it is a fifth smaller or a fifth larger. A number that changes none of
+them can stay as it is; one that changes many ought to be looked at with --show.
 """
 
 import argparse
@@ -33,7 +33,8 @@ NUMBERS = {
     ],
     "looks_like_prose": ["MOST_CODE_LINES", "LEAST_FUNCTION_WORDS"],
     "timed_chat": ["LINES_BETWEEN"],
-    "spoken_chat": ["LEAST_SPOKEN", "LEAST_SPEAKERS", "LONGEST_SPOKEN"],
+    "headed_chat": ["LEAST_SPOKEN", "LEAST_SPEAKERS"],
+    "spoken_chat": ["LEAST_SPOKEN", "LEAST_SPEAKERS", "LONGEST_SPOKEN", "MOST_COMPOSED"],
 }
 
 
@@ -95,7 +96,7 @@ def main() -> int:
         print(
             f"{blog.resolve().name:<24}{len(witnesses['is_hard_wrapped'].asked):>7}{yes['is_hard_wrapped']:>9}"
             f"{len(witnesses['looks_like_prose'].asked):>8}{yes['looks_like_prose']:>7}"
-            f"{yes['timed_chat'] + yes['spoken_chat']:>7}",
+            f"{yes['timed_chat'] + yes['headed_chat'] + yes['spoken_chat']:>7}",
             flush=True,
         )
         wrapped = witnesses["is_hard_wrapped"]
