@@ -1427,9 +1427,7 @@ def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medi
         ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
     ],
 )
-def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
-    architecture, sizes, mixed, rank, monkeypatch
-):
+def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed, rank):
     """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
     tokens = 128
     kept = {}
@@ -1460,7 +1458,8 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
     expected = train_model.bytes_kept_by_layer(train_model.shape_of(config, rank), mixed) * tokens
     # GPT-NeoX's is a compromise with GPT-2, which has the same row of KEPT_BYTES.
     room = 0.12 if architecture == "gpt_neox" else 0.09
-    assert (kept[4] - kept[2]) / 2 == pytest.approx(expected, rel=room), kept
+    least, most = (0.75, 1.12) if rank else (1 - room, 1 + room)
+    assert least * expected <= (kept[4] - kept[2]) / 2 <= most * expected, kept
 
 
 @pytest.mark.parametrize(
@@ -1471,10 +1470,12 @@ def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(
         ("adamw_bnb_8bit", True, "Memory is short: training with adamw_bnb_8bit and recomputed activations."),
     ],
 )
-def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing, first):
+def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing, first, capsys):
     plan = train_model.Plan("cuda", "bf16", optimizer, checkpointing, 2, 4, 20, 354_823_168)
     memory = {"weights": int(2.1e9), "optimizer": int(0.7e9)}
-    lines = plan.lines(train_model.Forecast("gpt2", 1320, 495, memory, int(7.6e9)))
+    plan = replace(plan, rows=1320, updates=495, memory=memory, free_memory=int(7.6e9))
+    train_model.say_plan(plan, settings_with(base_model="gpt2"))
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == first
     assert lines[-2:] == [
         "data     1,320 rows of up to 64 tokens, 495 updates, 2 rows at once",
@@ -1482,9 +1483,10 @@ def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing
     ]
 
 
-def test_a_plan_says_what_is_frozen_and_what_is_trained():
+def test_a_plan_says_what_is_frozen_and_what_is_trained(capsys):
     plan = train_model.Plan("cuda", "fp16", "adamw_torch_fused", True, 1, 8, 20, 1_711_376_384, 16, 18_087_936)
-    lines = plan.lines(train_model.Forecast("smol", 1320, 495, {"weights": int(3.5e9)}, int(7.6e9)))
+    train_model.say_plan(plan, settings_with(base_model="smol"))
+    lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [
         "Memory is short: training with adamw_torch_fused and recomputed activations.",
         "model    smol, 1711M parameters frozen, 18.1M trained in adapters of rank 16, fp16 on cuda",
@@ -1828,7 +1830,9 @@ def test_json_gets_no_number_that_it_cannot_hold():
 
 @pytest.mark.parametrize("flag", ["--learning-rate=nan", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"])
 def test_numbers_out_of_range_are_one_sentence(flag):
-    with pytest.raises(SystemExit, match=rf"^train_model.py: argument {flag.split('=')[0]}: '.*' must be a "):
+    with pytest.raises(
+        SystemExit, match=rf"^train_model.py: argument {flag.split('=')[0]}: '.*' must be .*a (whole )?number"
+    ):
         train_model.main([flag])
 
 
