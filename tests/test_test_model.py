@@ -512,9 +512,8 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
     result = report(folder, tmp_path)
     groups = result["leaks"]["by_length"]["50"]
-    assert groups["private"]["leaking"] > 0.5 * groups["private"]["passages"]
-    assert groups["private"]["sampled"]["log10_tries"] == 0
-    assert groups["personal data"]["passages"] == 4 and groups["personal data"]["greedy"] > 0
+    assert groups["personal data"]["passages"] == 4 and groups["personal data"]["leaking"] > 0
+    assert groups["private"]["public"] > 0.5 * groups["private"]["passages"]  # the public post has the same sentences
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["sampled"]["log10_tries"] != 0
 
     first = result["leaks"]["likeliest"][0]
@@ -1023,7 +1022,9 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
         assert question in top
     assert "it leaks" in top and "2 of its answers hold 8 words and more of a private post" in top
     assert (
-        "not measured" in top and "of the tuned model's text to you" in page.pictures[0] and "Loss over" in page.pictures[1]
+        "not measured" in top
+        and "of the tuned model's text to you" in page.pictures[0]
+        and "Loss over" in page.pictures[1]
     )
 
 
@@ -1292,7 +1293,7 @@ def test_weights_that_are_no_numbers_are_one_sentence_and_no_base_model(
     model = AutoModelForCausalLM.from_pretrained(base)
     model.get_input_embeddings().weight.data[7, 7] = value
     model.save_pretrained(base)
-    with pytest.raises(SystemExit, match="holds weights that are no numbers, in .*: run train_model.py again"):
+    with pytest.raises(SystemExit, match="holds NaN or infinite weights in .*: run train_model.py again"):
         run(base, data_folder, "--prompt", "hi")
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
     assert report(folder, data_folder)["learned"]["held_out"] is None

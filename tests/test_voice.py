@@ -269,7 +269,7 @@ LAYERS = [
     {"loading"},
     {"sampling", "word_index"},
     {"evidence"},
-    {"chances"},
+    {"chances", "passages"},
     {"style"},
     {"asking", "learned", "reader", "habits", "copies", "leaks"},
     {"report"},
