@@ -1134,7 +1134,9 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
         assert question in top
     assert "it leaks" in top and "2 of its answers hold 8 words and more of a private post" in top
     assert (
-        "not measured" in top and "of the tuned model's text to you" in page.pictures[0] and "Loss over" in page.pictures[1]
+        "not measured" in top
+        and "of the tuned model's text to you" in page.pictures[0]
+        and "Loss over" in page.pictures[1]
     )
 
 
