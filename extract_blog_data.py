@@ -2925,18 +2925,9 @@ def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.
 
 
 # ---------------------------------------------------------------- split
-FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
-
-
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
-    """The posts as train and validation, each in their order; says so where chance held out many or few."""
+    """The posts as train and validation, each in their order."""
     chosen = choose_validation(posts, share)
-    held = len(chosen) / len(posts)
-    if len(posts) > 1 and abs(held - share) > FAR_OFF * share:
-        say(
-            f"{len(chosen):,} of {len(posts):,} posts are held out, {held:.0%} instead of {share:.0%}: a hash of its "
-            "name decides for each post alone, so that a new one moves no other."
-        )
     return {
         "train": [post for number, post in enumerate(posts) if number not in chosen],
         "validation": [post for number, post in enumerate(posts) if number in chosen],
@@ -3131,6 +3122,7 @@ def errors_named(file: Path) -> Iterator[None]:
 
 # ---------------------------------------------------------------- report
 MOST_ROWS = 5  # of what is not read
+FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
 
 
 def make_report(
@@ -3156,6 +3148,7 @@ def make_report(
         "files_skipped": counted(post.reason for post in skipped),
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
+        "validation_share": settings.validation_share,
         "words": words,
         "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
         "chat_words": dict(sum((post.chat_words for post in posts), Counter())),
@@ -3167,6 +3160,16 @@ def make_report(
         "authors": [hide(author) for author in sorted(settings.authors)],
         "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
     }
+
+
+def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
+    """A sentence where chance held out far more or fewer posts than the setting says."""
+    total = sum(posts.values())
+    share = posts["validation"] / total
+    if total == 1 or abs(share - wanted) <= FAR_OFF * wanted:
+        return []
+    held = f"{posts['validation']:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
+    return [f"{held}: a hash of its name decides for each alone, so that a new one moves no other"]
 
 
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
@@ -3243,6 +3246,7 @@ def print_report(report: dict, data_dir: Path):
     # Names on the left, numbers on the right.
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
+    lines += tell_share(report["posts"], report["validation_share"])
     lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")
     print_or_exit("\n".join(lines), f"the data are complete, and {data_dir / REPORT_FILE} has the numbers")
 
