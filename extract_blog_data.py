@@ -827,6 +827,7 @@ def why_no_file(path: Path) -> str:
 # tag only the tag itself is removed, and the text up to its end tag stays.
 # The value is the kind of words in the report.
 LIQUID = "Liquid and shortcodes"
+PUT_IN = "put in from the front matter"  # a negative number
 DROPPED_TAGS = dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes")  # somebody else's words
 DROPPED_TAGS |= dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code")
 DROPPED_TAGS |= dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code")
@@ -920,7 +921,7 @@ def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
         out.append(kept)
 
         gone = count_words(text[found.start() : position]) - count_words(kept)
-        left_out[kind_of_words(found)] += gone
+        left_out[kind_of_words(found) if gone >= 0 else PUT_IN] += gone
         found_words -= gone
     whole = "".join(out) + text[position:]
 
@@ -1503,7 +1504,7 @@ PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 COMPARISON = re.compile(r"<(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)])<(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>)")
 # What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
 MARKUP_SIGN = re.compile(
-    r"<[^<>]*>|\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)|\]\s?\[[^\]]*\]|!\[[^\]]*\]|\[\^[^\]]*\]|\{:[^}]*\}|"
+    r"<[^<>]*>|\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)|\]\s?\[[^\]]*\]|!\[[^\]]*(?=\])|\[\^[^\]]*\]|\{:[^}]*\}|"
     r"^[> ]*(?:\*?\[[^\]]*\]:.*(?:\n\s+[\"'(].*)?|\d+[.)]|(?:```|~~~).*)",
     re.MULTILINE,
 )
@@ -1558,7 +1559,7 @@ def count_markup(source: str, tree: Tag, read: Counter, left_out: Counter):
     """Adds to left_out the words of the source that are in no text of the tree: alternative texts, tags, addresses.
 
     A word that is in none of these is one that the parser has lost."""
-    plain = unescape(source)
+    plain = html.unescape(unescape(source)).replace("\\_", "_")  # what was escaped twice is resolved twice
     words = Counter(words_of(plain))
     gone = words - read
     captions = Counter(words_of(" ".join(str(image.get("alt", "")) for image in tree.find_all("img")))) & gone
@@ -2653,6 +2654,9 @@ def errors_named(file: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- report
+MOST_LOSERS = 20  # posts of which the report says by kind what is left out
+
+
 def make_report(
     posts: list[Post], splits: dict[str, list[Post]], settings: Settings, sites: list[Site], key: bytes
 ) -> dict:
@@ -2677,6 +2681,7 @@ def make_report(
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "words": words,
+        "ledger": make_ledger(posts),
         "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
         "replies": counted(case for post in kept for case in post.cases.elements()),
         "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
@@ -2686,6 +2691,40 @@ def make_report(
         "authors": [hide(author) for author in sorted(settings.authors)],
         "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
     }
+
+
+def make_ledger(posts: list[Post]) -> dict:
+    """Where the words of the bodies are: found = kept in conversations + left out, by kind; negative is put in."""
+    left_out = sum_of_counts(post.left_out for post in posts)
+    losers = sorted(posts, key=lambda post: sum(post.left_out.values()), reverse=True)[:MOST_LOSERS]
+    rows = [(p.blog, p.path, p.found, count_words(p.text), nonzero(p.left_out)) for p in losers]
+    return {
+        "found": sum(post.found for post in posts),
+        "kept": sum(count_words(post.text) for post in posts),
+        "left_out": nonzero(left_out),
+        "posts_that_lose_most": table(("blog", "path", "found", "kept", "left_out"), rows),
+    }
+
+
+def sum_of_counts(counters: Iterable[Counter]) -> Counter:
+    """Unlike the sum of Counters, it keeps what is negative."""
+    total = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def nonzero(counts: Counter) -> dict[str, int]:
+    return {kind: number for kind, number in counts.most_common() if number}
+
+
+def ledger_rows(ledger: dict) -> dict[str, int]:
+    """The ledger as it is printed: what is above a hundredth by its kind, the rest as one row."""
+    rows = {"words in the bodies": ledger["found"], "  kept in posts": ledger["kept"]}
+    large = {kind: number for kind, number in ledger["left_out"].items() if number > ledger["found"] / 100}
+    rows |= {f"  left out: {kind}": number for kind, number in large.items()}
+    rows["  left out: other kinds"] = sum(ledger["left_out"].values()) - sum(large.values())
+    return rows
 
 
 def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], list[tuple]]:
@@ -2722,6 +2761,7 @@ def print_report(report: dict, data_dir: Path):
         rows[f"  skipped: {reason}"] = number
 
     # What is in the data files, as the training reads them.
+    rows |= ledger_rows(report["ledger"])
     for split, number in report["words"].items():
         rows[f"words, {split}"] = number
     for line in report["conversations"]:
