@@ -220,10 +220,10 @@ def test_tags_on_one_line_are_split_at_commas_if_there_are_any(typed, tags):
     assert x.read_tags({"tags": typed}, post, x.parse_arguments([])) == tags
 
 
-# Each has the word "lost" in what goes, once for each time that the row counts.
+# Each holds the word "lost", which goes; the number is that of all words that go with it.
 LEFT_OUT = [
     ("> lost", "quotes", 1),
-    ("{% quote Ann %}lost{% endquote %}", "quotes", 3),
+    ("{% quote Ann %}lost{% endquote %}", "quotes", 4),
     ("> hers\n\n\u2014 Lost Ann", "quotes", 3),
     ("```\nlost = 1\n```", "code", 2),
     ("    lost = lost();\n", "code", 2),
@@ -234,14 +234,14 @@ LEFT_OUT = [
     ("<figure><figcaption>lost</figcaption></figure>", "captions", 1),
     ("[Lost](/a) [Found](/b)", "menus", 2),
     ("<nav>lost</nav>", "menus", 1),
-    ("ann (10:36 PM): lost\nbob (10:37 PM): found", "chats", 8),
+    ("ann (10:36 PM): lost\nbob (10:37 PM): found", "chats", 10),
     ("https://lost.example/lost", "bare links", 4),
     ("Mine, at https://lost.example/lost", "bare links", 2),
     ("{% lost %}", x.LIQUID, 1),
     ("{% if a %}{% else %}lost{% endif %}", x.LIQUID, 5),
     ("<!-- lost -->", "comments in the source", 1),
     ("Technorati Tags: lost", "tails", 3),
-    ('<div class="sharedaddy">lost</div>', "themes and tools", 1),
+    ('<div class="blogger-post-footer">lost</div>', "themes and tools", 1),
     ("<b class='lost'>Mine</b> [Mine](/lost)", "markup", 5),
     ("[Mine][a]\n\n[a]: http://lost.example/", "markup", 5),
 ]
