@@ -87,6 +87,7 @@ import numpy as np
 import phonenumbers
 import yaml
 from bs4 import BeautifulSoup, NavigableString, Tag
+from bs4.element import PreformattedString
 from bs4.exceptions import ParserRejectedMarkup
 from markdown.blockprocessors import BlockQuoteProcessor
 from markdown.inlinepatterns import HtmlInlineProcessor
@@ -238,6 +239,7 @@ def read_post(post: Post, settings: Settings) -> Post:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
+    leave_out(post, UNUSED)
     converter.cache_clear()  # an interrupted converter cannot be used again
     return post
 
@@ -261,6 +263,8 @@ def fill_post(post: Post, settings: Settings) -> str:
         return "no front matter"
     own, body = parts
     meta = overlay(post.defaults, own)
+    post.found = count_words(body)
+    post.left_out = Counter({UNUSED: post.found})  # until the text is there
     if is_unpublished(meta):
         return "unpublished"
 
@@ -273,10 +277,13 @@ def fill_post(post: Post, settings: Settings) -> str:
     is_html = post.file.suffix.lower() in HTML_SUFFIXES
     title = clean_title(meta.get("title"))
     chats: list[list[Said]] = []
-    text = to_text(strip_markup(body, meta), is_html, title, settings.line_breaks, chats)
+    left_out = Counter()
+    text = to_text(strip_markup(body, meta, left_out), is_html, title, settings.line_breaks, left_out, chats)
     post.date = day.isoformat() if day else None
     post.title = clean_for_training(title, post, settings)
     post.text = clean_for_training(text, post, settings)
+    left_out["personal data"] = count_words(text) - count_words(post.text)
+    post.left_out = left_out
     post.authors = authors_of(own) or authors_of(post.defaults)
     comments = read_comments(meta.get("comments")) | read_comments(comments_in_files(post, settings))
     add_replies(post, comments, settings)
@@ -287,8 +294,9 @@ def fill_post(post: Post, settings: Settings) -> str:
     # A post with only a picture may have replies, which stay.
     words = words_of(post.text)
     if len(words) < settings.min_words:
-        post.text = ""
-        post.detail = f"{len(words)} words" if words else ""
+        most = ", ".join(f"{kind} {number:,}" for kind, number in post.left_out.most_common(3) if number > 0)
+        post.detail = f"{len(words)} words" if words else most
+        leave_out(post, "too short")
         return why_without_text(post, words)
 
     post.request = make_request(post, read_tags(meta, post, settings), settings)
@@ -383,6 +391,11 @@ class Post:
     repairs: Counter = field(default_factory=Counter)
     redacted: list[tuple[str, str]] = field(default_factory=list)  # (kind, normalised); written to no file
     blocked: Counter = field(default_factory=Counter)  # index in BLOCKED_WORDS: times found
+    found: int = 0  # words in the body
+    left_out: Counter = field(default_factory=Counter)  # kind of what is not in the text: words; the rest is the text
+
+
+UNUSED = "files that could not be used"  # a row of the words that are left out
 
 
 # ---------------------------------------------------------------- streams and signals
@@ -480,6 +493,16 @@ INVISIBLE = re.compile(
 
 def words_of(text: str) -> list[str]:
     return WORD.findall(text.casefold())
+
+
+def count_words(text: str) -> int:
+    return len(words_of(text))
+
+
+def leave_out(post: Post, kind: str):
+    """Empties the text of a post; its words are counted as left out."""
+    post.left_out[kind] += count_words(post.text)
+    post.text = ""
 
 
 def unescape(text: str) -> str:
@@ -1007,11 +1030,15 @@ def why_no_file(path: Path) -> str:
 # ---------------------------------------------------------------- markup
 # To add a Liquid tag that contains quotes or code ({% name %} ... {% endname %}): write its name here. Of any other
 # tag only the tag itself is removed, and the text up to its end tag stays.
-DROPPED_TAGS = {"blockquote", "quote", "epigraph", "tweet"}  # somebody else's words
-DROPPED_TAGS |= {"highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart", "math", "katex", "latex"}
-DROPPED_TAGS |= {"style", "stylesheet", "javascript", "script", "schema", "comment", "doc"}
-DROPPED_TAGS |= {"for", "tablerow", "capture"}  # template code, not text
-DROPPED_TAGS |= {"table", "gallery", "figure", "caption", "button"}
+# The value is the kind of words in the report.
+LIQUID = "Liquid and shortcodes"
+PUT_IN = "put in from the front matter"  # a negative number
+DROPPED_TAGS = dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes")  # somebody else's words
+DROPPED_TAGS |= dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code")
+DROPPED_TAGS |= dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code")
+DROPPED_TAGS |= dict.fromkeys(("schema", "comment", "doc", "button"), LIQUID)
+DROPPED_TAGS |= dict.fromkeys(("for", "tablerow", "capture"), LIQUID)  # template code, not text
+DROPPED_TAGS |= {"table": "tables"} | dict.fromkeys(("gallery", "figure", "caption"), "captions")
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
@@ -1071,8 +1098,12 @@ class Markup(NamedTuple):
     result: str  # what strip_markup makes of the example
 
 
-def strip_markup(text: str, meta: dict) -> str:
-    """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown."""
+def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
+    """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown.
+
+    The words that go are added to left_out, by their kind."""
+    left_out = Counter() if left_out is None else left_out
+    found_words = count_words(text)
     separator = meta.get("excerpt_separator")
     if isinstance(separator, str) and separator.strip():
         text = re.sub(rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$", "", text, flags=re.MULTILINE)
@@ -1083,6 +1114,8 @@ def strip_markup(text: str, meta: dict) -> str:
     if ">" in text:
         text = BLOCK_QUOTE.sub(open_box, text)
 
+    left_out["markup"] += found_words - count_words(text)
+    found_words = count_words(text)
     page = Page(meta, set(ASSIGNED.findall(text)), set(SHOWN.findall(text)))
     out = []
     position = 0
@@ -1091,11 +1124,23 @@ def strip_markup(text: str, meta: dict) -> str:
         becomes = BECOMES[found.lastgroup]
         kept, position = (becomes, found.end()) if isinstance(becomes, str) else becomes(text, found, page)
         out.append(kept)
+
+        gone = count_words(text[found.start() : position]) - count_words(kept)
+        left_out[kind_of_words(found) if gone >= 0 else PUT_IN] += gone
+        found_words -= gone
     whole = "".join(out) + text[position:]
 
     # A line with nothing but Liquid is dropped; otherwise it would end or begin a paragraph.
     whole = re.sub(f"^[ \t{HOLE}]+$", "", whole, flags=re.MULTILINE)
+    left_out["markup"] += found_words - count_words(whole)  # two words between which a comment stood are one
     return whole.replace(BRACE, "{")
+
+
+def kind_of_words(found: re.Match) -> str:
+    """What the report calls the words that go with a match of SCANNER."""
+    if found.lastgroup == "tag":
+        return DROPPED_TAGS.get(found["name"], LIQUID)
+    return KINDS_OF_WORDS.get(found.lastgroup, "markup")
 
 
 def hide_braces(raw: re.Match) -> str:
@@ -1357,6 +1402,11 @@ BEGINS = r"(?:^|(?=[`<{$\[]|[ \t]+\{#))"
 ANY_KIND = "|".join(f"(?P<{rule.kind}>{rule.pattern})" for rule in NOT_PROSE)
 SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
 BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
+# What the report calls the words of these rows; those of the others are markup.
+KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths", "maths"), "code")
+KINDS_OF_WORDS |= dict.fromkeys(("title", "case", "output"), LIQUID)
+KINDS_OF_WORDS |= {"remark": "comments in the source", "shortcode": "captions", "shortcode_alone": LIQUID}
+KINDS_OF_WORDS |= {"contents": "menus", "button": "menus"}
 
 
 # ---------------------------------------------------------------- Markdown
@@ -1773,22 +1823,44 @@ def is_full(line: str, next_word: str, width: int) -> bool:
     return len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
 
 
-def clean_lines(text: str) -> str:
-    """The text without bare URLs, table rows and importers' footers; no two blank lines in a row."""
+def clean_lines(text: str, left_out: Counter | None = None) -> str:
+    """The text without bare URLs, table rows and importers' footers; no two blank lines in a row.
+
+    The words that go are added to left_out, by their kind."""
+    left_out = Counter() if left_out is None else left_out
     text = re.sub(r"(?<=\S) {2,}", " ", text)
 
-    lines = [line for line in text.split("\n") if not NO_TEXT.fullmatch(line) and not TOOL_LINE.fullmatch(line)]
+    lines = []
+    for line in text.split("\n"):
+        if TOOL_LINE.fullmatch(line):
+            left_out["tails"] += count_words(line)
+        elif NO_TEXT.fullmatch(line):
+            left_out["tables" if line.lstrip()[0] == "|" else "bare links"] += count_words(line)
+        else:
+            lines.append(line)
+
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
     if "][" in text or "](" in text:
-        text = STRAY_LINK.sub(lambda link: link[1] or link[0], text)
-
+        text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
     if "/" in text or "www." in text:
-        text = LONG_URL.sub(site_of, text)
-    while text and TAIL.fullmatch(text[text.rfind("\n") + 1 :]):
-        text = text[: text.rfind("\n") + 1].rstrip()
-    return INVISIBLE.sub("", text).strip()
+        text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
+
+    head = text
+    while head and TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
+        head = head[: head.rfind("\n") + 1].rstrip()
+    if head != text:
+        text = counted_as("tails", left_out, text, head)
+    if INVISIBLE.search(text):
+        text = counted_as("markup", left_out, text, INVISIBLE.sub("", text))
+    return text.strip()
+
+
+def counted_as(kind: str, left_out: Counter, before: str, after: str) -> str:
+    """The text after a change; the words that it has cost are added to left_out."""
+    left_out[kind] += count_words(before) - count_words(after)
+    return after
 
 
 def site_of(url: re.Match) -> str:
@@ -1838,17 +1910,38 @@ PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
 # values behind a letter are hardly attributes.
 COMPARISON = re.compile(r"<(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)])<(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>)")
+# What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
+MARKUP_SIGN = re.compile(
+    r"<[^<>]*>|\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)|\]\s?\[[^\]]*\]|!\[[^\]]*(?=\])|\[\^[^\]]*\]|\{:[^}]*\}|"
+    r"^[> ]*(?:\*?\[[^\]]*\]:.*(?:\n\s+[\"'(].*)?|\d+[.)]|(?:```|~~~).*)",
+    re.MULTILINE,
+)
+LOST = "lost by the parser"
+# What the report calls the words in an element, by its name or label; those of others are a theme's or a tool's.
+KINDS_OF_ELEMENTS = {
+    "quotes": re.compile("blockquote|pullquote|h-cite|u-.*|twitter-.*|instagram-media|fb-post", re.I),
+    "code": re.compile("pre|script|style|highlight.*|math|svg|mermaid", re.I),
+    "tables": re.compile("table"),
+    "captions": re.compile("figure|figcaption|(?:wp-)?caption.*", re.I),
+    "menus": re.compile("nav|form|button|select|input|btn|shar.*|social.*|related.*", re.I),
+}
 # A line break with the spaces around it; a newline typed after a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
 
 def to_text(
-    markup: str, is_html: bool, title: str = "", line_breaks: str = "keep", chats: list[list[Said]] | None = None
+    source: str,
+    is_html: bool,
+    title: str = "",
+    line_breaks: str = "keep",
+    left_out: Counter | None = None,
+    chats: list[list[Said]] | None = None,
 ) -> str:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
-    Pasted chats are taken out, and added to `chats`."""
-    markup = COMPARISON.sub("&lt;", markup)
+    Pasted chats are taken out, and added to `chats`; the words that go are added to `left_out`, by their kind."""
+    left_out = Counter() if left_out is None else left_out
+    markup = COMPARISON.sub("&lt;", source)
     if ">" in markup and ANGLED.search(markup):
         markup = escape_names(markup)
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
@@ -1857,13 +1950,16 @@ def to_text(
         markup = markdown_to_html(markup)
     elif not PARAGRAPH_TAG.search(markup):
         markup = re.sub(r"\n[ \t]*\n", "<p>", markup)  # as WordPress does
-    soup = BeautifulSoup(markup, "html.parser")
+    tree = BeautifulSoup(markup, "html.parser")
     if "<dt" in markup:
-        mark_speakers(soup)
-    blocks = PlainText().read(soup)
+        mark_speakers(tree)
+    reader = PlainText(left_out)
+    blocks = reader.read(tree)
+    count_markup(source, tree, Counter(reader.words), left_out)
 
     # The request contains the title; as the first heading it would be repeated.
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
+        left_out["titles"] += count_words(blocks[0].text)
         del blocks[0]
 
     # Items of a list are on consecutive lines, other blocks have a blank line between them.
@@ -1873,10 +1969,29 @@ def to_text(
         out.append("\n" if kind == last == "list" else "\n\n")
         out.append(join_lines(text) if join else text.replace(SOFT, "\n"))
         last = kind
-    text, found = take_chats(re.sub(r"(?<=\S) {2,}", " ", "".join(out)))
+    typed = re.sub(r"(?<=\S) {2,}", " ", "".join(out))
+    text, found = take_chats(typed)
+    left_out["chats"] += count_words(typed) - count_words(text)
     if chats is not None:
         chats += found
-    return clean_lines(text)
+    return clean_lines(text, left_out)
+
+
+def count_markup(source: str, tree: Tag, read: Counter, left_out: Counter):
+    """Adds to left_out the words of the source that are in no text of the tree: alternative texts, tags, addresses.
+
+    A word that is in none of these is one that the parser has lost."""
+    plain = html.unescape(unescape(source)).replace("\\_", "_")  # what was escaped twice is resolved twice
+    words = Counter(words_of(plain))
+    gone = words - read
+    captions = Counter(words_of(" ".join(str(image.get("alt", "")) for image in tree.find_all("img")))) & gone
+    gone -= captions
+    signs = Counter(words_of(" ".join(sign[0] for sign in MARKUP_SIGN.finditer(plain)))) & gone
+
+    left_out["captions"] += captions.total()
+    left_out[LOST] += (gone - signs).total()
+    entities = count_words(source) - words.total()
+    left_out["markup"] += signs.total() + entities - (read - words).total()
 
 
 def join_lines(text: str) -> str:
@@ -1894,7 +2009,9 @@ class Block(NamedTuple):
 class PlainText:
     """Collects the text of an HTML tree, block by block, as the author would type it."""
 
-    def __init__(self):
+    def __init__(self, left_out: Counter):
+        self.left_out = left_out
+        self.words: list[str] = []  # of all texts in the tree
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
@@ -1907,6 +2024,7 @@ class PlainText:
         self.targets: set[str] = set()  # of links
         self.in_link = 0  # links that are open
         self.outside = 0  # pieces of text outside links
+        self.read_before = len(self.words)
 
     def read(self, root: Tag) -> list[Block]:
         """The blocks of the tree; not recursive, because nesting 10,000 deep occurs."""
@@ -1921,10 +2039,8 @@ class PlainText:
             elif isinstance(node, Tag) and not self.is_dropped(node):
                 self.open(node)
                 stack.append((node, iter(node.contents)))
-            elif isinstance(node, Tag) and node.name == "blockquote":
-                self.pass_quote()
-            elif isinstance(node, Tag) and node.name not in ("img", "a", "sup", "span"):  # these are inline
-                self.flush()
+            elif isinstance(node, Tag):
+                self.drop(node)
 
         self.flush()
         return self.blocks
@@ -1937,6 +2053,21 @@ class PlainText:
             is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
             return not is_box
         return any(map(NOT_CONTENT.fullmatch, labels))
+
+    def drop(self, tag: Tag):
+        """Passes an element over; an inline one does not end the block."""
+        if tag.name == "blockquote":
+            self.pass_quote()
+        elif tag.name not in ("img", "a", "sup", "span"):
+            self.flush()
+
+        names = [tag.name, *tag.get("class", ()), tag.get("id", "")]
+        kinds = (kind for kind, pattern in KINDS_OF_ELEMENTS.items() if any(map(pattern.fullmatch, names)))
+        texts = (text for text in tag.descendants if isinstance(text, NavigableString))
+        words = [word for text in texts if not isinstance(text, PreformattedString) for word in words_of(text)]
+        self.left_out[next(kinds, "themes and tools")] += len(words)
+        self.words += words
+        self.read_before += len(words)
 
     def open(self, tag: Tag):
         name = tag.name
@@ -1951,7 +2082,7 @@ class PlainText:
             self.flush()
             self.open_list(tag)
         elif name in ("lj", "user") and tag.attrs:  # LiveJournal's ways to name a friend
-            self.parts.append(str(tag.get("user") or tag.get("comm") or tag.get("name") or ""))
+            self.text(str(tag.get("user") or tag.get("comm") or tag.get("name") or ""))
         elif not tag.attrs and name.isalpha() and not INVISIBLE_TAG.fullmatch(name):
             self.text(f"<{name}>")
 
@@ -1974,6 +2105,7 @@ class PlainText:
         if not self.in_link and any(map(str.isalnum, text)):
             self.outside += 1
         self.parts.append(text)
+        self.words += words_of(text)
 
     def close(self, name: str):
         if name in EMPHASIS and self.marks:
@@ -2001,6 +2133,7 @@ class PlainText:
         if self.blocks:
             kind, text = self.blocks[-1]
             own = WROTE.sub("", text).rstrip(" \n" + SOFT)
+            self.left_out["quotes"] += count_words(text) - count_words(own)
             self.blocks[-1:] = [Block(kind, own)] if own else []
         self.is_behind_quote = True
 
@@ -2020,6 +2153,10 @@ class PlainText:
         if "\n" in text or SOFT in text:
             text = LINE_END.sub(r"\1\2", text)
 
+        # Two words between which a tag stood may be one now.
+        number = count_words(text)
+        self.left_out["markup"] += len(self.words) - self.read_before - number
+
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
         # The pieces of a sentence may be links, too.
         is_sentence = text.rstrip("*_~").endswith((".", "!", "?")) and FUNCTION_WORD.search(text)
@@ -2027,14 +2164,19 @@ class PlainText:
         if text and not is_navigation:
             mark = self.item
             self.item = ""
-            if not self.is_attribution(mark + text):
+            if self.is_attribution(mark + text):
+                self.left_out["quotes"] += number
+            else:
                 self.add(kind, mark, text)
             self.is_behind_quote = False
+        else:
+            self.left_out["menus"] += number
         self.begin_block()
 
     def add(self, kind: str, mark: str, text: str):
         if self.lists:
             kind = "list"
+            self.left_out["markup"] -= count_words(mark)  # a number
             text = "  " * (len(self.lists) - 1) + (mark or "  ") + text
         self.blocks.append(Block(kind, text))
 
@@ -2812,7 +2954,7 @@ def drop_other_authors(posts: list[Post], settings: Settings):
         # A guest's post is dropped, but the author's replies below it stay.
         is_others = post.authors and not authors.intersection(post.authors)
         if is_others and not post.reason:
-            post.text = ""
+            leave_out(post, "other authors")
             post.detail = ", ".join(post.authors)
             post.reason = "" if post.replies else "other author"
 
@@ -2844,7 +2986,7 @@ def drop_duplicate(post: Post, kept: Post):
     post.replies = replies
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
-    post.text = ""
+    leave_out(post, "duplicates")
     post.group = kept.group
     kept.copies.append(post.path)
     if not post.replies:
@@ -3123,6 +3265,7 @@ def errors_named(file: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- report
 MOST_ROWS = 5  # of what is not read
 FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
+MOST_LOSERS = 20  # posts of which the report says by kind what is left out
 
 
 def make_report(
@@ -3150,6 +3293,7 @@ def make_report(
         "posts": {split: len(members) for split, members in splits.items()},
         "validation_share": settings.validation_share,
         "words": words,
+        "ledger": make_ledger(posts),
         "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
         "chat_words": dict(sum((post.chat_words for post in posts), Counter())),
         "replies": counted(case for post in kept for case in post.cases.elements()),
@@ -3193,6 +3337,40 @@ def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
     return table(("blog", "source", "remedy", "files", "words"), sorted(found, key=lambda row: -row[-1]))
 
 
+def make_ledger(posts: list[Post]) -> dict:
+    """Where the words of the bodies are: found = kept in conversations + left out, by kind; negative is put in."""
+    left_out = sum_of_counts(post.left_out for post in posts)
+    losers = sorted(posts, key=lambda post: sum(post.left_out.values()), reverse=True)[:MOST_LOSERS]
+    rows = [(p.blog, p.path, p.found, count_words(p.text), nonzero(p.left_out)) for p in losers]
+    return {
+        "found": sum(post.found for post in posts),
+        "kept": sum(count_words(post.text) for post in posts),
+        "left_out": nonzero(left_out),
+        "posts_that_lose_most": table(("blog", "path", "found", "kept", "left_out"), rows),
+    }
+
+
+def sum_of_counts(counters: Iterable[Counter]) -> Counter:
+    """Unlike the sum of Counters, it keeps what is negative."""
+    total = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def nonzero(counts: Counter) -> dict[str, int]:
+    return {kind: number for kind, number in counts.most_common() if number}
+
+
+def ledger_rows(ledger: dict) -> dict[str, int]:
+    """The ledger as it is printed: what is above a hundredth by its kind, the rest as one row."""
+    rows = {"words in the bodies": ledger["found"], "  kept in posts": ledger["kept"]}
+    large = {kind: number for kind, number in ledger["left_out"].items() if number > ledger["found"] / 100}
+    rows |= {f"  left out: {kind}": number for kind, number in large.items()}
+    rows["  left out: other kinds"] = sum(ledger["left_out"].values()) - sum(large.values())
+    return rows
+
+
 def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], list[tuple]]:
     """(the author's words in each split, rows of split, kind, visibility and number of conversations)."""
     words = dict.fromkeys(splits, 0)  # a split without a post has a number, too
@@ -3226,6 +3404,7 @@ def print_report(report: dict, data_dir: Path):
         rows[f"  skipped: {reason}"] = number
 
     # What is in the data files, as the training reads them.
+    rows |= ledger_rows(report["ledger"])
     for split, number in report["words"].items():
         rows[f"words, {split}"] = number
     for line in report["conversations"]:

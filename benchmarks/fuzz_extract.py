@@ -4,7 +4,8 @@
 
 Takes the sample's files, mutates front matter, bodies and bytes, and adds monsters (nesting 10,000 deep, a 50 MB file,
 binary data). Each file is read as the extractor's workers read it, with its time taken; then batches of 2,000 go
-through main(). Exits with status 1 at the first file over 5 seconds, at any exception, and if the account is wrong.
+through main(). Exits with status 1 at the first file over 5 seconds, at any exception, and if the account of files or
+the ledger of words does not add up.
 """
 
 import argparse
@@ -97,10 +98,12 @@ def monsters() -> list[bytes]:
     return [*files, bytes(range(256)) * 100, b"---\n---\n" + b"fifty megabytes " * 3_300_000, b"", b"---", b"---\n---"]
 
 
-def read_timed(post: extract_blog_data.Post, settings: extract_blog_data.Settings) -> tuple[float, str]:
+def read_timed(post: extract_blog_data.Post, settings: extract_blog_data.Settings) -> tuple[float, int]:
+    """(seconds that the file took, words of its body that its ledger lacks)."""
     start = time.process_time()
     post = extract_blog_data.read_post(post, settings)
-    return time.process_time() - start, post.reason
+    taken = time.process_time() - start
+    return taken, post.found - extract_blog_data.count_words(post.text) - sum(post.left_out.values())
 
 
 def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
@@ -115,10 +118,12 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
         settings = replace(extract_blog_data.parse_arguments(["--author", "wrenlow"]), blocked_words=BLOCKED)
         read = partial(read_timed, settings=settings)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for (taken, _), name in zip(pool.map(read, posts, chunksize=20), files, strict=True):
+            for (taken, missing), name in zip(pool.map(read, posts, chunksize=20), files, strict=True):
                 seconds.append(taken)
                 if taken > 5:
                     sys.exit(f"{name} took {taken:.1f} s: {files[name][:300]!r}")
+                if missing:
+                    sys.exit(f"the ledger of {name} lacks {missing} words: {files[name][:300]!r}")
 
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             extract_blog_data.main(["--public", str(blog), "--author", "wrenlow", "--data-dir", f"{folder}/data"])
@@ -126,6 +131,9 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
         accounted = report["files_kept"] + sum(report["files_skipped"].values())
         if not len(files) == report["files_found"] == accounted:
             sys.exit(f"the account is wrong: {report['files_found']} of {len(files)} files")
+        ledger = report["ledger"]
+        if ledger["found"] != ledger["kept"] + sum(ledger["left_out"].values()):
+            sys.exit(f"the ledger is wrong: {ledger}")
         return Counter(report["files_skipped"]) + Counter(kept=report["files_kept"])
 
 

@@ -15,13 +15,14 @@ SETTINGS = replace(x.parse_arguments([]), authors=frozenset({"wren"}), phone_cou
 def chats_of(body: str, is_html: bool = False) -> tuple[str, list[list[str]], x.Post]:
     """(the text without its chats, the turns of each conversation, the post)."""
     found = []
-    text = x.to_text(x.strip_markup(body, {}), is_html, "", "keep", found)
+    text = x.to_text(x.strip_markup(body, {}), is_html, "", "keep", chats=found)
     told = x.Post("b", "public", "p")
     for chat in found:
         x.add_chat(told, chat, SETTINGS)
-    for turns in told.replies:
-        assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
-    return text, [[turn["content"] for turn in turns] for turns in told.replies], told
+    turns = [reply.messages for reply in told.replies]
+    for each in turns:
+        assert [turn["role"] for turn in each] == ["user", "assistant"] * (len(each) // 2)
+    return text, [[turn["content"] for turn in each] for each in turns], told
 
 
 @pytest.mark.parametrize("row", [*x.CHAT_LINES, *x.CHAT_HEADS], ids=lambda row: row.program)

@@ -1,8 +1,14 @@
 """What is the author's and what is somebody else's, where markup, themes and tools blur it."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 import extract_blog_data as x
+
+SAMPLE = Path(x.__file__).resolve().parent / "sample"
 
 
 def text_of(body: str, is_html: bool = False, **meta: str) -> str:
@@ -212,3 +218,80 @@ def test_of_an_address_in_running_text_the_name_of_the_site_stays(body, expected
 def test_tags_on_one_line_are_split_at_commas_if_there_are_any(typed, tags):
     post = x.Post("blog", "public", "_posts/a.md")
     assert x.read_tags({"tags": typed}, post, x.parse_arguments([])) == tags
+
+
+# Each holds the word "lost", which goes; the number is that of all words that go with it.
+LEFT_OUT = [
+    ("> lost", "quotes", 1),
+    ("{% quote Ann %}lost{% endquote %}", "quotes", 4),
+    ("> hers\n\n\u2014 Lost Ann", "quotes", 3),
+    ("```\nlost = 1\n```", "code", 2),
+    ("    lost = lost();\n", "code", 2),
+    ("$$\nlost\n$$", "code", 1),
+    ("| lost |\n|---|\n| lost |", "tables", 2),
+    ("<table><tr><td>lost</td></tr></table>", "tables", 1),
+    ("![lost cat](a.png)", "captions", 2),
+    ("<figure><figcaption>lost</figcaption></figure>", "captions", 1),
+    ("[Lost](/a) [Found](/b)", "menus", 2),
+    ("<nav>lost</nav>", "menus", 1),
+    ("ann (10:36 PM): lost\nbob (10:37 PM): found", "chats", 10),
+    ("https://lost.example/lost", "bare links", 4),
+    ("Mine, at https://lost.example/lost", "bare links", 2),
+    ("{% lost %}", x.LIQUID, 1),
+    ("{% if a %}{% else %}lost{% endif %}", x.LIQUID, 5),
+    ("<!-- lost -->", "comments in the source", 1),
+    ("Technorati Tags: lost", "tails", 3),
+    ('<div class="blogger-post-footer">lost</div>', "themes and tools", 1),
+    ("<b class='lost'>Mine</b> [Mine](/lost)", "markup", 5),
+    ("[Mine][a]\n\n[a]: http://lost.example/", "markup", 5),
+]
+
+
+@pytest.mark.parametrize(("body", "kind", "number"), LEFT_OUT)
+def test_the_ledger_names_what_is_left_out(body, kind, number):
+    left_out = Counter()
+    source = x.strip_markup(f"{body}\n\nMine remain.", {}, left_out)
+    text = x.to_text(source, False, left_out=left_out)
+    assert text.endswith("Mine remain.")
+    assert "ost" not in text.removesuffix("Mine remain.").replace("lost.example", "")
+    assert left_out[kind] == number
+    assert x.count_words(f"{body}\n\nMine remain.") == x.count_words(text) + sum(left_out.values())
+
+
+def test_a_word_that_the_parser_loses_is_no_markup():
+    left_out = Counter()
+    tree = x.BeautifulSoup("<p>Mine</p>", "html.parser")
+    x.count_markup('Mine <b class="red">goes</b>', tree, Counter(["mine"]), left_out)
+    assert left_out == {"captions": 0, "markup": 4, x.LOST: 1}
+
+
+def extracted(tmp_path, *flags: str) -> tuple[list[dict], dict]:
+    x.main(["--author", "wrenlow", "--data-dir", str(tmp_path / "data"), *flags])
+    files = (tmp_path / "data" / name for name in (x.TRAIN_FILE, x.VALIDATION_FILE))
+    lines = [json.loads(line) for file in files for line in file.read_text("utf-8").split("\n") if line]
+    return lines, json.loads((tmp_path / "data" / x.REPORT_FILE).read_text("utf-8"))
+
+
+def test_the_ledger_of_the_sample_adds_up(tmp_path, capsys):
+    flags = ["--public", str(SAMPLE / "public-blog"), "--private", str(SAMPLE / "private-blog")]
+    lines, report = extracted(tmp_path, *flags)
+    ledger = report["ledger"]
+    answers = [line["messages"][-1]["content"] for line in lines if line["kind"] == "post"]
+    assert ledger["kept"] == sum(map(x.count_words, answers))
+    assert ledger["found"] == ledger["kept"] + sum(ledger["left_out"].values())
+    assert ledger["left_out"].keys() >= {"other authors", "duplicates", "quotes", "code", x.UNUSED}
+    assert x.LOST not in ledger["left_out"]
+
+    for post in ledger["posts_that_lose_most"]:
+        assert post["found"] == post["kept"] + sum(post["left_out"].values())
+    printed = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.split("\n") if "left out: " in line]
+    assert sum(int(number.replace(",", "")) for _, number in printed) == ledger["found"] - ledger["kept"]
+
+
+def test_a_post_that_is_empty_says_what_was_cleaned_away(tmp_path):
+    folder = tmp_path / "blog" / "_posts"
+    folder.mkdir(parents=True)
+    (folder / "2010-01-01-a.md").write_text("---\ntitle: A\n---\n> all of it hers\n\n```\nx = 1\n```\n", "utf-8")
+    (folder / "2010-01-02-b.md").write_text("---\ntitle: B\n---\nAll of these words are mine.\n", "utf-8")
+    _, report = extracted(tmp_path, "--public", str(tmp_path / "blog"))
+    assert report["skipped"][0]["detail"] == "quotes 4, code 2"
