@@ -1733,8 +1733,9 @@ class PlainText:
             text = LINE_END.sub(r"\1\2", text)
 
         # Two words between which a tag stood may be one now.
-        number = count_words(text)
-        self.left_out["markup"] += len(self.words) - self.read_before - number
+        read = len(self.words) - self.read_before
+        number = count_words(text) if len(self.parts) > 1 else read
+        self.left_out["markup"] += read - number
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
         # The pieces of a sentence may be links, too.
