@@ -495,6 +495,7 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
+@functools.lru_cache(maxsize=32)  # a text that a step leaves as it is would be counted after it again
 def count_words(text: str) -> int:
     return len(words_of(text))
 
@@ -1852,14 +1853,14 @@ def clean_lines(text: str, left_out: Counter | None = None) -> str:
         head = head[: head.rfind("\n") + 1].rstrip()
     if head != text:
         text = counted_as("tails", left_out, text, head)
-    if INVISIBLE.search(text):
-        text = counted_as("markup", left_out, text, INVISIBLE.sub("", text))
+    text = counted_as("markup", left_out, text, INVISIBLE.sub("", text))
     return text.strip()
 
 
 def counted_as(kind: str, left_out: Counter, before: str, after: str) -> str:
     """The text after a change; the words that it has cost are added to left_out."""
-    left_out[kind] += count_words(before) - count_words(after)
+    if after != before:
+        left_out[kind] += count_words(before) - count_words(after)
     return after
 
 
@@ -1909,7 +1910,7 @@ LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
 # values behind a letter are hardly attributes.
-COMPARISON = re.compile(r"<(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)])<(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>)")
+COMPARISON = re.compile(r"<(?:(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)]<)(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>))")
 # What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
 MARKUP_SIGN = re.compile(
     r"<[^<>]*>|\]\([^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)|\]\s?\[[^\]]*\]|!\[[^\]]*(?=\])|\[\^[^\]]*\]|\{:[^}]*\}|"
@@ -1990,7 +1991,7 @@ def count_markup(source: str, tree: Tag, read: Counter, left_out: Counter):
 
     left_out["captions"] += captions.total()
     left_out[LOST] += (gone - signs).total()
-    entities = count_words(source) - words.total()
+    entities = count_words(source) - words.total() if plain != source else 0
     left_out["markup"] += signs.total() + entities - (read - words).total()
 
 
@@ -2154,8 +2155,9 @@ class PlainText:
             text = LINE_END.sub(r"\1\2", text)
 
         # Two words between which a tag stood may be one now.
-        number = count_words(text)
-        self.left_out["markup"] += len(self.words) - self.read_before - number
+        read = len(self.words) - self.read_before
+        number = count_words(text) if len(self.parts) > 1 else read
+        self.left_out["markup"] += read - number
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
         # The pieces of a sentence may be links, too.
