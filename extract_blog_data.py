@@ -791,10 +791,13 @@ def read_defaults(entries: object) -> tuple[Defaults, ...]:
     """The valid entries, in their order."""
     found = []
     for entry in entries if isinstance(entries, list) else []:
-        values = entry.get("values") if isinstance(entry, dict) else None
-        scope = entry.get("scope", {}) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict):
+            continue
+        values = entry.get("values")
+        scope = entry.get("scope", {})
         if isinstance(values, dict) and isinstance(scope, dict):
-            path, kind = ("".join(strings(scope.get(name))) for name in ("path", "type"))
+            path = "".join(strings(scope.get("path")))
+            kind = "".join(strings(scope.get("type")))
 
             # A config in TOML has dates and truth values; the rest of this script expects strings.
             plain = {name: value if isinstance(value, list | dict) else str(value) for name, value in values.items()}
@@ -1718,16 +1721,24 @@ def speaker_of(line: str, starts: list[re.Pattern]) -> tuple[str, str]:
 
 def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
     """Who says what, in order; a line without a name goes on with what was said before it."""
+    starts = LINE_STARTS + HEADS if is_timed else [SAID]
     said: list[Said] = []
     for line in filter(None, lines):
-        speaker, words = speaker_of(line, LINE_STARTS + HEADS if is_timed else [SAID])
-        is_automatic = AUTOMATIC.match(words) or AUTOMATIC.match(speaker) or AUTO_REPLY in line
-        if is_automatic or BY_PROGRAM.match(line) or (is_timed and not speaker and is_system(line)):
+        speaker, words = speaker_of(line, starts)
+        last = said[-1] if said else Said("", "", "")
+        is_automatic = AUTO_REPLY in line or AUTOMATIC.match(words) or AUTOMATIC.match(speaker)
+        is_presence = is_timed and not speaker and is_system(line)
+
+        # A line without a name goes on with what was said, unless a program says it.
+        if is_automatic or is_presence or BY_PROGRAM.match(line):
             said.append(Said("", "", line))
-        elif speaker or not said or not said[-1].speaker:
-            said.append(Said(speaker, words if speaker else "", line))
+        elif speaker:
+            said.append(Said(speaker, words, line))
+        elif last.speaker:
+            longer = f"{last.words}\n{words}".strip()
+            said[-1] = Said(last.speaker, longer, f"{last.lines}\n{line}")
         else:
-            said[-1] = Said(said[-1].speaker, f"{said[-1].words}\n{words}".strip(), f"{said[-1].lines}\n{line}")
+            said.append(Said("", "", line))
     return said
 
 
