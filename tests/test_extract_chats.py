@@ -126,7 +126,6 @@ def test_a_dialogue_that_was_written_as_one_stays_whole(text):
     [
         "12/05/2020, 10:33 we went out\n\n12/05/2020, 18:00 we came home",
         "Monday 9:00 AM\nsession one\n\nTuesday 9:00 AM\nsession two\n\nFriday 9:00 AM\nparty",
-        "<http://localhost:80> is mine\n\nAt 10:36 <b>we</b> left",
         "She says:\nno\n\nHe says:\nyes",
     ],
 )
