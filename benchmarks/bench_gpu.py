@@ -194,7 +194,7 @@ def plan_and_train(lab: Lab, settings: Settings, rows: Dataset, free: float) -> 
     machine = Machine(device, 1, lab.precision, int(free))
     lab.prepare(free)
     config = train_model.load_config(base)
-    plan, forecast = train_model.make_plan(settings, config, rows, machine)
+    plan = train_model.make_plan(settings, config, rows, machine)
 
     model = train_model.load_for_training(base)
     model = train_model.prepare_to_train(model, plan, settings)
@@ -206,7 +206,7 @@ def plan_and_train(lab: Lab, settings: Settings, rows: Dataset, free: float) -> 
     trainer = train_model.trainer_with(callbacks, run, model)
     trainer.args.train_sampling_strategy = "sequential"
     trainer.train()
-    planned = sum(forecast.memory.values())
+    planned = sum(plan.memory.values())
     return plan, planned, clock
 
 
