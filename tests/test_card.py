@@ -21,6 +21,7 @@ from transformers.integrations import sdpa_attention
 
 import test_model
 import train_model
+from voice import asking
 
 FUSED = "adamw_torch_fused"
 EIGHT_BIT = "adamw_bnb_8bit"
@@ -308,7 +309,7 @@ def test_an_adapted_model_answers_and_is_measured_in_float16(
     (tmp_path / "model" / "training_report.json").write_text(json.dumps(report))
 
     monkeypatch.setattr(train_model, "pick_precision", lambda *_: "fp16")
-    monkeypatch.setattr(test_model, "WORDS_TO_WRITE", 30)
+    monkeypatch.setattr(asking, "WORDS_TO_WRITE", 30)
     if not fits:
         monkeypatch.setattr(test_model, "fits_float16", lambda *_: False)
     arguments = ["--model-dir", str(tmp_path / "model"), "--data-dir", str(data_folder), "--cpu"]
