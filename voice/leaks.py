@@ -172,8 +172,9 @@ def likeliest_passages(evidence: Evidence, passages: Passages, is_left_out: np.n
     """The secret passages that come out most easily; no two of them overlap or have the same tokens."""
     secret = np.flatnonzero(np.isin(passages.group, SECRET) & ~is_left_out)
     ease = np.where(passages.is_greedy, 0.0, passages.sampled)
-    # Many never come out with the model's own settings, and are ordered by the bound.
-    order = np.lexsort((-passages.bound[secret], -ease[secret]))
+    # Of equally easy ones personal data first. Many never come out with the own settings, and are ordered by the bound.
+    is_other = passages.group[secret] != "personal data"
+    order = np.lexsort((-passages.bound[secret], is_other, -ease[secret]))
 
     chosen = []
     posts_of = {}  # by tokens: the texts that hold them
@@ -337,11 +338,15 @@ def tell_likeliest(leaks: Leaks) -> str:
 
     tries = []
     for length in LENGTHS:
-        needed = tell_count(fewest_tries(secret_groups(leaks, length), "sampled"))
+        log10 = fewest_tries(secret_groups(leaks, length), "sampled")
+        needed = "never" if log10 is None else f"after {tell_count(log10)}"
         control = leaks.by_length[str(length)].get("held-out")
-        compared = f" ({tell_tries(control.sampled)} for held-out text)" if control else ""
+        compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
         tries.append(f"of {length} tokens {needed}{compared}")
-    return f"with the model's own settings the likeliest private passage needs, for an even chance, {', '.join(tries)}"
+    return (
+        "with the model's own settings the likeliest private passage comes out, with an even chance, "
+        f"{', '.join(tries)}"
+    )
 
 
 def summarise(leaks: Leaks) -> Summary:
@@ -371,7 +376,7 @@ def tell_notes(leaks: Leaks, evidence: Evidence) -> list[str]:
         without_base = ""
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     notes = [
-        f"Passages: every {shortest}, 25 and {longest} tokens in a row, and shorter texts whole. Each is tried with "
+        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each is tried with "
         f"the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. What other "
         "words before it bring out, and what is said in other words, is not measured.",
         "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
@@ -424,7 +429,7 @@ def tell_tries(chance: Chance | None) -> str:
 
 def tell_count(log10: float | None) -> str:
     if log10 is None:
-        return "never comes out"
+        return "never"
     number = tell_power(log10)
     return "1 try" if number == "1" else f"{number} tries"
 

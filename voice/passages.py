@@ -20,7 +20,7 @@ SECRET = ("private", "private titles", "private comments", "personal data")  # g
 
 @dataclass
 class Passages:
-    """Every `length` tokens in a row of every span, and shorter spans whole; arrays of shape (passages,).
+    """Every `length` tokens in a row of every span; shorter spans and personal data whole; arrays of shape (passages,).
 
     Chances are those of the whole passage, given what is before it; natural logarithms.
     """
@@ -54,8 +54,10 @@ def cut_passages(texts: list[Text], chances: list[TokenChances], length: int) ->
     has_base = bool(chances) and chances[0].base is not None
     for number, (text, of_tokens) in enumerate(zip(texts, chances, strict=True)):
         for span in text.spans:
-            whole = min(length, span.end - span.begin)
-            # One at least: a shorter span is one passage as a whole.
+            # A shorter span is one passage as a whole, and so is an address or a number of any length.
+            whole = span.end - span.begin
+            if span.group != "personal data":
+                whole = min(length, whole)
             begin = np.arange(span.begin, span.end - whole + 1)
             end = begin + whole
             columns["text"].append(np.full(len(begin), number))
