@@ -72,7 +72,7 @@ def home(tmp_path, gpt2_folder, data_folder, monkeypatch) -> Path:
 
 
 ODD_PLACES = [
-    ("", "must be the name of a folder, not empty"),
+    ("", "must be the name of a folder"),
     (".", "is the current folder"),
     ("./thesis/..", "is the current folder"),
     ("..", "holds the current folder|is your home folder"),

@@ -376,8 +376,9 @@ def tell_notes(leaks: Leaks, evidence: Evidence) -> list[str]:
         without_base = ""
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     notes = [
-        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each is tried with "
-        f"the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. What other "
+        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each "
+        "is tried with the text before it, as trained: all of it, or in long texts at least "
+        f"{leaks.context:,} tokens. What other "
         "words before it bring out, and what is said in other words, is not measured.",
         "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
         f"more than half.{without_base}",
