@@ -526,13 +526,13 @@ def as_command() -> None:
     """main() as a process of its own."""
     if sys.stdin is not None:
         sys.stdin.reconfigure(errors="replace")
+    sys.exit(main())
+
+
+if __name__ == "__main__":
     try:
-        sys.exit(main())
+        as_command()
     finally:
         # The run is over: a signal must not end it with a traceback.
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-if __name__ == "__main__":
-    as_command()
