@@ -76,7 +76,9 @@ def test_no_settings_in_the_range_exceed_the_bound():
             top_p=rng.choice([1.0, rng.uniform(0.01, 1)]),
             repetition_penalty=rng.choice([1.0, rng.uniform(1, 1.3)]),
         )
-        chance = chance_under(settings, logits, seen, target)
+        # Other programs penalise only the tokens that were seen lately.
+        penalised = seen & (torch.rand(seen.shape) < rng.choice([1, rng.random()]))
+        chance = chance_under(settings, logits, penalised, target)
         drawn += chance > 0
         assert chance <= math.exp(largest_chance(logits, target, seen, 1.5, 1.3)) * (1 + 1e-9)
     assert drawn > 3_000  # a token that is cut off proves nothing

@@ -245,36 +245,21 @@ def largest_chance(
 ) -> torch.Tensor:
     """Log of an upper bound of the chance that sampling gives each target, shape (rows,).
 
-    It holds for every temperature T up to `hottest`, every repetition penalty p from 1 to `penalty`, and every rule
-    that cuts off the least likely tokens (top-k, top-p, min-p). `logits` and `seen`, both (rows, vocabulary), are those
-    before penalty and temperature.
+    It holds for every temperature T up to `hottest`, every repetition penalty p from 1 to `penalty` on all seen tokens
+    or on some of them (llama.cpp looks at the last 64), and every rule that cuts off the least likely tokens (top-k,
+    top-p, min-p). `logits` and `seen`, both (rows, vocabulary), are those before penalty and temperature.
 
-    Derivation. Let l_j(p) be the logit of token j after the penalty, z the target, and d_j(p) = l_j(p) - l_z(p). If z
-    is kept, then so is every j with d_j(p) > 0, so that the chance of z is at most 1 / (1 + sum of exp(d_j(p) / T) over
-    those j). A positive d_j(p) counts least at T = `hottest`, and at the p for which it is smallest; a j that some p in
-    the range puts below z is left out. That makes the sum smaller and the bound larger, hence a bound for all T and p.
-    Without a penalty (p = 1) it is exact: top-k with k = the rank of z, at T = `hottest`, reaches it.
-
-    The smallest d_j(p): a seen token's logit is l / p if l > 0 and l p if not, so it only falls with p. If z was not
-    seen, a seen j comes closest at p = `penalty`. If z was seen, an unseen j comes closest at p = 1, and for a seen j
-    with l_j > l_z, d_j(p) = a / p + b p with a = max(l_j, 0) - max(l_z, 0) >= 0 and b = min(l_j, 0) - min(l_z, 0) >= 0,
-    which is smallest at p = sqrt(a / b), or at the end of the range next to it.
+    Derivation. A penalised logit is l / p if l > 0 and l p if not, so that it only falls with p. Let z be the target
+    and d_j the difference of the logits of j and z after the penalty. It is least where z is not penalised and j, if
+    seen, is penalised with `penalty`: call that m_j. If z is kept, then so is every j with m_j > 0, since d_j >= m_j.
+    The chance of z is therefore at most 1 / (1 + sum of exp(d_j / T) over those j), and replacing d_j by m_j and T by
+    `hottest` makes each exp(d_j / T) smaller and the bound larger. Without a penalty it is reached: by top-k with
+    k = the rank of z, at T = `hottest`.
     """
     target = logits.gather(1, targets[:, None])  # (rows, 1)
-    positive = logits.clamp(min=0)
-    negative = logits.clamp(max=0)
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    above = torch.where(seen, lowered, logits) - target
 
-    # For a target that was not seen.
-    lowered = positive / penalty + negative * penalty
-    to_unseen = torch.where(seen, lowered, logits) - target
-
-    # For one that was; where l_j <= l_z the result is not above 0 either, and does not count.
-    a = positive - target.clamp(min=0)
-    b = negative - target.clamp(max=0)
-    closest = (a.clamp(min=0) / b.clamp(min=1e-30)).sqrt().clamp(1, penalty)
-    to_seen = torch.where(seen, a / closest + b * closest, logits - target)
-
-    above = torch.where(seen.gather(1, targets[:, None]), to_seen, to_unseen)
     exponents = (above / hottest).masked_fill(above <= 0, -math.inf)
     itself = torch.zeros_like(target)
     return -torch.cat([exponents, itself], 1).logsumexp(-1)
