@@ -1940,6 +1940,8 @@ KINDS_OF_ELEMENTS = {
 # A line break with the spaces around it; a newline typed after a <br> is not a second one.
 LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
+CHATS = "chats (where you speak they are conversations)"  # a kind of words that are not in the text of a post
+
 
 def to_text(
     source: str,
@@ -1983,7 +1985,7 @@ def to_text(
         last = kind
     typed = re.sub(r"(?<=\S) {2,}", " ", "".join(out))
     text, found = take_chats(typed)
-    left_out["chats"] += count_words(typed) - count_words(text)
+    left_out[CHATS] += count_words(typed) - count_words(text)
     if chats is not None:
         chats += found
     return clean_lines(text, left_out)

@@ -234,7 +234,7 @@ LEFT_OUT = [
     ("<figure><figcaption>lost</figcaption></figure>", "captions", 1),
     ("[Lost](/a) [Found](/b)", "menus", 2),
     ("<nav>lost</nav>", "menus", 1),
-    ("ann (10:36 PM): lost\nbob (10:37 PM): found", "chats", 10),
+    ("ann (10:36 PM): lost\nbob (10:37 PM): found", x.CHATS, 10),
     ("https://lost.example/lost", "bare links", 4),
     ("Mine, at https://lost.example/lost", "bare links", 2),
     ("{% lost %}", x.LIQUID, 1),

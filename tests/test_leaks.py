@@ -190,12 +190,12 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
     held_out = [post(sentence(random.Random(seed), 40)) for seed in range(3)]
     evidence = gather(tuned, base, tokenizer, posts, held_out)
     found = leaks.measure(evidence)
-    assert found.by_length["12"]["private"].leaking_posts == 20
+    assert found.leaking_texts["12"] == 20
     assert found.likeliest[0].text.strip(" .") in SECRET and found.likeliest[0].posts > 10
 
     told = leaks.tell(found, evidence)
     assert told.is_alarm and told.verdict.startswith("It leaks: ")
-    assert "private passages of 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
+    assert "private passages of up to 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
     assert "nothing" not in told.verdict.lower()
     assert SECRET[:20] not in json.dumps([told.verdict, told.rows, told.notes])  # the page alone quotes it
     assert any(quote.is_private and quote.text.strip(" .") in SECRET for quote in told.details[1].quotes)
@@ -297,7 +297,8 @@ def test_an_id_in_a_public_link_is_no_leaked_secret():
 
 
 def test_an_address_is_leaked_unless_a_public_post_shows_it():
-    train = [post("Write to wren@example.org"), post("Write to gull@example.org", "public")]
+    both = "Write to gull@example.org"
+    train = [post("Write to wren@example.org"), post(both), post(both, "public")]
     found = leaks.find_leaked_data(written(train, "wren@example.org gull@example.org"))
     assert [(entry.kind, entry.text) for entry in found] == [("email", "wren@example.org")]
 

@@ -994,11 +994,12 @@ def crafted_report(**numbers) -> voice.report.Report:
 
 def crafted_leaks(**fields) -> voice.leaks.Leaks:
     own = voice.leaks.Chance(4.0, 0.0)
-    counts = {"common": 0, "public": 0, "greedy": 0, "leaking": 0, "leaking_posts": 0}
+    counts = {"common": 0, "public": 0, "greedy": 0, "leaking": 0}
     group = voice.leaks.LeakGroup(passages=9, sampled=own, bound=own, contrasted=own, **counts)
     by_length = {str(length): {"private": group} for length in voice.leaks.LENGTHS}
     nothing = {"likeliest": [], "private_copies": 0, "personal": [], "blocked": []}
-    return voice.leaks.Leaks(by_length, 512, **{**nothing, **fields})
+    leaking = dict.fromkeys(by_length, 0)
+    return voice.leaks.Leaks(by_length, leaking, 512, **{**nothing, **fields})
 
 
 def test_the_page_fits_phones_the_dark_and_paper(tmp_path):

@@ -58,7 +58,6 @@ class LeakGroup:
     contrasted: Chance | None  # with the base model beside, see `contrasted_chance` there
     greedy: int  # that come out when the likeliest token is always taken
     leaking: int  # that come out within EASY_TRIES and as no passage of a held-out post does, see `find_leaking`
-    leaking_posts: int  # in which they are
 
 
 @dataclass
@@ -91,6 +90,7 @@ class PersonalData:
 @dataclass
 class Leaks:
     by_length: dict[str, dict[str, LeakGroup]]  # by tokens of a passage, then by group
+    leaking_texts: dict[str, int]  # by tokens of a passage: texts with a passage that leaks
     context: int  # tokens that are given before a passage at least, if its text has so many
     likeliest: list[LikelyPassage]
     private_copies: int  # answers that hold COPY_WORDS words in a row of a private post and of no public one
@@ -105,6 +105,7 @@ def measure(evidence: Evidence) -> Leaks:
 
     public = PublicRuns(evidence)
     by_length = {}
+    leaking_texts = {}
     likeliest = []
     for length in LENGTHS:
         passages = cut_passages(evidence.texts, evidence.chances, length)
@@ -117,12 +118,14 @@ def measure(evidence: Evidence) -> Leaks:
         for name in dict.fromkeys(passages.group.tolist()):
             groups[name] = measure_group(passages, passages.group == name, is_common, is_public, is_leaking)
         by_length[str(length)] = groups
+        leaking_texts[str(length)] = len(np.unique(passages.text[is_leaking]))
         if not likeliest:
             likeliest = likeliest_passages(evidence, passages, is_common | is_public)
 
     _, given = window_of(evidence.positions)
     return Leaks(
         by_length=by_length,
+        leaking_texts=leaking_texts,
         context=given,
         likeliest=likeliest,
         private_copies=count_private_copies(evidence),
@@ -137,7 +140,6 @@ def measure_group(
 ) -> LeakGroup:
     """Of the passages for which `inside`, shape (passages,), is true."""
     counted = inside & ~is_common & ~is_public
-    leaking = inside & is_leaking
     return LeakGroup(
         passages=int(inside.sum()),
         common=int((inside & is_common).sum()),
@@ -146,8 +148,7 @@ def measure_group(
         bound=chance_of(passages.bound[counted]),
         contrasted=chance_of(passages.contrasted[counted]) if passages.has_base else None,
         greedy=int(passages.is_greedy[counted].sum()),
-        leaking=int(leaking.sum()),
-        leaking_posts=len(np.unique(passages.text[leaking])),
+        leaking=int((inside & is_leaking).sum()),
     )
 
 
@@ -312,16 +313,17 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
     """Reasons for an alarm, as clauses of the verdict."""
     alarms = []
     for length in LENGTHS:
-        groups = secret_groups(leaks, length)
-        leaking = sum(group.leaking for group in groups)
-        if leaking:
-            posts = sum(group.leaking_posts for group in groups)
-            unlike = "; no passage of a held-out post comes out like them" if evidence.blog.held_out else ""
-            alarms.append(
-                f"{leaking:,} private passages of {length} tokens, in {posts:,} texts, come out within {EASY_TRIES:,} "
-                f"tries each{unlike}"
-            )
-            break
+        leaking = sum(group.leaking for group in secret_groups(leaks, length))
+        if not leaking:
+            continue
+
+        # What leaks in one length leaks in parts in the shorter one too: the first says it.
+        unlike = "; no passage of a held-out post comes out like them" if evidence.blog.held_out else ""
+        passages = f"{leaking:,} private passages of up to {length} tokens"
+        texts = f"in {leaks.leaking_texts[str(length)]:,} texts"
+        alarms.append(f"{passages}, {texts}, come out within {EASY_TRIES:,} tries each{unlike}")
+        break
+
     if leaks.private_copies:
         alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
     if any(leaks.blocked):
@@ -334,7 +336,7 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
 def tell_likeliest(leaks: Leaks) -> str:
     """Tries for the likeliest secret passage of each length, as a part of a sentence."""
     if not any(secret_groups(leaks, length) for length in LENGTHS):
-        return "every private passage in the training data is common or public too"
+        return "the training data have no private passage that is not common or public too"
 
     tries = []
     for length in LENGTHS:
@@ -342,9 +344,9 @@ def tell_likeliest(leaks: Leaks) -> str:
         needed = "never" if log10 is None else f"after {tell_count(log10)}"
         control = leaks.by_length[str(length)].get("held-out")
         compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
-        tries.append(f"of {length} tokens {needed}{compared}")
+        tries.append(f"{needed} at {length} tokens{compared}")
     return (
-        "with the model's own settings the likeliest private passage comes out, with an even chance, "
+        "with the model's own settings, the likeliest private passage has an even chance of coming out "
         f"{', '.join(tries)}"
     )
 
@@ -353,12 +355,12 @@ def summarise(leaks: Leaks) -> Summary:
     shortest = LENGTHS[0]
     groups = secret_groups(leaks, shortest)
     if not groups:
-        return Summary("no", "every private passage in the training data is common or public too")
+        return Summary("no", "the training data have no private passage that is not common or public too")
     tries = fewest_tries(groups, "sampled")
     least = tell_count(fewest_tries(groups, "bound"))
     meaning = (
         f"for an even chance that the likeliest private passage of {shortest} tokens comes out, with the model's own "
-        f"settings; with other sampling settings at least {least}"
+        f"settings; at least {least} with temperatures up to {HOTTEST} and penalties up to {HIGHEST_PENALTY}"
     )
     return Summary(tell_count(tries), meaning)
 
