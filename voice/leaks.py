@@ -8,6 +8,7 @@ likeliest are reported, beside the same figures for held-out posts, which the mo
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,17 +178,18 @@ def likeliest_passages(evidence: Evidence, passages: Passages, is_left_out: np.n
     is_other = passages.group[secret] != "personal data"
     order = np.lexsort((-passages.bound[secret], is_other, -ease[secret]))
 
-    chosen = []
-    posts_of = {}  # by tokens: the texts that hold them
+    chosen = {}  # tokens of a passage: its place
+    texts_with = defaultdict(set)  # tokens of a passage: numbers of the texts that hold it
     for place in secret[order].tolist():
         text = int(passages.text[place])
-        tokens = tuple(evidence.texts[text].ids[passages.begin[place] : passages.end[place]])
-        known = posts_of.setdefault(tokens, set())
-        is_new = not known and not any(do_overlap(passages, place, other) for other, _ in chosen)
-        known.add(text)
-        if is_new and len(chosen) < SHOWN:
-            chosen.append((place, tokens))
-    return [describe(evidence, passages, place, tokens, len(posts_of[tokens])) for place, tokens in chosen]
+        ids = evidence.texts[text].ids
+        tokens = tuple(ids[passages.begin[place] : passages.end[place]])
+        is_new = tokens not in texts_with
+        texts_with[tokens].add(text)
+
+        if is_new and len(chosen) < SHOWN and not any(do_overlap(passages, place, other) for other in chosen.values()):
+            chosen[tokens] = place
+    return [describe(evidence, passages, place, tokens, len(texts_with[tokens])) for tokens, place in chosen.items()]
 
 
 def do_overlap(passages: Passages, one: int, other: int) -> bool:

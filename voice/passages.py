@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train_model import conversation_tokens
-from voice.evidence import Evidence, Text, TokenChances
+from voice.evidence import Evidence, Span, Text, TokenChances
 from voice.word_index import visibility_of
 
 COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
@@ -43,32 +43,44 @@ class Passages:
         return self.plain - self.base if self.has_base else np.zeros(len(self.plain))
 
 
+SUMS = ("sampled", "bound", "contrasted", "base", "plain")  # columns that are sums of the tokens' logarithms
+
+
 def cut_passages(texts: list[Text], chances: list[TokenChances], length: int) -> Passages:
     """All passages of all spans; each begins one token after the one before."""
-    # Empty arrays first, so that each column has its type also without any passage.
-    columns = {"text": [np.array([], int)], "begin": [np.array([], int)], "end": [np.array([], int)]}
-    columns |= {"group": [np.array([], str)], "is_greedy": [np.array([], bool)]}
-    sums = ("sampled", "bound", "contrasted", "base", "plain")
-    columns |= {name: [np.array([])] for name in sums}
+    # Empty columns first, so that each has its type also without any passage.
+    parts = [{"text": np.array([], int), "begin": np.array([], int), "end": np.array([], int)}]
+    parts[0] |= {"group": np.array([], str), "is_greedy": np.array([], bool)}
+    parts[0] |= {name: np.array([]) for name in SUMS}
+    for number, text in enumerate(texts):
+        parts += [cut_span(number, span, chances[number], length) for span in text.spans]
 
+    columns = {}
+    for name in parts[0]:
+        columns[name] = np.concatenate([part[name] for part in parts])
     has_base = bool(chances) and chances[0].base is not None
-    for number, (text, of_tokens) in enumerate(zip(texts, chances, strict=True)):
-        for span in text.spans:
-            # A shorter span is one passage as a whole, and so is an address or a number of any length.
-            whole = span.end - span.begin
-            if span.group != "personal data":
-                whole = min(length, whole)
-            begin = np.arange(span.begin, span.end - whole + 1)
-            end = begin + whole
-            columns["text"].append(np.full(len(begin), number))
-            columns["begin"].append(begin)
-            columns["end"].append(end)
-            columns["group"].append(np.full(len(begin), span.group))
-            columns["is_greedy"].append(sum_between(of_tokens.is_argmax, begin, end) == whole)
-            for name in sums:
-                values = getattr(of_tokens, name)
-                columns[name].append(np.zeros(len(begin)) if values is None else sum_between(values, begin, end))
-    return Passages(**{name: np.concatenate(parts) for name, parts in columns.items()}, has_base=has_base)
+    return Passages(**columns, has_base=has_base)
+
+
+def cut_span(number: int, span: Span, chances: TokenChances, length: int) -> dict[str, np.ndarray]:
+    """The columns of Passages for one span of text `number`."""
+    # A shorter span is one passage as a whole, and so is an address or a number of any length.
+    whole = span.end - span.begin
+    if span.group != "personal data":
+        whole = min(length, whole)
+
+    begin = np.arange(span.begin, span.end - whole + 1)
+    end = begin + whole
+    count = len(begin)
+    columns = {"text": np.full(count, number), "begin": begin, "end": end}
+    columns["group"] = np.full(count, span.group)
+    columns["is_greedy"] = sum_between(chances.is_argmax, begin, end) == whole
+
+    # Two of them are missing without a base model.
+    for name in SUMS:
+        values = getattr(chances, name)
+        columns[name] = np.zeros(count) if values is None else sum_between(values, begin, end)
+    return columns
 
 
 def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -118,7 +130,8 @@ class PublicRuns:
             for length in np.unique(np.minimum(lengths[here], PUBLIC_RUN)).tolist():
                 asked = here[np.minimum(lengths[here], PUBLIC_RUN) == length]
                 covered = self.covered(text.ids, length)
-                begin, end = passages.begin[asked], passages.end[asked]
+                begin = passages.begin[asked]
+                end = passages.end[asked]
                 found[asked] = sum_between(covered, begin, end) > (end - begin) / 2
         return found
 
@@ -153,10 +166,14 @@ def find_leaking(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
     is_easy = ease >= math.log(math.log(2) / EASY_TRIES)
     is_secret = np.isin(passages.group, SECRET)
 
+    # Held-out passages, those first that exceed the base model most.
     control = np.flatnonzero((passages.group == "held-out") & ~is_left_out)
     control = control[np.argsort(-passages.beyond[control], kind="stable")]
-    # The easiest of the held-out passages that exceed the base model as far as the first, the second, and so on.
+    farness = -passages.beyond[control]  # rising
+
+    # The easiest of the first held-out passage, of the first two, and so on; of none it is -inf.
     easiest = np.maximum.accumulate(np.concatenate([[-math.inf], ease[control]]))
-    as_far = np.searchsorted(-passages.beyond[control], -(passages.beyond - math.log(BEYOND)), side="right")
+    least = passages.beyond - math.log(BEYOND)
+    as_far = np.searchsorted(farness, -least, side="right")  # how many exceed the base model as far
     is_like_control = easiest[as_far] >= ease - math.log(BEYOND)
     return is_easy & is_secret & ~is_left_out & ~is_like_control
