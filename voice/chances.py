@@ -25,7 +25,7 @@ from voice.word_index import visibility_of
 
 # Sampling settings for which the bound holds, in addition to any top-k, top-p and min-p; see `largest_chance`.
 HOTTEST = 1.5  # temperature; above it a small model writes no sentences
-HIGHEST_PENALTY = 1.3  # for repetition, from 1; above it a small model writes no words
+HIGHEST_PENALTY = 1.1  # for repetition, from 1: Ollama's own; from 1.2 on small models garble
 
 # Logits l + a (l - base) exaggerate what tuning has changed (Contrastive Decoding, Li et al. 2023, arXiv 2210.15097).
 CONTRASTS = (0.5, 1.0, 2.0)
