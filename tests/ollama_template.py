@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, make_tokenizer
+from tiny import CHATML, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import train_model

@@ -14,14 +14,16 @@ import accelerate.accelerator
 import psutil
 import pytest
 import torch
-from conftest import make_model_folder
-from test_train_model import losses, run, small_and_exact, stopped_and_continued, train_this_way  # noqa: F401
+from tiny import make_model_folder
+from training import losses, run, stopped_and_continued, train_this_way
 from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
 import test_model
 import train_model
 from voice import asking
+
+pytestmark = pytest.mark.usefixtures("small_training")
 
 FUSED = "adamw_torch_fused"
 EIGHT_BIT = "adamw_bnb_8bit"

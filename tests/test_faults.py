@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import conversations, write_jsonl
-from test_train_model import DRIVER, cut_in_half, flags, make_noise, model_folder, run, small_and_exact, start  # noqa: F401
+from tiny import conversations, write_jsonl
+from training import DRIVER, cut_in_half, flags, make_noise, model_folder, run, start
 
 import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
 
 ROOT = Path(train_model.__file__).parent
 

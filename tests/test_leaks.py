@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_model_folder, sentence
+from tiny import make_model_folder, sentence
 from transformers import GenerationConfig
 
 import train_model

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from tiny import write_jsonl
 
 import voice.asking
 import voice.evidence

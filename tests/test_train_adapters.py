@@ -1,0 +1,274 @@
+"""train_model.py: low-rank adapters, their merging and their exactness."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_model_folder
+from torch.nn import functional
+from training import (
+    DRIVER,
+    SCRIPT,
+    flags,
+    losses,
+    run,
+    settings_with,
+    start,
+    stop_at,
+    train_this_way,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory) -> Path:
+    """Qwen2's shape: biases in the attention alone, an output layer of its own."""
+    return make_model_folder(
+        tmp_path_factory.mktemp("qwen2"), "qwen2", chatml=True, intermediate_size=64, num_key_value_heads=2
+    )
+
+
+SHAPES = ["gpt2_folder", "llama_folder", "qwen2_folder"]
+
+
+def adapted(folder: Path, precision: str = "fp32"):
+    """A model whose adapters have learned something: B is no longer zero."""
+    model = train_model.add_adapters(train_model.load_for_training(folder), precision, settings_with(lora_rank=4))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model.eval()
+
+
+def one_row(length: int = 40) -> dict[str, torch.Tensor]:
+    return train_model.collate([{"input_ids": list(range(5, 5 + length)), "labels": list(range(5, 5 + length))}])
+
+
+def in_bfloat16(monkeypatch) -> None:
+    """Train in it, whether this processor has kernels for it or not."""
+    monkeypatch.setattr(train_model, "PRECISION", "bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_merged_adapters_give_the_logits_of_the_base_with_adapters_and_the_base_comes_back(shape, rank_4, request):
+    folder = request.getfixturevalue(shape)
+    model, batch = adapted(folder), one_row()
+    with torch.no_grad():
+        base, _ = train_model.scored_logits(train_model.load_for_training(folder).eval(), batch)
+        beside, _ = train_model.scored_logits(model, batch)
+        with train_model.merged(model, 42):
+            inside, _ = train_model.scored_logits(model, batch)
+            plain, weights = train_model.without_adapters(model)
+            alone = AutoModelForCausalLM.from_config(plain.config).eval()
+            assert not alone.load_state_dict(weights).missing_keys
+            saved, _ = train_model.scored_logits(alone, batch)
+        again, _ = train_model.scored_logits(model, batch)
+    assert (beside - base).abs().max() > 1e-3
+    assert torch.allclose(inside, beside, atol=1e-5)
+    assert torch.allclose(saved, inside, atol=1e-5)
+    assert torch.equal(again, beside)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_frozen_weights_survive_merging_bit_by_bit(precision, gpt2_folder, rank_4):
+    """In half precision, where W + BA - BA is another W."""
+    model = adapted(gpt2_folder, precision)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for _ in range(3):
+        with train_model.merged(model, 42):
+            assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    frozen = {weight.dtype for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad}
+    assert frozen == {{"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)}
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_plan_counts_the_adapters_that_peft_makes(shape, rank_4, request):
+    folder = request.getfixturevalue(shape)
+    model = adapted(folder)
+    counted = train_model.shape_of(AutoConfig.from_pretrained(folder), 4)
+    assert counted.adapters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert train_model.shape_of(AutoConfig.from_pretrained(folder)).adapters == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_learn_and_leave_a_folder_as_full_training_does(
+    shape, rank_4, data_folder, tmp_path, request, monkeypatch, capsys
+):
+    base_folder = request.getfixturevalue(shape)
+    report = run(base_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"] - 0.05
+    updates = [entry["loss"] for entry in report["log"] if "loss" in entry]
+    assert np.mean(updates[-5:]) < np.mean(updates[:5]) - 0.05
+    assert report["settings"]["lora_rank"] == report["plan"]["lora_rank"] == 4
+    said = capsys.readouterr().err
+    assert f"frozen, {report['plan']['trained'] / 1e6:.1f}M trained in adapters of rank 4, fp32 on cpu" in said
+    assert "arning" not in said
+
+    monkeypatch.setattr(train_model, "LORA_RANK", 0)
+    run(base_folder, data_folder, tmp_path / "full", "--max-steps", "1")
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("model", "full")]
+    assert names[0] == names[1] and "model.safetensors" in names[0]
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "full")]
+    assert configs[0] == configs[1] and configs[0]["use_cache"]
+
+    # Every linear layer has learned, and what no adapter stands beside is the base's to the last bit.
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    learned = [layer.weight for layer in train_model.layers_to_adapt(model)]
+    base = dict(AutoModelForCausalLM.from_pretrained(base_folder).named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, base[name]) != any(weight is other for other in learned), name
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == AutoConfig.from_pretrained(base_folder).tie_word_embeddings
+
+
+@pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
+def test_what_is_measured_in_half_precision_is_what_anybody_loads(
+    shape, rank_4, data_folder, tmp_path, request, monkeypatch
+):
+    """A merge rounds: the loss of the base with adapters beside it is another one."""
+    in_bfloat16(monkeypatch)
+    base_folder = request.getfixturevalue(shape)
+    report = run(base_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"] - 0.02
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    full_size = (base_folder / "model.safetensors").stat().st_size
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 0.6 * full_size
+
+    # To the last digit but for the sum: 1e-3, which the run itself demands, would also let a model pass that was
+    # measured with its adapters beside it.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    entries = train_model.read_conversations(data_folder / "val_data.jsonl")
+    tokenized = train_model.tokenize(tokenizer, entries)
+    rows = train_model.make_rows(tokenized, 64, 8)
+    saved = train_model.load_for_training(tmp_path / "model")
+    train_model.hold_in_half(saved, "bf16")
+    with train_model.autocast(torch.device("cpu"), "bf16"):
+        nats = train_model.conversation_losses(saved, rows).sum()
+    assert nats / train_model.scored_tokens(rows) == pytest.approx(report["best"]["eval_loss"], abs=1e-7)
+
+
+def test_a_merge_into_bfloat16_keeps_in_the_mean_what_each_weight_would_lose():
+    """Weights of 0.19, which lie 0.001 apart; to the nearest, nothing of 0.0001 more would be left."""
+    rng = torch.Generator().manual_seed(0)
+    for sign in (1, -1):
+        base = (sign * torch.full((400, 400), 0.19)).bfloat16().float()
+        step = 2.0**-10
+        merged = train_model.rounded(base + 0.1 * step, torch.bfloat16, rng)
+        assert merged.dtype == torch.bfloat16
+        change = (merged.float() - base) / step
+        assert set(change.unique().tolist()) == {0.0, 1.0}
+        assert change.mean().item() == pytest.approx(0.1, abs=0.01)
+        # What has a number of its own keeps it: a base model without anything learned is the base model.
+        assert torch.equal(train_model.rounded(base, torch.bfloat16, rng).float(), base)
+    near = torch.tensor([0.19003])
+    assert torch.equal(train_model.rounded(near, torch.float16, rng), near.half())
+
+
+def test_layers_hand_on_float32_over_a_base_in_half_precision(llama_folder, rank_4):
+    model, seen = adapted(llama_folder, "fp16"), []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with train_model.autocast(torch.device("cpu"), "fp16"):
+        logits, _ = train_model.scored_logits(model, one_row())
+    assert set(seen) == {(torch.float32, torch.float32)} and logits.dtype == torch.float16
+
+
+def test_adapters_in_float16_get_the_gradients_of_float32(gpt2_folder, rank_4):
+    """What the card with 8 GB does: a scaler takes gradients of float32 weights only."""
+    gradients = []
+    for precision in ("fp32", "fp16"):
+        model = adapted(gpt2_folder, precision).train()
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(trained, lr=0.0)
+        with train_model.autocast(torch.device("cpu"), precision):
+            logits, targets = train_model.scored_logits(model, one_row())
+            loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
+    assert functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_adapters_learn_the_same_with_recomputed_activations(llama_folder, data_folder, tmp_path, rank_4, monkeypatch):
+    """The embedding is frozen, so that nothing which a layer is given asks for a gradient."""
+    flags = ("--max-steps", "4", "--learning-rate", "1e-2")
+    kept = run(llama_folder, data_folder, tmp_path / "kept", *flags)
+    train_this_way(monkeypatch, checkpointing=True)
+    recomputed = run(llama_folder, data_folder, tmp_path / "recomputed", *flags)
+    assert recomputed["plan"]["checkpointing"] and not kept["plan"]["checkpointing"]
+    assert losses(recomputed) == pytest.approx(losses(kept), abs=1e-5)
+    assert recomputed["best"]["eval_loss"] < recomputed["base"]["eval_loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
+    precision, gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch, capsys
+):
+    if precision == "bf16":
+        in_bfloat16(monkeypatch)
+    flags = ("--max-steps", "7", "--learning-rate", "1e-2")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
+
+    # A checkpoint has the adapters and no copy of the base model, and names nobody who could be asked for one.
+    checkpoint = train_model.last_checkpoint(tmp_path / "killed-unfinished")
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
+    assert not json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    capsys.readouterr()
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    assert losses(continued) == losses(whole)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_a_model_that_takes_no_adapters_is_one_sentence(data_folder, tmp_path, rank_4):
+    base = make_model_folder(tmp_path / "base", "mamba", False)
+    with pytest.raises(
+        SystemExit, match=r"^mamba cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL \(.*\)\.$"
+    ):
+        run(base, data_folder, tmp_path / "model")
+
+
+ADAPTED_DRIVER = DRIVER.replace(
+    "sys.exit",
+    """
+t.LORA_RANK = 4
+t.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]  # with recomputed activations
+sys.exit""",
+)
+
+
+def test_two_processes_train_the_adapters_of_one(rank_4, llama_folder, data_folder, tmp_path):
+    """Also with recomputed activations, which find no gradient twice."""
+    learn = ["--max-steps", "3", "--learning-rate", "1e-2"]
+    alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
+    (tmp_path / "driver.py").write_text(ADAPTED_DRIVER)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "driver.py"))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    arguments = [*flags(llama_folder, data_folder, tmp_path / "together")[:-2], *learn]
+    process = start(*arguments, launcher=launcher, env=environment)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
+    assert together["plan"]["checkpointing"]
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)

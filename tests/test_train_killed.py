@@ -1,0 +1,227 @@
+"""train_model.py: killed and stopped runs, damaged checkpoints, and what makes two runs the same."""
+
+import json
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import conversations, write_jsonl
+from training import (
+    cut_in_half,
+    flags,
+    losses,
+    make_checkpoint,
+    make_noise,
+    run,
+    start,
+    stop_at,
+    stopped_and_continued,
+    train_this_way,
+)
+
+import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(number, gpt2_folder, data_folder, tmp_path, capsys):
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
+    process = start(*flags(gpt2_folder, data_folder, tmp_path / "killed"))
+    for line in process.stderr:
+        if "update 5/9" in line:
+            process.send_signal(number)
+            break
+    _, rest = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 1 and "run the same command again to continue" in rest
+    assert not (tmp_path / "killed").exists()
+    capsys.readouterr()
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", "--max-steps", "9")
+    assert "Continuing the run that stopped after update" in capsys.readouterr().err
+    assert losses(continued) == losses(whole)
+
+
+def test_a_stopped_run_with_8_bit_averages_ends_as_if_nothing_had_happened(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    train_this_way(monkeypatch, optimizer="adamw_bnb_8bit")
+    more = ("--max-steps", "9", "--learning-rate", "1e-2")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+
+    loaded = []
+    load = train_model.BlogTrainer._load_optimizer_and_scheduler
+
+    def watched(self, checkpoint):
+        load(self, checkpoint)
+        for averages in self.optimizer.state.values():
+            loaded.extend(value.dtype for value in averages.values() if torch.is_tensor(value))
+
+    monkeypatch.setattr(train_model.BlogTrainer, "_load_optimizer_and_scheduler", watched)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    assert losses(continued) == losses(whole)
+    # The MLP's weights are large enough to have theirs in one byte each.
+    assert {torch.uint8, torch.float32} <= set(loaded)
+
+
+def unfinished_run(base: Path, data: Path, output: Path, monkeypatch) -> Path:
+    """The folder of a run that died in its sixth update."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(base, data, output, "--max-steps", "9")
+    return output.with_name(output.name + "-unfinished")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for the lock."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+OTHER_RUNS = [
+    ("--learning-rate=1e-3", None, "had LEARNING_RATE = 0.0001 (now 0.001): set that back"),
+    ("--max-steps=8", ("SEED", 7), "had MAX_STEPS = 9 (now 8), SEED = 42 (now 7)"),
+    ("--max-steps=9", ("LORA_RANK", 4), "had LORA_RANK = 0 (now 4)"),
+    ("--max-steps=9", ("OTHER DATA", None), "had other training posts: set that back"),
+]
+
+
+@pytest.mark.parametrize(("flag", "setting", "message"), OTHER_RUNS)
+def test_only_fresh_throws_an_unfinished_run_away(
+    flag, setting, message, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    unfinished = unfinished_run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch)
+    before = contents(unfinished)
+    if setting and setting[0] == "OTHER DATA":
+        data_folder = shutil.copytree(data_folder, tmp_path / "data")
+        write_jsonl(data_folder / "train_data.jsonl", conversations(41))
+    elif setting:
+        monkeypatch.setattr(train_model, *setting)
+
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", flag)
+    assert contents(unfinished) == before
+
+    capsys.readouterr()
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", flag, "--fresh")
+    assert "Continuing" not in capsys.readouterr().err
+    assert not unfinished.exists()
+
+
+def change_state(**values):
+    """A state of the same size in bytes as the one that is noted."""
+
+    def change(path: Path) -> None:
+        text = json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values})
+        path.write_text(text, encoding="utf-8")
+        sizes = json.loads((path.parent / "complete").read_text(encoding="utf-8"))
+        (path.parent / "complete").write_text(json.dumps({**sizes, path.name: len(text)}), encoding="utf-8")
+
+    return change
+
+
+DAMAGED = [
+    ("run.json", cut_in_half, "run.json cannot be read"),
+    ("run.json", lambda path: path.write_text("[]"), "run.json cannot be read"),
+    ("rates.json", lambda path: path.write_text("{"), ""),
+    ("checkpoint-5/trainer_state.json", cut_in_half, "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(global_step=9), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(log_history=[]), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(stateful_callbacks=5), "cannot be continued"),
+    ("checkpoint-5/trainer_state.json", change_state(of_another_version=1), "cannot be continued"),
+    ("checkpoint-5/complete", lambda path: path.write_text(""), "cannot be continued"),
+    ("checkpoint-5/optimizer.pt", cut_in_half, "optimizer.pt is cut or missing"),
+    ("checkpoint-5/optimizer.pt", make_noise, "optimizer.pt is damaged"),
+    ("checkpoint-5/scheduler.pt", Path.unlink, "scheduler.pt is cut or missing"),
+    ("checkpoint-5/rng_state.pth", make_noise, "rng_state.pth is damaged"),
+    ("checkpoint-5/model.safetensors", cut_in_half, "model.safetensors is cut or missing"),
+    ("checkpoint-5/model.safetensors", make_noise, "model.safetensors is damaged"),
+]
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["again", "fresh"])
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGED)
+def test_what_is_damaged_of_an_unfinished_run_is_said_and_the_run_starts_over(
+    name, damage, said, fresh, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    unfinished = unfinished_run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch)
+    (unfinished / "rates.json").write_text("{}")
+    damage(unfinished / name)
+    capsys.readouterr()
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", *fresh)
+    assert sum("loss" in entry for entry in report["log"]) == 9
+    if not fresh:
+        assert said in capsys.readouterr().err
+
+
+BEGUN = train_model.Begun("adamw_torch_fused", int(8e9))
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10"):
+        make_checkpoint(tmp_path / name, 1.0)
+    (tmp_path / "checkpoint-10" / "complete").unlink()
+    assert train_model.last_checkpoint(tmp_path) is None  # its best model is gone: the run ended after this
+    (tmp_path / "best").mkdir()
+    assert train_model.last_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, data_folder, tmp_path, capsys):
+    """Killed between moving its best model out and removing the rest: the checkpoint belongs to no model any more."""
+    unfinished = tmp_path / "model-unfinished"
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    identity = train_model.identity_of_run(settings, "fp32")
+    make_checkpoint(unfinished / "checkpoint-9", 1.0)
+    (unfinished / "rates.json").write_text('{"0.1": 1.0}')
+    (unfinished / "run.json").write_text(json.dumps(identity))
+    train_model.open_unfinished(unfinished, {**identity, "seed": 7}, fresh=False, begun=BEGUN)
+    assert [path.name for path in unfinished.iterdir()] == ["run.json"]
+    assert not capsys.readouterr().err
+
+
+def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder, tmp_path):
+    """But for those that are named as making no difference; so a new setting cannot be forgotten."""
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    before = train_model.identity_of_run(settings, "bf16")
+    assert set(before) == {
+        "base_model",
+        "context_tokens",
+        "dropout",
+        "epochs",
+        "evaluations_per_epoch",
+        "learning_rate",
+        "lora_rank",
+        "max_steps",
+        "overlap_tokens",
+        "patience",
+        "precision",
+        "rows_per_update",
+        "seed",
+        "train_sha256",
+        "val_sha256",
+        "warmup_share",
+    }
+    for name in vars(settings):
+        changed = train_model.identity_of_run(replace(settings, **{name: data_folder}), "bf16")
+        differ = [key for key in before if changed[key] != before[key]]
+        assert differ == ([] if name in {*train_model.NOT_IN_THE_IDENTITY, "precision"} else [name])
+
+
+def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_folder, tmp_path, capsys):
+    """PRECISION is "auto" in both: the card, or the torch, has changed. Named by hand, the same one is the same run."""
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    settings = replace(settings, precision="auto")
+    unfinished = tmp_path / "model-unfinished"
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
+    make_checkpoint(unfinished / "checkpoint-5", None)
+
+    settings = replace(settings, precision="fp16")
+    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=re.escape("had PRECISION = 'fp16' (now 'bf16')")):
+        train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "bf16"), fresh=False, begun=BEGUN)
+    assert (unfinished / "checkpoint-5").exists()

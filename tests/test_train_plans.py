@@ -1,0 +1,445 @@
+"""train_model.py: memory, disk, precision and the card."""
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model_folder
+from torch.nn import functional
+from training import run, settings_with, train_this_way
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
+
+
+@pytest.fixture(scope="module")
+def medium() -> train_model.Shape:
+    """GPT2-medium's."""
+    return train_model.shape_of(AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16))
+
+
+def with_free(free: float, kind: str = "cuda") -> train_model.Machine:
+    return train_model.Machine(torch.device(kind), processes=1, precision="fp16", free_memory=int(free))
+
+
+def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(medium):
+    way, memory = train_model.fit_into_memory(medium, 512, 8, with_free(7.6e9))
+    assert sum(memory.values()) <= 6.6e9
+    assert way.optimizer == "adamw_bnb_8bit" and not way.checkpointing
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "optimizer", "rows_at_once"),
+    [
+        (7.0, "adamw_bnb_8bit", 1),
+        (7.6, "adamw_bnb_8bit", 2),
+        (8.7, "adamw_torch_fused", 1),  # exact averages rather than more rows
+        (12, "adamw_torch_fused", 4),
+        (16, "adamw_torch_fused", 8),
+        (80, "adamw_torch_fused", 8),
+    ],
+)
+def test_a_card_takes_as_many_rows_at_once_as_it_has_room_for(gigabytes, optimizer, rows_at_once, medium):
+    way, _ = train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9))
+    assert way == train_model.WayToTrain(optimizer, False, rows_at_once)
+    # Half of an update's rows are another process's; a CPU has enough to do with one row.
+    assert train_model.fit_into_memory(medium, 512, 1, with_free(gigabytes * 1e9))[0].rows_at_once == 1
+    assert train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9, "cpu"))[0].rows_at_once == 1
+
+
+def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
+    """Worked out by hand, in MB, for one row of 512 tokens."""
+    wte, wpe, rest = 50257 * 1024, 1024 * 1024, 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024
+    assert (medium.parameters, medium.embeddings) == (wte + wpe + rest, wte + wpe)
+    way = train_model.WayToTrain("adamw_bnb_8bit", False, 1)
+    frugal = train_model.memory_needed(medium, 512, "fp16", way, "cuda")
+    assert {name: round(size / 1e6) for name, size in frugal.items()} == {
+        "weights": 2129,  # 6 bytes each
+        "gradients": 1419,
+        "optimizer": 1025,  # 8 bytes for 52.5 million in the embeddings, 2 for the rest
+        "activations": 916,  # 24 layers x 512 tokens x 36,864; gradients of logits and of the output layer, 6 each
+    }
+    exact = way._replace(optimizer="adamw_torch_fused")
+    assert train_model.memory_needed(medium, 512, "fp16", exact)["optimizer"] == 8 * medium.parameters
+    assert train_model.memory_needed(medium, 512, "fp32", exact)["weights"] == 4 * medium.parameters
+
+    recomputed = train_model.memory_needed(medium, 512, "fp16", way._replace(checkpointing=True), "cuda")
+    assert frugal["activations"] - recomputed["activations"] == 512 * (24 * 36 - 24 * 4 - 36) * 1024
+    two_rows = train_model.memory_needed(medium, 512, "fp16", way._replace(rows_at_once=2), "cuda")
+    assert two_rows["activations"] - frugal["activations"] == 512 * (24 * 36 * 1024 + 6 * 50257)
+
+    # A CPU keeps, in bfloat16, how much each of 16 heads looks from every token at every other one.
+    on_a_card = train_model.memory_needed(medium, 512, "bf16", way, "cuda")["activations"]
+    on_a_cpu = train_model.memory_needed(medium, 512, "bf16", way, "cpu")["activations"]
+    assert on_a_cpu - on_a_card == 24 * 16 * 512 * 512 * 2
+
+    # In many tokens the loss is larger than the output layer's gradient: logits in 2 bytes, their gradient in 4, and
+    # a piece of 64 tokens in float32 twice.
+    many = train_model.memory_needed(medium, 8192, "fp16", way._replace(checkpointing=True))["activations"]
+    assert many == 8192 * (24 * 4 + 36) * 1024 + 8192 * 6 * 50257 + max(64 * 8 * 50257, 6 * 50257 * 1024)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_attention_in_bfloat16_gives_the_gradients_of_the_fused_kernel(architecture, tmp_path):
+    """And goes away with its context: the evaluation of the same model is exact again."""
+    model = train_model.load_for_training(
+        make_model_folder(tmp_path / architecture, architecture, chatml=False)
+    ).train()
+    ids = list(range(5, 45))
+    row = {"input_ids": ids, "labels": ids, "position_ids": [*range(25), *range(15)]}
+    batch = train_model.collate([row])
+
+    gradients = {}
+    for attention in (train_model.attention_in_bfloat16, contextlib.nullcontext):
+        model.zero_grad()
+        with train_model.autocast(model.device, "bf16"), attention():
+            logits, targets = train_model.scored_logits(model, batch)
+        train_model.SummedCrossEntropy.apply(logits, targets).backward()
+        gradients[attention] = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    assert functional.cosine_similarity(*gradients.values(), dim=0) > 0.999
+    assert not torch.equal(*gradients.values())
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_in_bfloat16_learns_also_where_activations_are_computed_twice(
+    checkpointing, gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_model, "pick_precision", lambda *_: "bf16")
+    train_this_way(monkeypatch, checkpointing=checkpointing)
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "6", "--learning-rate", "1e-2")
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
+
+
+def test_the_memory_of_adapters_is_what_their_parts_take(medium):
+    """Worked out by hand, for GPT2-medium and one row of 512 tokens."""
+    # The attention's two layers and the MLP's two, what goes in and what comes out of each.
+    widths = 24 * ((1024 + 3072) + (1024 + 1024) + (1024 + 4096) + (4096 + 1024))
+    shape = replace(medium, lora_rank=16)
+    assert (shape.adapted_widths, shape.adapters) == (widths, 6_291_456)
+
+    way = train_model.WayToTrain("adamw_torch_fused", False, 1)
+    half = train_model.memory_needed(shape, 512, "fp16", way, "cuda")
+    assert half["weights"] == 2 * medium.parameters + 6 * 6_291_456  # with autocast's copy of the adapters
+    assert half["gradients"] == 4 * 6_291_456
+    assert half["optimizer"] == 8 * 6_291_456
+    # 24 layers; logits in 2 bytes, their gradient in 4, a piece of it in float32 twice; the output layer is frozen.
+    per_token = train_model.bytes_kept_by_layer(shape, mixed=True)
+    assert half["activations"] == 512 * 24 * per_token + 512 * 50257 * (2 + 4 + 8)
+
+    # While it is measured, a model on the CPU lies in the same memory as the weights that are put aside.
+    one_token = [train_model.memory_needed(shape, 1, "fp16", way, device)["activations"] for device in ("cpu", "cuda")]
+    assert one_token[0] == 2 * medium.parameters > one_token[1]
+
+    exact = train_model.memory_needed(shape, 512, "fp32", way, "cuda")
+    assert exact["weights"] == 4 * medium.parameters + 4 * 6_291_456
+    thrifty = train_model.memory_needed(shape, 512, "fp16", way._replace(optimizer="adamw_bnb_8bit"))
+    assert thrifty["optimizer"] == 2 * 6_291_456
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "rank", "way"),
+    [
+        (80, 16, ("adamw_torch_fused", False, 8)),
+        (2.4, 16, ("adamw_torch_fused", True, 1)),  # exact averages, which are small, rather than kept activations
+        (2.4, 0, None),
+    ],
+)
+def test_adapters_give_up_activations_before_exactness(gigabytes, rank, way, medium):
+    fitting = train_model.first_that_fits(replace(medium, lora_rank=rank), 512, 8, with_free(gigabytes * 1e9))
+    assert fitting is None if way is None else tuple(fitting[0]) == way
+
+
+def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medium):
+    """5 GB are too few for all weights of GPT2-medium and enough for adapters; 1.5 GB are too few for either."""
+    with pytest.raises(SystemExit) as error:
+        train_model.fit_into_memory(medium, 512, 8, with_free(5e9))
+    _, memory = train_model.first_that_fits(replace(medium, lora_rank=16), 512, 8, with_free(5e9))
+    size = sum(memory.values()) / 1e9
+    assert str(error.value).endswith(
+        f'and 5.0 GB are free: set LORA_RANK = 16 with LEARNING_RATE = "auto" or 1e-3, which needs {size:.1f} GB, '
+        "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
+    )
+    for rank, free in ((0, 1.5e9), (16, 1.5e9)):
+        with pytest.raises(SystemExit, match="GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
+            train_model.fit_into_memory(replace(medium, lora_rank=rank), 512, 8, with_free(free))
+
+
+@pytest.mark.parametrize("rank", [0, 16], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {"intermediate_size": 1024}),
+        ("llama", {"intermediate_size": 768, "num_key_value_heads": 4}),
+        ("qwen3", {"intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 128}),
+        ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
+    ],
+)
+def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed, rank):
+    """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
+    tokens = 128
+    kept = {}
+    for layers in (2, 4):
+        config = AutoConfig.for_model(
+            architecture, hidden_size=256, num_attention_heads=4, vocab_size=600, num_hidden_layers=layers, **sizes
+        )
+        train_model.set_dropout(config, 0.0)
+        train_model.fuse_activations(config)
+        model = AutoModelForCausalLM.from_config(config).train()
+        if rank:
+            model = train_model.add_adapters(model, "bf16" if mixed else "fp32", settings_with(lora_rank=rank))
+        weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
+        saved = {}
+
+        def keep(tensor, saved=saved, weights=weights):
+            storage = tensor.untyped_storage()
+            if tensor.shape not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        positions = torch.arange(tokens)[None] % (tokens // 2)
+        casting = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+        with casting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(torch.zeros_like(positions), position_ids=positions, use_cache=False).logits.sum()
+        kept[layers] = sum(saved.values())
+        del loss
+    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config, rank), mixed) * tokens
+    # GPT-NeoX's is a compromise with GPT-2, which has the same row of KEPT_BYTES.
+    room = 0.12 if architecture == "gpt_neox" else 0.09
+    least, most = (0.75, 1.12) if rank else (1 - room, 1 + room)
+    assert least * expected <= (kept[4] - kept[2]) / 2 <= most * expected, kept
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "checkpointing", "first"),
+    [
+        ("adamw_torch_fused", False, "model    gpt2, 355M parameters, bf16 on cuda"),
+        ("adamw_bnb_8bit", False, "Memory is short: training with adamw_bnb_8bit"),
+        ("adamw_bnb_8bit", True, "Memory is short: training with adamw_bnb_8bit and recomputed activations."),
+    ],
+)
+def test_a_plan_says_what_is_saved_when_memory_is_short(optimizer, checkpointing, first, capsys):
+    plan = train_model.Plan("cuda", "bf16", optimizer, checkpointing, 2, 4, 20, 354_823_168)
+    memory = {"weights": int(2.1e9), "optimizer": int(0.7e9)}
+    plan = replace(plan, rows=1320, updates=495, memory=memory, free_memory=int(7.6e9))
+    train_model.say_plan(plan, settings_with(base_model="gpt2"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == first
+    assert lines[-2:] == [
+        "data     1,320 rows of up to 64 tokens, 495 updates, 2 rows at once",
+        "memory   2.8 GB (weights 2.1, optimizer 0.7) of 7.6 GB free",
+    ]
+
+
+def test_a_plan_says_what_is_frozen_and_what_is_trained(capsys):
+    plan = train_model.Plan("cuda", "fp16", "adamw_torch_fused", True, 1, 8, 20, 1_711_376_384, 16, 18_087_936)
+    train_model.say_plan(plan, settings_with(base_model="smol"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "Memory is short: training with adamw_torch_fused and recomputed activations.",
+        "model    smol, 1711M parameters frozen, 18.1M trained in adapters of rank 16, fp16 on cuda",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "rank", "trained", "needed"),
+    [
+        ("fp16", 0, 0, 28e9),  # two checkpoints of 12 bytes a parameter, and the best weights in 4
+        ("fp16", 16, 10_000_000, 4.12e9),  # one checkpoint of the adapters, and two models of 2 bytes a parameter
+        ("fp32", 16, 10_000_000, 8.12e9),
+    ],
+)
+def test_the_disk_holds_checkpoints_of_what_is_trained_and_whole_models(precision, rank, trained, needed, tmp_path):
+    plan = train_model.Plan("cuda", precision, "adamw_torch_fused", False, 1, 8, 20, int(1e9), rank, trained)
+    assert train_model.check_disk(train_model.Places(tmp_path / "model"), plan).startswith(f"{needed / 1e9:.1f} GB of")
+
+
+def test_what_cannot_fit_stops_before_anything_is_loaded(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "free_memory", lambda device: int(5e8))
+    monkeypatch.setattr(train_model, "load_for_training", None)
+    with pytest.raises(SystemExit, match="choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+
+
+def test_a_disk_without_room_stops_the_run(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train_model.shutil, "disk_usage", lambda folder: os.statvfs_result((0,) * 10) and type("", (), {"free": 10})
+    )
+    with pytest.raises(SystemExit, match="on disk for its checkpoints"):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+
+
+def card(monkeypatch, capability: tuple[int, int], name: str = "NVIDIA GeForce RTX 2080") -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "fastest"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 9), "bf16"), ((12, 0), "bf16")],
+)
+def test_a_card_trains_in_what_it_is_made_for(capability, fastest, monkeypatch, capsys):
+    device = card(monkeypatch, capability)
+    assert train_model.pick_precision(device, "auto") == fastest
+    assert [train_model.pick_precision(device, wanted) for wanted in ("fp16", "fp32")] == ["fp16", "fp32"]
+    assert not capsys.readouterr().err
+
+
+def test_an_old_card_that_has_to_emulate_is_told_what_is_faster(monkeypatch, capsys):
+    assert train_model.pick_precision(card(monkeypatch, (7, 5)), "bf16") == "bf16"
+    assert 'RTX 2080 only emulates bfloat16: PRECISION = "fp16" (or "auto") is faster' in capsys.readouterr().err
+
+
+TURING_AND_LATER = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.13 from PyPI
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 5), TURING_AND_LATER, True),
+        ((8, 9), TURING_AND_LATER, True),
+        ((12, 1), TURING_AND_LATER, True),
+        ((13, 0), TURING_AND_LATER, True),
+        ((6, 1), TURING_AND_LATER, False),
+        ((7, 0), TURING_AND_LATER, False),
+        ((6, 1), ["sm_50", "sm_60"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90a"], False),
+        ((9, 0), ["gfx90a"], True),
+        ((7, 5), [], True),
+    ],
+)
+def test_machine_code_runs_on_its_generation_and_what_is_compiled_later_on_newer_ones(capability, built_for, runs):
+    assert train_model.has_kernels(capability, built_for) == runs
+
+
+def test_a_card_without_kernels_is_named(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    card(monkeypatch, (6, 1), "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: TURING_AND_LATER)
+    sentence = r"has no kernels for NVIDIA GeForce GTX 1080 \(compute capability 6\.1\): install another .*--cpu"
+    with pytest.raises(SystemExit, match=sentence):
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    train_model.check_card(cpu_wanted=True)
+    card(monkeypatch, (7, 5))
+    train_model.check_card(cpu_wanted=False)
+
+
+def machine(monkeypatch, folder: Path, says: str, status: int = 0) -> None:
+    """One whose nvidia-smi says this."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def test_a_driver_that_is_too_old_ends_the_run_unless_the_cpu_is_wanted(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU")
+
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 2080, 470.82.01")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    with pytest.raises(SystemExit) as error:
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    assert str(error.value) == (
+        f"NVIDIA GeForce RTX 2080 (driver 470.82.01) is there and PyTorch {torch.__version__} cannot use it (The "
+        "NVIDIA driver on your system is too old (found version 11040)): CUDA 13.0 needs the driver 580 or newer; "
+        "update it (for WSL, in Windows) and restart, or install another PyTorch for it "
+        "(https://pytorch.org/get-started/locally), or train without the card, which is slow: --cpu."
+    )
+    assert run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1", "--cpu")["plan"]["device"] == "cpu"
+
+
+def test_a_pytorch_without_cuda_beside_a_card_is_one_sentence(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit, match=r"RTX 3060 \(driver 580\.10\) is there and PyTorch .* was built without CUDA"):
+        train_model.check_card(cpu_wanted=False)
+
+
+@pytest.mark.parametrize(("says", "status"), [("No devices were found", 0), ("failed to initialize NVML", 18)])
+def test_a_machine_without_a_card_trains_on_its_cpu(says, status, tmp_path, monkeypatch, capsys):
+    """Under WSL that may be a card of Intel's, so that it is said and is no error."""
+    machine(monkeypatch, tmp_path, says, status)
+    train_model.check_card(cpu_wanted=False)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(train_model, "CARD_OF_WSL", tmp_path)
+    train_model.check_card(cpu_wanted=False)
+    assert "WSL sees a graphics card and no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_card_that_its_user_hides_counts_as_none(tmp_path, monkeypatch):
+    machine(monkeypatch, tmp_path, "NVIDIA GeForce RTX 3060, 580.10")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    train_model.check_card(cpu_wanted=False)
+
+
+def test_a_card_has_no_attention_of_cudnn_and_a_limit_at_what_is_free(monkeypatch):
+    """8 GB, of which a desktop holds one; and a card that is all but full."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda wanted: said.append(("cudnn", wanted)))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: said.append(("share", share)))
+    for free in (int(7e9), int(4e8)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, int(8e9)))
+        train_model.prepare_card(torch.device("cuda"))
+    assert said == [("cudnn", False), ("share", pytest.approx(6.7 / 8)), ("cudnn", False), ("share", 0.1)]
+    train_model.prepare_card(torch.device("cpu"))
+    assert len(said) == 4
+
+
+@pytest.mark.parametrize(
+    ("release", "folder", "warned"),
+    [
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c/Users/judy/model", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/c", True),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt/wsl/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/home/judy/model", False),
+        ("5.15.153.1-microsoft-standard-WSL2", "/mnt", False),
+        ("6.1.0-18-amd64", "/mnt/c/model", False),
+    ],
+)
+def test_a_windows_drive_is_known_by_its_place_under_wsl(release, folder, warned, monkeypatch):
+    monkeypatch.setattr(train_model.platform, "release", lambda: release)
+    assert train_model.is_on_windows_drive(Path(folder)) == warned
+
+
+def test_a_model_on_a_windows_drive_is_warned_about_once(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_model, "is_on_windows_drive", lambda folder: True)
+    run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert capsys.readouterr().err.count("is on a Windows drive") == 1
+
+
+@pytest.mark.parametrize(
+    ("fast", "wanted", "picked", "said"),
+    [
+        (True, "auto", "bf16", ""),
+        (True, "bf16", "bf16", ""),
+        (True, "fp16", "fp32", "This CPU is slow in fp16; using float32.\n"),
+        (True, "fp32", "fp32", ""),
+        (False, "auto", "fp32", "This CPU is slow in bf16; using float32.\n"),
+        (False, "bf16", "fp32", "This CPU is slow in bf16; using float32.\n"),
+        (False, "fp32", "fp32", ""),
+    ],
+)
+def test_a_processor_trains_in_bfloat16_if_it_has_kernels_for_it(fast, wanted, picked, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    assert train_model.pick_precision(torch.device("cpu"), wanted) == picked
+    assert capsys.readouterr().err == said

@@ -1,0 +1,128 @@
+"""train_model.py: the search for a learning rate."""
+
+import pytest
+from training import losses, run, settings_with, stop_at, stopped_and_continued
+
+import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
+
+TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
+
+
+@pytest.fixture
+def tries(monkeypatch) -> None:
+    monkeypatch.setattr(train_model, "RATES_TO_TRY", TRIED)
+    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", TRIED)
+
+
+def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
+    gpt2_folder, data_folder, tmp_path, tries, capsys
+):
+    """To the last digit: no trial leaves anything behind in the weights, the random numbers or the schedule."""
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "9", "--learning-rate", "auto")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
+    given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "9", "--learning-rate", "1e-2")
+    assert losses(found) == losses(given)
+
+    assert said[0] == "rate     each of 0.0001, 0.01, 1e+30 has a trial of 3 updates, from the same start"
+    assert said[3] == "rate     1e+30   the loss became NaN"
+    assert said[4] == "rate     0.01 is the best and is used"
+    tried = found["learning_rate"]["bits_per_byte_of_tried"]
+    assert found["learning_rate"]["used"] == 1e-2 and found["settings"]["learning_rate"] == "auto"
+    assert tried["0.01"] < tried["0.0001"] < found["base"]["eval_bits_per_byte"] and tried["1e+30"] is None
+
+
+def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tmp_path, tries):
+    """With a schedule of its own: each rate's bits are those of a run of so many updates, also of the second one."""
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "9", "--learning-rate", "auto")
+    short = run(gpt2_folder, data_folder, tmp_path / "short", "--max-steps", "3", "--learning-rate", "1e-2")
+    measured = train_model.evaluations(short["log"])[-1]["eval_bits_per_byte"]
+    assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured
+
+
+def test_where_no_rate_keeps_the_loss_a_number_the_run_does_not_begin(
+    gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    """As with float16 and a model whose activations it cannot hold."""
+    monkeypatch.setattr(train_model, "RATES_TO_TRY", (1e29, 1e30))
+    with pytest.raises(
+        SystemExit, match='Training diverged at every learning rate that was tried: set PRECISION = "fp32", or'
+    ):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", "--learning-rate", "auto")
+    assert "update 0/9" not in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(("updates", "each"), [(1, 2), (12, 4), (1000, 8)])
+def test_trials_take_no_longer_than_the_run_and_are_a_few_updates_at_most(updates, each, tmp_path, monkeypatch):
+    lengths = []
+
+    def instead(trial) -> float:
+        lengths.append(trial.settings.max_steps)
+        return 1.0
+
+    monkeypatch.setattr(train_model, "try_rate", instead)
+    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 8, 1, parameters=0, updates=updates)
+    train_model.find_rates(train_model.Run(settings_with(learning_rate="auto"), tmp_path, plan, {}, {}))
+    assert lengths == [each] * 3
+
+
+def test_adapters_are_tried_at_rates_of_their_own(gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch):
+    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", (1e-3, 1e-2))
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "4", "--learning-rate", "auto")
+    given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "4", "--learning-rate", "1e-2")
+    assert list(found["learning_rate"]["bits_per_byte_of_tried"]) == ["0.001", "0.01"]
+    assert losses(found) == losses(given)
+
+
+def test_a_run_killed_in_its_trials_tries_only_what_is_left(
+    gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
+):
+    more = ("--max-steps", "9", "--learning-rate", "auto")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    tried = []
+    try_rate = train_model.try_rate
+
+    def dying_at_the_second(trial) -> float:
+        tried.append(trial.settings.learning_rate)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return try_rate(trial)
+
+    monkeypatch.setattr(train_model, "try_rate", dying_at_the_second)
+    with pytest.raises(SystemExit, match="Stopped: run the same command again; it continues"):
+        run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+    assert not (tmp_path / "killed").exists()
+
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+    assert tried == [1e-4, 1e-2, 1e-2, 1e30]
+    assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
+
+
+def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
+    gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
+):
+    more = ("--max-steps", "9", "--learning-rate", "auto")
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
+
+
+def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
+    learn = ("--max-steps", "9", "--learning-rate", "auto")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "model", *learn)
+
+    tried = []
+
+    def remember(trial) -> float:
+        tried.append(trial.settings.learning_rate)
+        return trial.settings.learning_rate
+
+    monkeypatch.setattr(train_model, "try_rate", remember)
+    run(gpt2_folder, data_folder, tmp_path / "model", *learn, "--fresh")
+    assert tried == list(TRIED)

@@ -1,0 +1,169 @@
+"""train_model.py: whole runs, what they leave, and that the seed decides them."""
+
+import json
+import math
+import os
+import re
+
+import pytest
+from tiny import conversations, make_model_folder, write_jsonl
+from training import DRIVER, SCRIPT, TALK, flags, losses, run, start, stop_at, train_this_way
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train_model
+
+pytestmark = pytest.mark.usefixtures("small_training")
+
+
+def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= names
+    assert {"README.md", "training_report.json", "loss_curve.png"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    assert model.config.use_cache and model.config.activation_function == "gelu_new"
+    assert model.config.n_ctx == 256  # without which llama.cpp's converter stops
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.generation_config.do_sample
+    inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**inputs, max_new_tokens=5).shape[1] <= inputs["input_ids"].shape[1] + 5
+
+    assert report["data"]["train"]["conversations"] == 40 and report["data"]["train"]["private"] == 14
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
+    val = report["data"]["val"]
+    bits = report["best"]["eval_loss"] * val["author_tokens"] / math.log(2) / val["author_bytes"]
+    assert report["best"]["eval_bits_per_byte"] == pytest.approx(bits)
+    output = capsys.readouterr()
+    assert "it learned. It" in output.out
+    assert f"{report['data']['train']['author_tokens']:,} scored an epoch" in output.err
+
+
+def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_folder, tmp_path):
+    first = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
+    again = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
+    assert losses(first) == losses(again)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 4])
+def test_an_update_is_the_same_however_many_rows_go_through_at_once(
+    rows_at_once, gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    """Over more than an epoch, so that rows which only fill up the last update are among them."""
+    flags = ("--epochs", "2", "--learning-rate", "1e-2")
+    one_by_one = run(gpt2_folder, data_folder, tmp_path / "one-by-one", *flags)
+    train_this_way(monkeypatch, rows_at_once=rows_at_once)
+    together = run(gpt2_folder, data_folder, tmp_path / "together", *flags)
+    assert together["plan"]["rows_at_once"] == rows_at_once
+    assert together["plan"]["accumulation"] * rows_at_once == one_by_one["plan"]["accumulation"]
+    assert losses(one_by_one) == pytest.approx(losses(together), abs=1e-4)
+
+
+def test_a_run_goes_on_with_other_rows_at_once_as_on_another_card(
+    gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
+    with monkeypatch.context() as patch:
+        train_this_way(patch, rows_at_once=4)
+        stop_at(patch, 5)
+        with pytest.raises(ZeroDivisionError):
+            run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
+    capsys.readouterr()
+    train_this_way(monkeypatch, rows_at_once=2)
+    moved = run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
+    assert losses(moved) == pytest.approx(losses(whole), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "qwen2", "phi", "bloom"])
+def test_other_architectures_train_and_keep_their_template(architecture, data_folder, tmp_path):
+    chatml = architecture == "qwen2"
+    base = make_model_folder(tmp_path / "base", architecture, chatml, intermediate_size=64, num_key_value_heads=2)
+    report = run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert report["best"]["step"] == 1
+    template = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    assert template.startswith(
+        "{% for message in messages %}{{ '<|im_start|>'" if chatml else train_model.PLAIN_TEMPLATE[:40]
+    )
+
+
+def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_path, capsys):
+    """BLOOM has a row for each window, so more updates than the plan before loading says."""
+    base = make_model_folder(tmp_path / "base", "bloom", False, n_head=2, n_layer=2)
+    report = run(base, data_folder, tmp_path / "model", "--epochs", "1")
+    plans = re.findall(r"([\d,]+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
+    assert len(plans) == 2 and int(plans[0][0]) < int(plans[1][0])
+    updates = report["log"][-1]["step"]
+    assert int(plans[1][1]) == updates > int(plans[0][1])
+    measured = [entry["step"] for entry in report["log"] if "eval_loss" in entry]
+    assert measured == [0, math.ceil(updates / 2), updates]
+
+
+def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
+    """As Mamba and BLOOM are; the Modelfile then names the length of the windows it was trained with."""
+    base = make_model_folder(tmp_path / "base", "mamba", False)
+    config = json.loads((base / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    assert "PARAMETER num_ctx 64\n" in (tmp_path / "model" / "Modelfile").read_text()
+
+
+def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    train_this_way(monkeypatch, optimizer="adamw_bnb_8bit", checkpointing=True)
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
+    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
+    assert AutoConfig.from_pretrained(tmp_path / "model").use_cache
+
+
+def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkeypatch, capsys):
+    """The validation post is made of what training makes ever less likely."""
+    write_jsonl(tmp_path / "train_data.jsonl", conversations(30))
+    worse = conversations(1)
+    worse[0]["messages"][1]["content"] = "QQ ZZ !! ?? 77 %% QQ ZZ"
+    write_jsonl(tmp_path / "val_data.jsonl", worse)
+    monkeypatch.setattr(train_model, "PATIENCE", 2)
+    report = run(gpt2_folder, tmp_path, tmp_path / "model", "--epochs", "30", "--learning-rate", "1e-1")
+    output = capsys.readouterr()
+    assert report["log"][-1]["step"] < 100
+    assert "Stopped early" in output.err and "it did not learn" in output.out
+
+
+# ---------------------------------------------------------------------------- several processes
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--nproc_per_node=2", "--standalone"),
+        ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"),
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder, tmp_path):
+    learn = ["--max-steps", "3", "--learning-rate", "auto"]
+    alone = run(gpt2_folder, data_folder, tmp_path / "alone", *learn)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    launcher = ("-m", *launcher, str(tmp_path / "driver.py"))
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-2], *learn]
+    process = start(*arguments, launcher=launcher, env=environment)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
+    assert errors.count("is the best and is used") == 1
+    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert together["learning_rate"]["used"] == alone["learning_rate"]["used"]
+    tried = [report["learning_rate"]["bits_per_byte_of_tried"] for report in (together, alone)]
+    assert tried[0] == pytest.approx(tried[1], abs=1e-5)
