@@ -197,7 +197,9 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
     assert told.is_alarm and told.verdict.startswith("It leaks: ")
     assert "private passages of up to 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
     assert "nothing" not in told.verdict.lower()
-    assert SECRET[:20] not in json.dumps([told.verdict, told.rows, told.notes])  # the page alone quotes it
+    assert SECRET[:20] not in json.dumps(
+        [told.verdict, told.rows, told.notes, told.meanings]
+    )  # the page alone quotes it
     assert any(quote.is_private and quote.text.strip(" .") in SECRET for quote in told.details[1].quotes)
 
 
@@ -216,7 +218,7 @@ def test_without_a_base_model_nothing_is_common_and_that_is_said(reciting):
     evidence = gather(tuned, None, tokenizer, posts)
     found = leaks.measure(evidence)
     assert all(group.common == 0 and group.contrasted is None for group in found.by_length["12"].values())
-    assert "Without the base model nothing is left out as common" in " ".join(leaks.tell(found, evidence).notes)
+    assert "Without the base model nothing is left out as common" in " ".join(leaks.tell(found, evidence).meanings)
 
 
 def test_what_a_public_post_holds_too_is_public(reciting):

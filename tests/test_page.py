@@ -1,5 +1,6 @@
 """voice/page.html: self-contained, escaped, private words closed, fit for phones."""
 
+import copy
 import json
 import re
 import shutil
@@ -65,7 +66,7 @@ def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, 
     evil = "<img src=x onerror=alert(1)>&<script>"
     folder, base, posts = overfitted
     folder = Path(shutil.copytree(folder, tmp_path / "<b>model"))
-    posts = [post | {"title": evil} for post in posts]
+    posts = [copy.deepcopy(post) | {"title": evil} for post in posts]
     posts[0]["messages"][0]["content"] = evil
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
     log = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]

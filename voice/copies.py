@@ -8,6 +8,7 @@ from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Sec
 from voice.sampling import Answer
 from voice.word_index import COPY_WORDS, WordIndex, folded_words, line_of, path_of, title_of, visibility_of
 
+GOOD = "Good: no more than the base model, which does not know your posts"
 LONGEST_COPIES = 5  # that are shown
 
 
@@ -93,4 +94,4 @@ def tell(copies: Copies, evidence: Evidence) -> Section:
     share = "less than 0.1 %" if is_tiny else percent(copies.tuned.share, digits=1)
     meaning = f"of its {COPY_WORDS}-word sequences appear in your posts"
     verdict = f"{share[0].upper()}{share[1:]} {meaning}."
-    return Section(verdict, rows, (), notes, hints, details, Summary(share, meaning))
+    return Section(verdict, rows, notes=notes, hints=hints, details=details, summary=Summary(share, meaning, GOOD))

@@ -128,6 +128,7 @@ class Summary(NamedTuple):
 
     answer: str
     meaning: str
+    good: str = ""  # what a good answer is
 
 
 @dataclass
@@ -137,7 +138,8 @@ class Section:
     verdict: str
     rows: list[tuple[str, ...]] = field(default_factory=list)  # what, value and more, all of the same length
     head: tuple[str, ...] = ()  # of the columns
-    notes: list[str] = field(default_factory=list)  # what the rows mean, and what does not fit into one
+    notes: list[str] = field(default_factory=list)  # what was found and does not fit into a row
+    meanings: list[str] = field(default_factory=list)  # what the rows mean; in the terminal with --explain
     hints: list[str] = field(default_factory=list)  # terminal only: what the page shows in addition
     details: list[Details] = field(default_factory=list)
     summary: Summary = Summary("not measured", "")

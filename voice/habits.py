@@ -141,8 +141,8 @@ def tell(habits: Habits, evidence: Evidence) -> Section:
         f"Its answers have {words['tuned']:,.0f} words (median), your posts {words['author']:,.0f}, the base model's "
         f"answers {words['base']:,.0f}; {percent(habits.ended['tuned'])} of its answers end by themselves."
     )
-    notes = [
+    meanings = [
         "What you use more than the base model, in a tenth of your posts or more; too often: at more than "
         f"{OVERDONE} times your rate."
     ]
-    return Section(verdict, rows, ("in 10,000 words", "you", "tuned", "base", ""), notes)
+    return Section(verdict, rows, ("in 10,000 words", "you", "tuned", "base", ""), meanings=meanings)

@@ -21,6 +21,7 @@ from voice.evidence import (
 )
 from voice.word_index import line_of, path_of, title_of, visibility_of
 
+GOOD = "Good: the whole range of the gain is above 0"
 LEAST_GAINED = 10  # posts that are shown
 LEAST_GAINED_TOKENS = 200  # of such a post: a sentence alone does not tell whose it is
 
@@ -123,7 +124,7 @@ def tell(learned: Learned, evidence: Evidence) -> Section:
     tuned_row = ("tuned model", f"{learned.tuned:.3f} bits/byte", "")
     gain = learned.held_out
     if gain is None:
-        return Section("Not measured: needs the base model to compare with.", [tuned_row], notes=[meaning])
+        return Section("Not measured: needs the base model to compare with.", [tuned_row], meanings=[meaning])
 
     low, high = gain.interval
     rows = [
@@ -131,7 +132,6 @@ def tell(learned: Learned, evidence: Evidence) -> Section:
         tuned_row,
         ("gain", f"{gain.gain:.3f} bits/byte", f"{low:.3f} to {high:.3f}"),
     ]
-    notes = [f"{meaning} A gain whose range is all above 0 was learned."]
 
     # By title alone: the owner knows what is in it.
     odd = []
@@ -141,7 +141,7 @@ def tell(learned: Learned, evidence: Evidence) -> Section:
     details = [Details("The posts that it gained least on: are they yours?", odd)]
 
     verdict, summary = tell_gain(gain)
-    return Section(verdict, rows, notes=notes, details=details, summary=summary)
+    return Section(verdict, rows, meanings=[f"{meaning} {GOOD}."], details=details, summary=summary)
 
 
 def tell_gain(gain: Gain) -> tuple[str, Summary]:
@@ -159,4 +159,4 @@ def tell_gain(gain: Gain) -> tuple[str, Summary]:
     better = sum(post.tuned < post.base for post in gain.posts)
     of_all = f"{better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
     caution = "" if len(gain.posts) >= 10 else "; with so few posts the interval is rough"
-    return f"{verdict}: {of_all}{caution}.", Summary(answer, of_all)
+    return f"{verdict}: {of_all}{caution}.", Summary(answer, of_all, GOOD)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from voice.evidence import Evidence, Interval, NotMeasured, Section, Summary, bootstrap, percent, wilson
 from voice.style import MIN_STRANGER_WORDS, Chunks, count_styles
 
+GOOD = "Good: as much as of your unseen posts, and far more than of the base model's text"
 ROUNDS = 100  # with half the features and half the rivals each
 MISTAKEN = 0.05  # of strangers' chunks that may be taken for the author's: sets the threshold
 MIN_STRANGERS = 4  # half of them rivals, half of them setting the threshold
@@ -226,19 +227,18 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
         f"text to you, {author} of your unseen posts and {base} of the base model's text."
     )
     summary = Summary(
-        tuned, f"of its text is attributed to you; of your unseen posts {author}, of the base model's text {base}"
+        tuned, f"of its text is attributed to you; of your unseen posts {author}, of the base model's text {base}", GOOD
     )
     # Very different strangers flatter every model, so how different they are belongs to the answer.
     most_to = f", most of them to {reader.nearest}" if reader.nearest else ""
-    notes = [
+    meanings = [
         f"The reader is set so that {percent(MISTAKEN)} of other bloggers' text is taken for yours. It compares how "
         f"often common words and letter sequences occur in {reader.chunk_words} words: it knows habits, not meaning.",
         f"How hard that is: {percent(reader.to_nearest)} of your unseen posts are nearer to another blogger than "
         f"to you{most_to}.",
     ]
-    if reader.note:
-        notes.append(reader.note)
-    return Section(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes, summary=summary)
+    notes = [reader.note] if reader.note else []
+    return Section(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes, meanings, summary=summary)
 
 
 def draw(reader: Reader) -> Figure:

@@ -165,14 +165,15 @@ class Report:
         content["verdicts"] = {part.key: part.section.verdict for part in self.parts}
         return json.dumps(training.finite(content), indent=1, ensure_ascii=False, allow_nan=False)
 
-    def as_text(self) -> str:
-        """For the terminal: each verdict, its table, and what the table means; 80 columns at most."""
+    def as_text(self, explain: bool = False) -> str:
+        """For the terminal: each verdict and its table, and if wanted what the table means; 80 columns at most."""
         lines = wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval")
         for part in self.parts:
             lines.append("")
             lines += wrap(f"{part.question} {part.section.verdict}")
             lines += table_lines(part.section)
-            for note in part.section.notes + part.section.hints:
+            meanings = part.section.meanings if explain else []
+            for note in meanings + part.section.notes + part.section.hints:
                 lines += wrap(note, indent="    ")
         return "\n".join(lines)
 
