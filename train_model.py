@@ -1177,8 +1177,11 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
     if not prompt:  # the author speaks first
         prompt = full.partition(words)[0] if words else full
 
-    shared = os.path.commonprefix([full, prompt])
-    return prompt, full[len(shared) :]
+    # Where the turn lacks the end of the prompt, an answer may begin like it: "<3" where the prompt says <think>.
+    shared = len(os.path.commonprefix([full, prompt]))
+    place = full.find(words, max(0, shared - len(words)))
+    begins = place if 0 <= place < shared < len(prompt) else shared
+    return prompt, full[begins:]
 
 
 def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:

@@ -103,7 +103,11 @@ def read_timed(post: extract_blog_data.Post, settings: extract_blog_data.Setting
     start = time.process_time()
     post = extract_blog_data.read_post(post, settings)
     taken = time.process_time() - start
-    return taken, post.found - extract_blog_data.count_words(post.text) - sum(post.left_out.values())
+    texts = [post.text]
+    for reply in post.replies:
+        texts += [turn["content"] for turn in reply.messages[1::2]]
+    kept = sum(map(extract_blog_data.count_words, texts))
+    return taken, post.found - kept - post.left_out.total()
 
 
 def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
@@ -132,7 +136,8 @@ def check_batch(files: dict[str, bytes], seconds: list[float]) -> Counter:
         if not len(files) == report["files_found"] == accounted:
             sys.exit(f"the account is wrong: {report['files_found']} of {len(files)} files")
         ledger = report["ledger"]
-        if ledger["found"] != ledger["kept"] + sum(ledger["left_out"].values()):
+        kept = ledger["kept_in_posts"] + ledger["kept_in_replies"]
+        if ledger["found"] != kept + sum(ledger["left_out"].values()) or kept != sum(report["words"].values()):
             sys.exit(f"the ledger is wrong: {ledger}")
         return Counter(report["files_skipped"]) + Counter(kept=report["files_kept"])
 

@@ -1,7 +1,6 @@
 """Pasted chats: what is one, who says what in it, and what becomes of it."""
 
 import re
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -106,7 +105,7 @@ def test_what_programs_say_is_nobodys(line, place):
     text, turns, told = chats_of("\n".join(lines) + "\n\nShe has left me, and i am off.")
     assert text == "She has left me, and i am off."
     assert turns == [["where\nwere you", "i left the house"]]
-    assert told.chat_words["others'"] == 3
+    assert told.left_out[x.OTHERS_LINES] == 3
 
 
 COMPOSED = [
@@ -133,14 +132,15 @@ def test_what_only_looks_like_a_chat_stays(text):
     kept, turns, told = chats_of(text)
     assert re.sub(r"[<>*b/]", "", kept) == re.sub(r"[<>*b/]", "", text)
     assert turns == []
-    assert not told.chat_words
+    assert not told.left_out
 
 
 def test_every_word_of_a_chat_is_counted_once():
     chat = "mossy (10:36:16 PM): hi you\nwren (10:36:20 PM): hello\nmossy signed off\nwren (10:37:00 PM): oh well now"
     _, _, told = chats_of(chat)
-    assert told.chat_words == {"others'": 2, "the author's": 4, "names, times and what programs say": 18}
-    assert told.chat_words.total() == len(x.words_of(chat))
+    assert told.left_out == {x.OTHERS_LINES: 2, x.SIGNS_OF_CHATS: 18}
+    assert x.kept_words(told) == 4
+    assert x.count_words(chat) == 24
 
 
 def chat_by(name: str, number: int) -> str:
@@ -164,7 +164,8 @@ def test_who_speaks_in_many_chats_is_said_until_it_is_named(tmp_path, monkeypatc
     assert " lines in " not in capsys.readouterr().err
     assert report["speakers"] == []
     assert {f"word{n}" for n in (1, 2, 3, 4, 9)} <= set(author_turns(train + val))
-    assert Counter(report["chat_words"]) == {"others'": 5, "the author's": 5, "names, times and what programs say": 42}
+    assert report["ledger"]["kept_in_replies"] == 5
+    assert report["ledger"]["left_out"] == {x.SIGNS_OF_CHATS: 42, x.OTHERS_LINES: 5}
 
     monkeypatch.setattr(x, "BLOCKED_WORDS", ["Wren"])
     run(tmp_path, "--public", blog, "--author", "somebody")

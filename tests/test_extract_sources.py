@@ -130,6 +130,7 @@ def test_what_looks_like_writing_is_read_if_it_is_named_and_counted_if_not(tmp_p
     }
     assert re.search(r'not read: Markdown in _articles \(add "_articles" to FOLDERS\) +3\b', capsys.readouterr().out)
     assert sum(row["words"] for row in report["not_read"]) == 43
+    assert report["ledger"]["left_out"] == {x.UNREAD: 43, x.UNUSED: 7}
 
     monkeypatch.setattr(x, "FOLDERS", ["_posts", "_articles", "content/posts/", "about.md"])
     train, val, report = run(tmp_path, "--public", blog)
@@ -190,7 +191,11 @@ def test_comments_in_data_files_find_their_post_and_what_they_answer(tmp_path):
     }
     assert report["repairs"] == {"file of comments not readable": 1}
     assert [(row["source"], row["files"]) for row in report["not_read"]] == [("comments in _data", 1)]
-    assert sum(report["words"].values()) == sum(len(x.words_of(text)) for text in author_turns(train + val))
+    assert sum(report["words"].values()) == sum(map(x.count_words, author_turns(train + val)))
+
+    ledger = report["ledger"]
+    assert (ledger["found"], ledger["kept_in_posts"], ledger["kept_in_replies"]) == (37, 18, 8)
+    assert ledger["left_out"] == {x.UNREAD: 5, x.OTHERS_COMMENTS: 4, x.HIDDEN: 2}
 
 
 @pytest.mark.parametrize(
