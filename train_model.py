@@ -335,6 +335,17 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     say_plan(plan, settings)
     say(f"disk     {check_disk(places, plan)}")
 
+    # What only the model itself can tell changes the plan.
+    model, is_packed, precision = load_and_test(settings, plan)
+    if not is_packed:
+        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
+        rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
+        say_data(tokenized, rows_of)
+    if not is_packed or precision != plan.precision:
+        machine = machine._replace(precision=precision)
+        plan = make_plan(settings, config, rows_of["train"], machine, begun)
+        say_plan(plan, settings)
+
     # The first process decides whether to continue; the others look at what it left.
     identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
@@ -342,28 +353,17 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
             open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
-    # Packed rows need a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_for_training(settings.base_model, settings.dropout)
-    with Reading(settings.base_model):
-        is_packed = keeps_documents_apart(model)
-    if not is_packed:
-        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
-        rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
-        say_data(tokenized, rows_of)
-        plan = make_plan(settings, config, rows_of["train"], machine, begun)
-        say_plan(plan, settings)
-
     run = Run(settings, places.unfinished, plan, rows_of, count_data(conversations, rows_of))
     tried = {}
     if settings.learning_rate == AUTO:
         # Each trial loads a model of its own, so this one is dropped.
         del model
+        free_model()
         tried = find_rates(run)
         run = replace(run, settings=replace(settings, learning_rate=best_rate(tried)))
-        model = load_for_training(settings.base_model, settings.dropout)
+        model = prepare_to_train(load_for_training(settings.base_model, settings.dropout), plan, settings)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    model = prepare_to_train(model, plan, settings)
     trainer = build_trainer(run, model, tokenizer)
     log = run_to_the_end(trainer, checkpoint, settings)
     if not process.is_main_process:
@@ -371,8 +371,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
 
     # Room for the model that `finish` loads to check what was saved.
     del model, trainer
-    gc.collect()
-    give_back_memory()
+    free_model()
     names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
     report = {
         "settings": {**identity, **names},
@@ -1369,6 +1368,24 @@ def load_for_training(name: str, dropout: float = 0.0):
     return model
 
 
+def load_and_test(settings: Settings, plan: Plan) -> tuple[torch.nn.Module, bool, str]:
+    """The model, ready to train; whether it suits packed rows; and the precision in which it computes what it should.
+
+    That is the plan's, or else "fp32". Exits if there is none.
+    """
+    model = load_for_training(settings.base_model, settings.dropout)
+    with Reading(settings.base_model):
+        is_packed = keeps_documents_apart(model)
+    model = prepare_to_train(model, plan, settings)
+    if is_causal(model, plan.precision):
+        return model, is_packed, plan.precision
+
+    if plan.precision == "fp32":
+        sys.exit(f"Tokens of {settings.base_model} see those after them, so it cannot learn to write: choose another.")
+    say(f"In {plan.precision} this {plan.device.upper()} lets tokens see those after them: going on in float32.")
+    return load_and_test(settings, replace(plan, precision="fp32"))
+
+
 def set_dropout(config, dropout: float) -> None:
     """Set every dropout of the config; their names differ between architectures."""
     for key, value in config.to_dict().items():
@@ -1386,12 +1403,38 @@ def keeps_documents_apart(model) -> bool:
         return False
 
     # Eight different tokens, so that a leak from the first four makes a difference.
-    ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % model.config.vocab_size
+    ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % vocabulary_of(model.config)
     positions = torch.arange(4, device=model.device).repeat(2).reshape(1, 8)
     model.eval()
     together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:]
     alone = model(input_ids=ids[:, 4:], use_cache=False).logits
     return torch.allclose(together, alone, atol=1e-4, rtol=1e-3)
+
+
+# By how much of the largest logit others may move and still count as unmoved: some roundings. Guesses.
+UNMOVED = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 2e-2}
+
+
+@torch.no_grad()
+def is_causal(model, precision: str) -> bool:
+    """Whether no token sees those after it, in the precision of the run and on its device.
+
+    PyTorch for Macs computes wrong attention in half precision (https://github.com/pytorch/pytorch/issues/195910).
+    Tested on the model, at 8 and 64 tokens: another second half must not move the logits of the first.
+    """
+    model.eval()
+    for half in (4, 32):
+        ids = torch.arange(1, 1 + 3 * half, device=model.device) % vocabulary_of(model.config)
+        first, second, another = ids.chunk(3)
+        logits = []
+        for rest in (second, another):
+            row = torch.cat([first, rest])[None]
+            with autocast(model.device, precision):
+                logits.append(model(input_ids=row, use_cache=False).logits[0, :half].float())
+        moved = (logits[0] - logits[1]).abs().max()
+        if moved > UNMOVED[precision] * logits[0].abs().max():
+            return False
+    return True
 
 
 def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2055,8 +2098,7 @@ def forget_trial(optimizer: str) -> None:
         from bitsandbytes.optim import GlobalOptimManager
 
         GlobalOptimManager.get_instance().initialize()
-    gc.collect()
-    give_back_memory()
+    free_model()
 
 
 def known_rates(folder: Path) -> dict[float, float]:
@@ -2996,6 +3038,12 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_threshold, 32 << 20)
     libc.mallopt(trim_threshold, 1 << 30)
     libc.mallopt(top_pad, 64 << 20)
+
+
+def free_model() -> None:
+    """Free the memory of a model that nothing names any more, and which Python has not collected yet."""
+    gc.collect()
+    give_back_memory()
 
 
 def give_back_memory() -> None:
