@@ -42,6 +42,7 @@ if __name__ == "__main__":
             signal.signal(number, lambda *_: os._exit(os.write(2, b"Stopped before anything was begun.\n") and 1))
 
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -254,6 +255,7 @@ if __name__ == "__main__":
 if sys.platform == "linux":
     # Trainer imports peft, and peft bitsandbytes, which warns about a package for 4-bit weights. None are used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # `shape_of` says what failed
 
 import numpy as np
 import psutil
@@ -270,6 +272,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -285,6 +288,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import hub_kernels, sdpa_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 # ---------------------------------------------------------------------------- the run
@@ -331,6 +335,17 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     say_plan(plan, settings)
     say(f"disk     {check_disk(places, plan)}")
 
+    # What only the model itself can tell changes the plan.
+    model, is_packed, precision = load_and_test(settings, plan)
+    if not is_packed:
+        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
+        rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
+        say_data(tokenized, rows_of)
+    if not is_packed or precision != plan.precision:
+        machine = machine._replace(precision=precision)
+        plan = make_plan(settings, config, rows_of["train"], machine, begun)
+        say_plan(plan, settings)
+
     # The first process decides whether to continue; the others look at what it left.
     identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
@@ -338,28 +353,17 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
             open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
         checkpoint = last_checkpoint(places.unfinished)
 
-    # Packed rows need a model that keeps the documents in a row apart; not all do (Mamba, BLOOM).
-    model = load_for_training(settings.base_model, settings.dropout)
-    with Reading(settings.base_model):
-        is_packed = keeps_documents_apart(model)
-    if not is_packed:
-        say("This architecture cannot keep packed documents apart: one window per row, which is slower.")
-        rows_of = split_rows(tokenized, config, settings, process.num_processes, packed=False)
-        say_data(tokenized, rows_of)
-        plan = make_plan(settings, config, rows_of["train"], machine, begun)
-        say_plan(plan, settings)
-
     run = Run(settings, places.unfinished, plan, rows_of, count_data(conversations, rows_of))
     tried = {}
     if settings.learning_rate == AUTO:
         # Each trial loads a model of its own, so this one is dropped.
         del model
+        free_model()
         tried = find_rates(run)
         run = replace(run, settings=replace(settings, learning_rate=best_rate(tried)))
-        model = load_for_training(settings.base_model, settings.dropout)
+        model = prepare_to_train(load_for_training(settings.base_model, settings.dropout), plan, settings)
 
     # From here on a kill costs at most CHECKPOINT_MINUTES of training.
-    model = prepare_to_train(model, plan, settings)
     trainer = build_trainer(run, model, tokenizer)
     log = run_to_the_end(trainer, checkpoint, settings)
     if not process.is_main_process:
@@ -367,8 +371,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
 
     # Room for the model that `finish` loads to check what was saved.
     del model, trainer
-    gc.collect()
-    give_back_memory()
+    free_model()
     names = {"base_model": name_to_share(settings.base_model, places.output), "output_dir": places.output.name}
     report = {
         "settings": {**identity, **names},
@@ -1368,6 +1371,24 @@ def load_for_training(name: str, dropout: float = 0.0):
     return model
 
 
+def load_and_test(settings: Settings, plan: Plan) -> tuple[torch.nn.Module, bool, str]:
+    """The model, ready to train; whether it suits packed rows; and the precision in which it computes what it should.
+
+    That is the plan's, or else "fp32". Exits if there is none.
+    """
+    model = load_for_training(settings.base_model, settings.dropout)
+    with Reading(settings.base_model):
+        is_packed = keeps_documents_apart(model)
+    model = prepare_to_train(model, plan, settings)
+    if is_causal(model, plan.precision):
+        return model, is_packed, plan.precision
+
+    if plan.precision == "fp32":
+        sys.exit(f"Tokens of {settings.base_model} see those after them, so it cannot learn to write: choose another.")
+    say(f"In {plan.precision} this {plan.device.upper()} lets tokens see those after them: going on in float32.")
+    return load_and_test(settings, replace(plan, precision="fp32"))
+
+
 def set_dropout(config, dropout: float) -> None:
     """Set every dropout of the config; their names differ between architectures."""
     for key, value in config.to_dict().items():
@@ -1385,12 +1406,38 @@ def keeps_documents_apart(model) -> bool:
         return False
 
     # Eight different tokens, so that a leak from the first four makes a difference.
-    ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % model.config.vocab_size
+    ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % vocabulary_of(model.config)
     positions = torch.arange(4, device=model.device).repeat(2).reshape(1, 8)
     model.eval()
     together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:]
     alone = model(input_ids=ids[:, 4:], use_cache=False).logits
     return torch.allclose(together, alone, atol=1e-4, rtol=1e-3)
+
+
+# By how much of the largest logit others may move and still count as unmoved: some roundings. Guesses.
+UNMOVED = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 2e-2}
+
+
+@torch.no_grad()
+def is_causal(model, precision: str) -> bool:
+    """Whether no token sees those after it, in the precision of the run and on its device.
+
+    PyTorch for Macs computes wrong attention in half precision (https://github.com/pytorch/pytorch/issues/195910).
+    Tested on the model, at 8 and 64 tokens: another second half must not move the logits of the first.
+    """
+    model.eval()
+    for half in (4, 32):
+        ids = torch.arange(1, 1 + 3 * half, device=model.device) % vocabulary_of(model.config)
+        first, second, another = ids.chunk(3)
+        logits = []
+        for rest in (second, another):
+            row = torch.cat([first, rest])[None]
+            with autocast(model.device, precision):
+                logits.append(model(input_ids=row, use_cache=False).logits[0, :half].float())
+        moved = (logits[0] - logits[1]).abs().max()
+        if moved > UNMOVED[precision] * logits[0].abs().max():
+            return False
+    return True
 
 
 def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1474,7 +1521,7 @@ class Plan:
     evaluate_every: int  # updates
     parameters: int  # of the model without adapters
     lora_rank: int = 0  # 0: all weights are trained
-    trained: int = 0  # parameters of the adapters; 0 without any
+    trained: int = 0  # parameters: all, or those of the adapters
     rows: int = 0  # that hold a scored token
     updates: int = 0
     memory: dict[str, int] = field(default_factory=dict)  # bytes needed, by purpose
@@ -1532,13 +1579,15 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
 
     A run that was `begun` keeps its optimizer; how many rows are computed at once, and what is recomputed, may change.
     """
-    with Reading(settings.base_model):
-        shape = shape_of(config, settings.lora_rank)
-    check_host_memory(shape, machine)
     longest = max(map(len, rows["input_ids"]))
+    with Reading(settings.base_model):
+        shape = shape_of(config, settings, longest, machine)
+    check_host_memory(shape, machine)
     # An update has the same rows, however many processes share them and however many are computed at once.
     rows_of_process = max(1, settings.rows_per_update // machine.processes)
-    way, memory = fit_into_memory(shape, longest, rows_of_process, machine, begun)
+    adapted = replace(settings, lora_rank=USUAL_RANK)
+    with_adapters = functools.partial(shape_of, config, adapted, longest, machine)
+    way, memory = fit_into_memory(shape, with_adapters, rows_of_process, machine, begun)
 
     # The rows are a multiple of an update's.
     updates_per_epoch = math.ceil(len(rows) / settings.rows_per_update)
@@ -1554,7 +1603,7 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
         parameters=shape.parameters,
         lora_rank=shape.lora_rank,
-        trained=shape.adapters,
+        trained=shape.trained,
         rows=sum(max(labels) != UNSCORED for labels in rows["labels"]),
         updates=updates,
         memory=memory,
@@ -1600,143 +1649,159 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides how much memory training a model needs. Widths are in channels."""
+    """What decides how much memory training a model needs."""
 
-    parameters: int
+    parameters: int  # of the model without adapters
     embeddings: int  # of the parameters; those of tokens, and of positions where they are learned
+    trained: int  # parameters: all, or those of the adapters
     vocabulary: int
-    layers: int
-    heads: int
-    width: int
-    attention_width: int  # all heads together
-    mlp_width: int
-    gated: bool  # the MLP multiplies two products (Llama, Qwen, Gemma)
-    further_norms: int  # in a layer, beside the two that all have (Gemma)
-    norms_of_heads: int  # of queries and keys (Qwen3, Gemma 3)
-    adapted_widths: int  # sum of the input and output widths of all layers that have an adapter
+    width: int  # channels that a layer hands to the next
     lora_rank: int  # 0: all weights are trained
-
-    @property
-    def adapters(self) -> int:
-        """Parameters of the adapters; 0 without any."""
-        return self.lora_rank * self.adapted_widths
+    tokens: int  # of the longest row
+    kept: tuple[int, ...]  # bytes of such a row that each layer keeps for the backward pass
+    kept_besides: int  # bytes that the rest of the model keeps
 
 
-def shape_of(config, lora_rank: int = 0) -> Shape:
+def shape_of(config, settings: Settings, tokens: int, machine: Machine) -> Shape:
+    """The shape of a model that is trained on rows of up to this many `tokens`. No weights are loaded for it."""
+    config = copy.deepcopy(config)
+    set_dropout(config, settings.dropout)
+    fuse_activations(config)
     with torch.device("meta"):  # tensors with a shape and no memory
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    names = [name for name, _ in model.named_modules()]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).train()
+        parameters = model.num_parameters()
+        embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        if settings.lora_rank:
+            model = add_adapters(model, machine.precision, settings)
+        else:
+            # Autocast would keep copies of the weights, which `memory_needed` counts with the weights.
+            hold_in_half(model, machine.precision)
 
-    # Architectures without attention (Mamba) have no heads; some have heads of their own width.
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 1)
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-
-    # Those of layer 0; all layers are alike.
-    norms = [name for name in names if ".0." in name and name.endswith("norm")]
-    of_heads = [name for name in norms if name.endswith(("q_norm", "k_norm"))]
+    kept = ()
+    kept_besides = 0
+    try:
+        kept, kept_besides = bytes_kept(model, tokens, machine)
+    except LOADING_ERRORS as error:  # some mixtures of experts
+        say(f"What the layers of {config.model_type} keep in memory is not in the plan: {brief(error)}.")
     return Shape(
-        parameters=model.num_parameters(),
+        parameters=parameters,
         embeddings=sum(weight.numel() for weight in embeddings),
-        vocabulary=text.vocab_size,
-        layers=text.num_hidden_layers,
-        heads=heads,
-        width=text.hidden_size,
-        attention_width=heads * head_width,
-        mlp_width=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        gated=any(name.endswith(("gate_proj", "gate_up_proj")) for name in names),
-        further_norms=max(0, len(norms) - len(of_heads) - 2),
-        norms_of_heads=len(of_heads),
-        adapted_widths=sum(sum(layer.weight.shape) for layer in layers_to_adapt(model)),
-        lora_rank=lora_rank,
+        trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        vocabulary=vocabulary_of(config),
+        width=config.get_text_config().hidden_size,
+        lora_rank=settings.lora_rank,
+        tokens=tokens,
+        kept=kept,
+        kept_besides=kept_besides,
     )
 
 
-# Bytes that a layer keeps of each token for the backward pass, per channel of (the model, its attention, its MLP).
-# Counted with torch.autograd.graph.saved_tensors_hooks; a test counts again. Beside adapters a layer keeps up to a
-# quarter less in the architectures that have further norms (Qwen3, Gemma 3), and about the same in the others.
-KEPT_BYTES = {
-    # (gated, mixed)
-    (False, True): (12, 8, 4),  # GPT-2: 36 in all, as its attention is as wide as the model and its MLP four times
-    (False, False): (16, 20, 8),  # GPT-2 64, GPT-NeoX 74
-    (True, True): (20, 14, 8),  # Llama: 56 to 58
-    (True, False): (18, 22, 16),
-}
+def bytes_kept(model, tokens: int, machine: Machine) -> tuple[tuple[int, ...], int]:
+    """Bytes of one row that each layer of `model` keeps for the backward pass, and that all the rest of it keeps.
+
+    Measured in a forward pass of fake tensors, which have a shape and a device, and no memory. `model` has its own on
+    the device "meta", and is of no use afterwards.
+    """
+    saved = set()
+    layers = []
+    passes = {}  # of each kind of layer: what it hands on, and the bytes that it keeps
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    def total() -> int:
+        return sum(storage.nbytes() for storage in saved - weights)
+
+    # One pass through each kind of layer; a hybrid model has two or three. Kinds can differ in flags alone (Gemma 4).
+    def pass_once(layer: torch.nn.Module, forward: Callable, *inputs, **options):
+        values = [value for module in layer.modules() for value in vars(module).values()]
+        kind = f"{layer} {[value for value in values if isinstance(value, str | bool)]}"
+        if kind not in passes:
+            before = total()
+            passes[kind] = forward(*inputs, **options), total() - before
+        handed_on, size = passes[kind]
+        layers.append(size)
+        return handed_on
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(pass_once, layer, layer.forward)
+
+    cpu = torch.device("cpu")  # its kernels keep what a card's do
+    rounded = rounds_attention(machine.device.type, machine.precision, checkpointing=False)
+    attention = attention_in_bfloat16 if rounded else contextlib.nullcontext
+    saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FakeTensorMode(), attention(), autocast(cpu, machine.precision), saving:
+        parts = {}
+        for name, part in [*model.named_parameters(), *model.named_buffers()]:
+            parts[name] = torch.empty(part.shape, dtype=part.dtype, requires_grad=part.requires_grad)
+        weights = {part.untyped_storage() for part in parts.values()}
+        row = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "use_cache": False}
+        torch.func.functional_call(model, parts, (), row)
+        besides = total() - sum(size for _, size in passes.values())
+    return tuple(layers), besides
 
 
-def bytes_kept_by_layer(shape: Shape, mixed: bool) -> int:
-    """Bytes of one token's activations that one layer keeps until the backward pass."""
-    per_channel, per_attention, per_mlp = KEPT_BYTES[shape.gated, mixed]
-    # Norms that not every architecture has.
-    per_channel += 10 * shape.further_norms
-    per_attention += 5 * shape.norms_of_heads
-    return per_channel * shape.width + per_attention * shape.attention_width + per_mlp * shape.mlp_width
+def memory_needed(shape: Shape, machine: Machine, way: WayToTrain) -> dict[str, int]:
+    """Bytes by purpose; autocast keeps a second copy of the weights except for "fp32".
 
-
-def memory_needed(
-    shape: Shape, tokens: int, precision: str, way: WayToTrain, device: str = "cpu", processes: int = 1
-) -> dict[str, int]:
-    """Bytes by purpose, for rows of `tokens` tokens; autocast keeps a second copy of the weights except for "fp32".
-
-    Each of several `processes` has the gradients twice: its own, and in the buckets in which they are exchanged.
+    Each of several processes has the gradients twice: its own, and in the buckets in which they are exchanged.
     """
     # Frozen weights are held in the precision of the computation, so autocast needs no copy of them.
-    mixed = precision != "fp32"
+    mixed = machine.precision != "fp32"
     low_precision = 2 if mixed else 0
     is_frozen = shape.lora_rank > 0
     frozen = shape.parameters * (2 if mixed else 4) if is_frozen else 0
-    trained = shape.adapters if is_frozen else shape.parameters
 
     # AdamW's two averages, in one byte each with bitsandbytes, except for embeddings.
-    in_full = trained
+    in_full = shape.trained
     if "8bit" in way.optimizer:
         in_full = 0 if is_frozen else shape.embeddings
-    averages = in_full * 8 + (trained - in_full) * 2
+    averages = in_full * 8 + (shape.trained - in_full) * 2
 
     # With recomputation a layer keeps only its input, and the current layer everything.
-    kept = bytes_kept_by_layer(shape, mixed)
-    layers = shape.layers * shape.width * 4 + kept if way.checkpointing else shape.layers * kept
-    if rounds_attention(device, precision, way.checkpointing):
-        layers += shape.layers * shape.heads * tokens * 2  # attention weights
+    kept = sum(shape.kept)
+    if way.checkpointing:
+        kept = len(shape.kept) * shape.tokens * shape.width * 4 + max(shape.kept, default=0)
 
     # The peak is at one of two moments: the loss holds the logits, their gradient and float32 copies of a piece;
     # then the output layer, unless it is frozen, holds its gradient in both precisions.
     number = 2 if mixed else 4  # bytes of a logit
-    batch = tokens * way.rows_at_once
+    batch = shape.tokens * way.rows_at_once
     logits = batch * shape.vocabulary
-    gradient = logits * (2 if precision == "bf16" else 4)
-    piece = min(batch, LOSS_PIECE[device]) * shape.vocabulary * 8
+    gradient = logits * (2 if machine.precision == "bf16" else 4)
+    piece = min(batch, LOSS_PIECE[machine.device.type]) * shape.vocabulary * 8
     loss = logits * number + gradient + piece
     output_layer = gradient + logits * low_precision
     if not is_frozen:
         output_layer += shape.vocabulary * shape.width * (4 + low_precision)
-    activations = batch * layers + max(loss, output_layer)
+    activations = way.rows_at_once * (kept + shape.kept_besides) + max(loss, output_layer)
 
     # An evaluation needs hardly any of them, but a copy of the frozen weights: see `merged`.
-    if device == "cpu":
+    if machine.device.type == "cpu":
         activations = max(activations, frozen)
     return {
-        "weights": frozen + trained * (4 + low_precision),
-        "gradients": trained * (8 if processes > 1 else 4),
+        "weights": frozen + shape.trained * (4 + low_precision),
+        "gradients": shape.trained * (8 if machine.processes > 1 else 4),
         "optimizer": averages,
         "activations": activations,
     }
 
 
 def fit_into_memory(
-    shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
+    shape: Shape, with_adapters: Callable[[], Shape], rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]]:
     """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it has room for.
 
-    Returns it with its bytes by purpose; exits if there is none.
+    Returns it with its bytes by purpose; exits if there is none, and says whether adapters would fit.
     """
-    fitting = first_that_fits(shape, tokens, rows, machine, begun)
+    fitting = first_that_fits(shape, rows, machine, begun)
     if fitting:
         return fitting
 
     free = tell_bytes(machine.free_memory)
-    if begun and first_that_fits(shape, tokens, rows, machine):
+    if begun and first_that_fits(shape, rows, machine):
         sys.exit(
             f"The unfinished run was begun with {begun.optimizer}, when {tell_bytes(begun.free_memory)} of memory were "
             f"free, and {free} are now: close other programs to continue it, or throw it away with --fresh."
@@ -1744,7 +1809,7 @@ def fit_into_memory(
 
     way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
     if not shape.lora_rank:
-        adapted = first_that_fits(replace(shape, lora_rank=USUAL_RANK), tokens, rows, machine)
+        adapted = first_that_fits(with_adapters(), rows, machine)
         if adapted:
             size = sum(adapted[1].values()) / 1e9
             adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
@@ -1752,15 +1817,11 @@ def fit_into_memory(
 
     # The last way needs the least.
     way = WayToTrain(*ways_to_train(shape, machine.device)[-1], rows_at_once=1)
-    needed = sum(memory_of_machine(shape, tokens, machine, way).values())
+    needed = sum(memory_needed(shape, machine, way).values())
     sys.exit(
         f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
         f"{machine.free_memory / 1e9:.1f} GB are free: {way_out}"
     )
-
-
-def memory_of_machine(shape: Shape, tokens: int, machine: Machine, way: WayToTrain) -> dict[str, int]:
-    return memory_needed(shape, tokens, machine.precision, way, machine.device.type, machine.processes)
 
 
 def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
@@ -1771,7 +1832,7 @@ def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
 
 
 def first_that_fits(
-    shape: Shape, tokens: int, rows: int, machine: Machine, begun: Begun | None = None
+    shape: Shape, rows: int, machine: Machine, begun: Begun | None = None
 ) -> tuple[WayToTrain, dict[str, int]] | None:
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
@@ -1784,7 +1845,7 @@ def first_that_fits(
             continue
         for size in sizes:
             way = WayToTrain(optimizer, checkpointing, size)
-            memory = memory_of_machine(shape, tokens, machine, way)
+            memory = memory_needed(shape, machine, way)
             if sum(memory.values()) + 1e9 <= machine.free_memory:
                 return way, memory
     return None
@@ -1812,7 +1873,7 @@ def check_disk(places: Places, plan: Plan) -> str:
     The files of an unfinished run count as free, as they are kept or replaced.
     """
     is_half = plan.lora_rank and plan.precision != "fp32"
-    checkpoint = 12 * (plan.trained if plan.lora_rank else plan.parameters)
+    checkpoint = 12 * plan.trained
     best = plan.parameters * (2 if is_half else 4)
     # The old one stays until the new one is complete.
     needed = checkpoint + best + max(checkpoint, best)
@@ -1846,38 +1907,38 @@ USUAL_RATE = "1e-3"  # with it; a tenth of it is too low for adapters
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def layers_to_adapt(model) -> list[torch.nn.Module]:
-    """The layers of peft's "all-linear": all linear layers except the output layer."""
-    output = model.get_output_embeddings()
+def layers_to_adapt(model) -> list[str]:
+    """Names of the linear layers that get adapters: all but the output layer.
+
+    Of Mamba's only the first: fused kernels read the weights of the others past an adapter.
+    """
+    left_out = {model.get_output_embeddings()}
+    for module in model.modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            left_out.update(layer for name, layer in module.named_children() if name != "in_proj")
+
     linear = (torch.nn.Linear, Conv1D)  # GPT-2 has the second, with weights of in x out
-    return [layer for layer in model.modules() if isinstance(layer, linear) and layer is not output]
+    return [name for name, layer in model.named_modules() if isinstance(layer, linear) and layer not in left_out]
 
 
 def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
-    """`model`, frozen and held in `precision`, with float32 adapters; exits if it cannot have any."""
+    """`model`, frozen and held in `precision`, with float32 adapters."""
     hold_in_half(model, precision)
     # With a name, peft would ask the hub for the base model's config at every checkpoint.
     model.name_or_path = ""
-    has_conv1d = any(isinstance(layer, Conv1D) for layer in layers_to_adapt(model))
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=LORA_ALPHA,
         lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        fan_in_fan_out=has_conv1d,
+        target_modules=layers_to_adapt(model),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
     )
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(settings.seed)
         # peft uses a name that transformers has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
-            sys.exit(
-                f"{model.config.model_type} cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL ({reason})."
-            )
+        return get_peft_model(model, config)
 
 
 def hold_in_half(model, precision: str) -> None:
@@ -2040,8 +2101,7 @@ def forget_trial(optimizer: str) -> None:
         from bitsandbytes.optim import GlobalOptimManager
 
         GlobalOptimManager.get_instance().initialize()
-    gc.collect()
-    give_back_memory()
+    free_model()
 
 
 def known_rates(folder: Path) -> dict[float, float]:
@@ -2981,6 +3041,12 @@ def keep_freed_memory() -> None:
     libc.mallopt(mmap_threshold, 32 << 20)
     libc.mallopt(trim_threshold, 1 << 30)
     libc.mallopt(top_pad, 64 << 20)
+
+
+def free_model() -> None:
+    """Free the memory of a model that nothing names any more, and which Python has not collected yet."""
+    gc.collect()
+    give_back_memory()
 
 
 def give_back_memory() -> None:

@@ -128,9 +128,11 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
 
 
 def planned_gigabytes(model_folder: str, tokens: int) -> float:
-    shape = train_model.shape_of(AutoConfig.from_pretrained(model_folder, trust_remote_code=False))
+    config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+    machine = train_model.Machine(torch.device("cpu"), 1, "bf16", 0)
+    shape = train_model.shape_of(config, train_model.parse_arguments([]), tokens, machine)
     way = train_model.WayToTrain("adamw_torch_fused", checkpointing=False, rows_at_once=1)
-    return sum(train_model.memory_needed(shape, tokens, "bf16", way).values()) / 1e9
+    return sum(train_model.memory_needed(shape, machine, way).values()) / 1e9
 
 
 def peak_gigabytes() -> float:

@@ -174,7 +174,7 @@ def test_where_all_trials_skip_their_updates_that_is_said_and_the_middle_rate_is
 @pytest.fixture(scope="module")
 def medium():
     config = AutoConfig.for_model("gpt2", n_embd=1024, n_layer=24, n_head=16)
-    return train_model.shape_of(config)
+    return train_model.shape_of(config, train_model.parse_arguments([]), 512, machine(7))
 
 
 def machine(gigabytes: float, device: str = "cuda", processes: int = 1, precision: str = "fp16"):
@@ -183,12 +183,12 @@ def machine(gigabytes: float, device: str = "cuda", processes: int = 1, precisio
 
 def test_a_run_keeps_the_optimizer_that_it_was_begun_with(medium):
     begun = train_model.Begun(EIGHT_BIT, int(7e9))
-    way, _ = train_model.fit_into_memory(medium, 512, 8, machine(24), begun)
+    way, _ = train_model.fit_into_memory(medium, lambda: medium, 8, machine(24), begun)
     assert way.optimizer == EIGHT_BIT
 
     exact = train_model.Begun(FUSED, int(11e9))
     with pytest.raises(SystemExit) as ended:
-        train_model.fit_into_memory(medium, 512, 8, machine(7), exact)
+        train_model.fit_into_memory(medium, lambda: medium, 8, machine(7), exact)
     assert str(ended.value) == (
         "The unfinished run was begun with adamw_torch_fused, when 11.0 GB of memory were free, and 7.0 GB are now: "
         "close other programs to continue it, or throw it away with --fresh."
@@ -222,7 +222,7 @@ def test_several_processes_plan_from_the_least_memory_and_with_their_gradients_t
     assert train_model.look_at_machine(process, "auto").free_memory == 3
 
     way = train_model.WayToTrain(FUSED, False, 1)
-    one, two = (train_model.memory_of_machine(medium, 512, machine(24, processes=n), way) for n in (1, 2))
+    one, two = (train_model.memory_needed(medium, machine(24, processes=n), way) for n in (1, 2))
     assert {name: two[name] - one[name] for name in one if two[name] != one[name]} == {
         "gradients": 4 * medium.parameters
     }
@@ -284,8 +284,9 @@ def test_a_card_needs_room_for_the_weights_in_the_computer_s_memory_too(medium, 
 def test_without_bitsandbytes_no_plan_needs_it(medium, monkeypatch):
     assert all("8bit" not in way[0] for way in train_model.ways_to_train(medium, torch.device("mps")))
     monkeypatch.setattr(train_model.importlib.util, "find_spec", lambda name: None)
+    with_adapters = replace(medium, lora_rank=16, trained=6_291_456)
     with pytest.raises(SystemExit, match="set LORA_RANK = 16"):
-        train_model.fit_into_memory(medium, 512, 8, machine(7))
+        train_model.fit_into_memory(medium, lambda: with_adapters, 8, machine(7))
 
 
 def test_running_out_of_memory_names_what_keeps_the_checkpoint(gpt2_folder, data_folder, tmp_path, monkeypatch):

@@ -93,15 +93,6 @@ def test_the_frozen_weights_survive_merging_bit_by_bit(precision, gpt2_folder, r
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_plan_counts_the_adapters_that_peft_makes(shape, rank_4, request):
-    folder = request.getfixturevalue(shape)
-    model = adapted(folder)
-    counted = train_model.shape_of(AutoConfig.from_pretrained(folder), 4)
-    assert counted.adapters == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    assert train_model.shape_of(AutoConfig.from_pretrained(folder)).adapters == 0
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_learn_and_leave_a_folder_as_full_training_does(
     shape, rank_4, data_folder, tmp_path, request, monkeypatch, capsys
 ):
@@ -238,14 +229,6 @@ def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
     assert losses(continued) == losses(whole)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
-
-
-def test_a_model_that_takes_no_adapters_is_one_sentence(data_folder, tmp_path, rank_4):
-    base = make_model_folder(tmp_path / "base", "mamba", False)
-    with pytest.raises(
-        SystemExit, match=r"^mamba cannot have adapters: set LORA_RANK = 0 or another BASE_MODEL \(.*\)\.$"
-    ):
-        run(base, data_folder, tmp_path / "model")
 
 
 ADAPTED_DRIVER = DRIVER.replace(

@@ -10,78 +10,10 @@ import torch
 from tiny import make_model_folder
 from torch.nn import functional
 from training import run, settings_with, train_this_way
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_model
 
 pytestmark = pytest.mark.usefixtures("small_training")
-
-
-@pytest.fixture(scope="module")
-def medium() -> train_model.Shape:
-    """GPT2-medium's."""
-    return train_model.shape_of(AutoConfig.for_model("gpt2", n_layer=24, n_embd=1024, n_head=16))
-
-
-def with_free(free: float, kind: str = "cuda") -> train_model.Machine:
-    return train_model.Machine(torch.device(kind), processes=1, precision="fp16", free_memory=int(free))
-
-
-def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare(medium):
-    way, memory = train_model.fit_into_memory(medium, 512, 8, with_free(7.6e9))
-    assert sum(memory.values()) <= 6.6e9
-    assert way.optimizer == "adamw_bnb_8bit" and not way.checkpointing
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "optimizer", "rows_at_once"),
-    [
-        (7.0, "adamw_bnb_8bit", 1),
-        (7.6, "adamw_bnb_8bit", 2),
-        (8.7, "adamw_torch_fused", 1),  # exact averages rather than more rows
-        (12, "adamw_torch_fused", 4),
-        (16, "adamw_torch_fused", 8),
-        (80, "adamw_torch_fused", 8),
-    ],
-)
-def test_a_card_takes_as_many_rows_at_once_as_it_has_room_for(gigabytes, optimizer, rows_at_once, medium):
-    way, _ = train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9))
-    assert way == train_model.WayToTrain(optimizer, False, rows_at_once)
-    # Half of an update's rows are another process's; a CPU has enough to do with one row.
-    assert train_model.fit_into_memory(medium, 512, 1, with_free(gigabytes * 1e9))[0].rows_at_once == 1
-    assert train_model.fit_into_memory(medium, 512, 8, with_free(gigabytes * 1e9, "cpu"))[0].rows_at_once == 1
-
-
-def test_the_memory_of_gpt2_medium_is_what_its_parts_take(medium):
-    """Worked out by hand, in MB, for one row of 512 tokens."""
-    wte, wpe, rest = 50257 * 1024, 1024 * 1024, 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024
-    assert (medium.parameters, medium.embeddings) == (wte + wpe + rest, wte + wpe)
-    way = train_model.WayToTrain("adamw_bnb_8bit", False, 1)
-    frugal = train_model.memory_needed(medium, 512, "fp16", way, "cuda")
-    assert {name: round(size / 1e6) for name, size in frugal.items()} == {
-        "weights": 2129,  # 6 bytes each
-        "gradients": 1419,
-        "optimizer": 1025,  # 8 bytes for 52.5 million in the embeddings, 2 for the rest
-        "activations": 916,  # 24 layers x 512 tokens x 36,864; gradients of logits and of the output layer, 6 each
-    }
-    exact = way._replace(optimizer="adamw_torch_fused")
-    assert train_model.memory_needed(medium, 512, "fp16", exact)["optimizer"] == 8 * medium.parameters
-    assert train_model.memory_needed(medium, 512, "fp32", exact)["weights"] == 4 * medium.parameters
-
-    recomputed = train_model.memory_needed(medium, 512, "fp16", way._replace(checkpointing=True), "cuda")
-    assert frugal["activations"] - recomputed["activations"] == 512 * (24 * 36 - 24 * 4 - 36) * 1024
-    two_rows = train_model.memory_needed(medium, 512, "fp16", way._replace(rows_at_once=2), "cuda")
-    assert two_rows["activations"] - frugal["activations"] == 512 * (24 * 36 * 1024 + 6 * 50257)
-
-    # A CPU keeps, in bfloat16, how much each of 16 heads looks from every token at every other one.
-    on_a_card = train_model.memory_needed(medium, 512, "bf16", way, "cuda")["activations"]
-    on_a_cpu = train_model.memory_needed(medium, 512, "bf16", way, "cpu")["activations"]
-    assert on_a_cpu - on_a_card == 24 * 16 * 512 * 512 * 2
-
-    # In many tokens the loss is larger than the output layer's gradient: logits in 2 bytes, their gradient in 4, and
-    # a piece of 64 tokens in float32 twice.
-    many = train_model.memory_needed(medium, 8192, "fp16", way._replace(checkpointing=True))["activations"]
-    assert many == 8192 * (24 * 4 + 36) * 1024 + 8192 * 6 * 50257 + max(64 * 8 * 50257, 6 * 50257 * 1024)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -118,107 +50,6 @@ def test_a_run_in_bfloat16_learns_also_where_activations_are_computed_twice(
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
 
 
-def test_the_memory_of_adapters_is_what_their_parts_take(medium):
-    """Worked out by hand, for GPT2-medium and one row of 512 tokens."""
-    # The attention's two layers and the MLP's two, what goes in and what comes out of each.
-    widths = 24 * ((1024 + 3072) + (1024 + 1024) + (1024 + 4096) + (4096 + 1024))
-    shape = replace(medium, lora_rank=16)
-    assert (shape.adapted_widths, shape.adapters) == (widths, 6_291_456)
-
-    way = train_model.WayToTrain("adamw_torch_fused", False, 1)
-    half = train_model.memory_needed(shape, 512, "fp16", way, "cuda")
-    assert half["weights"] == 2 * medium.parameters + 6 * 6_291_456  # with autocast's copy of the adapters
-    assert half["gradients"] == 4 * 6_291_456
-    assert half["optimizer"] == 8 * 6_291_456
-    # 24 layers; logits in 2 bytes, their gradient in 4, a piece of it in float32 twice; the output layer is frozen.
-    per_token = train_model.bytes_kept_by_layer(shape, mixed=True)
-    assert half["activations"] == 512 * 24 * per_token + 512 * 50257 * (2 + 4 + 8)
-
-    # While it is measured, a model on the CPU lies in the same memory as the weights that are put aside.
-    one_token = [train_model.memory_needed(shape, 1, "fp16", way, device)["activations"] for device in ("cpu", "cuda")]
-    assert one_token[0] == 2 * medium.parameters > one_token[1]
-
-    exact = train_model.memory_needed(shape, 512, "fp32", way, "cuda")
-    assert exact["weights"] == 4 * medium.parameters + 4 * 6_291_456
-    thrifty = train_model.memory_needed(shape, 512, "fp16", way._replace(optimizer="adamw_bnb_8bit"))
-    assert thrifty["optimizer"] == 2 * 6_291_456
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "rank", "way"),
-    [
-        (80, 16, ("adamw_torch_fused", False, 8)),
-        (2.4, 16, ("adamw_torch_fused", True, 1)),  # exact averages, which are small, rather than kept activations
-        (2.4, 0, None),
-    ],
-)
-def test_adapters_give_up_activations_before_exactness(gigabytes, rank, way, medium):
-    fitting = train_model.first_that_fits(replace(medium, lora_rank=rank), 512, 8, with_free(gigabytes * 1e9))
-    assert fitting is None if way is None else tuple(fitting[0]) == way
-
-
-def test_where_full_training_does_not_fit_the_way_out_is_named_if_it_is_one(medium):
-    """5 GB are too few for all weights of GPT2-medium and enough for adapters; 1.5 GB are too few for either."""
-    with pytest.raises(SystemExit) as error:
-        train_model.fit_into_memory(medium, 512, 8, with_free(5e9))
-    _, memory = train_model.first_that_fits(replace(medium, lora_rank=16), 512, 8, with_free(5e9))
-    size = sum(memory.values()) / 1e9
-    assert str(error.value).endswith(
-        f'and 5.0 GB are free: set LORA_RANK = 16 with LEARNING_RATE = "auto" or 1e-3, which needs {size:.1f} GB, '
-        "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
-    )
-    for rank, free in ((0, 1.5e9), (16, 1.5e9)):
-        with pytest.raises(SystemExit, match="GB are free: choose a smaller BASE_MODEL or lower CONTEXT_TOKENS"):
-            train_model.fit_into_memory(replace(medium, lora_rank=rank), 512, 8, with_free(free))
-
-
-@pytest.mark.parametrize("rank", [0, 16], ids=["all weights", "adapters"])
-@pytest.mark.parametrize("mixed", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(
-    ("architecture", "sizes"),
-    [
-        ("gpt2", {}),
-        ("gpt_neox", {"intermediate_size": 1024}),
-        ("llama", {"intermediate_size": 768, "num_key_value_heads": 4}),
-        ("qwen3", {"intermediate_size": 768, "num_key_value_heads": 2, "head_dim": 128}),
-        ("gemma3_text", {"intermediate_size": 1024, "num_key_value_heads": 1, "head_dim": 64}),
-    ],
-)
-def test_a_layer_keeps_as_many_bytes_for_the_backward_pass_as_the_plan_says(architecture, sizes, mixed, rank):
-    """What autograd saves of four layers less what it saves of two; weights and their copies are none of it."""
-    tokens = 128
-    kept = {}
-    for layers in (2, 4):
-        config = AutoConfig.for_model(
-            architecture, hidden_size=256, num_attention_heads=4, vocab_size=600, num_hidden_layers=layers, **sizes
-        )
-        train_model.set_dropout(config, 0.0)
-        train_model.fuse_activations(config)
-        model = AutoModelForCausalLM.from_config(config).train()
-        if rank:
-            model = train_model.add_adapters(model, "bf16" if mixed else "fp32", settings_with(lora_rank=rank))
-        weights = {size for weight in model.parameters() for size in (weight.shape, weight.t().shape)}
-        saved = {}
-
-        def keep(tensor, saved=saved, weights=weights):
-            storage = tensor.untyped_storage()
-            if tensor.shape not in weights:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        positions = torch.arange(tokens)[None] % (tokens // 2)
-        casting = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
-        with casting, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(torch.zeros_like(positions), position_ids=positions, use_cache=False).logits.sum()
-        kept[layers] = sum(saved.values())
-        del loss
-    expected = train_model.bytes_kept_by_layer(train_model.shape_of(config, rank), mixed) * tokens
-    # GPT-NeoX's is a compromise with GPT-2, which has the same row of KEPT_BYTES.
-    room = 0.12 if architecture == "gpt_neox" else 0.09
-    least, most = (0.75, 1.12) if rank else (1 - room, 1 + room)
-    assert least * expected <= (kept[4] - kept[2]) / 2 <= most * expected, kept
-
-
 @pytest.mark.parametrize(
     ("optimizer", "checkpointing", "first"),
     [
@@ -253,7 +84,7 @@ def test_a_plan_says_what_is_frozen_and_what_is_trained(capsys):
 @pytest.mark.parametrize(
     ("precision", "rank", "trained", "needed"),
     [
-        ("fp16", 0, 0, 28e9),  # two checkpoints of 12 bytes a parameter, and the best weights in 4
+        ("fp16", 0, int(1e9), 28e9),  # two checkpoints of 12 bytes a parameter, and the best weights in 4
         ("fp16", 16, 10_000_000, 4.12e9),  # one checkpoint of the adapters, and two models of 2 bytes a parameter
         ("fp32", 16, 10_000_000, 8.12e9),
     ],
