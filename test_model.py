@@ -4,6 +4,7 @@
     python test_model.py --prompt "TEXT"    answers this one
     python test_model.py --begin "TEXT"     goes on from these words, with --prompt as an answer to it
     python test_model.py --chat             a conversation in the terminal
+    python test_model.py --page             the same on a page in the browser (after `make page`)
     python test_model.py --quiz             two texts: which one did you write? Answer 1 or 2
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
     python test_model.py --report --quick   a tenth of the words and public posts, with wide ranges
@@ -38,6 +39,8 @@ if __name__ == "__main__":
             signal.signal(number, stop)
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 import extract_blog_data as extraction
@@ -86,11 +89,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Settings, argparse.Namespac
     check_settings(constants, ROWS, "test_model.py")
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.begin and (args.chat or args.quiz or args.report):
+    if args.begin and (args.chat or args.page or args.quiz or args.report):
         parser.error("--begin goes alone or with --prompt; in the chat it is /begin")
 
     values = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
     values |= {name: getattr(args, name) for name in ("model_dir", "data_dir", "seed", "max_new_tokens")}
+    if args.page and importlib.util.find_spec("gradio") is None:
+        sys.exit("The page needs Gradio, which is not installed: run make page, then this again.")
     extraction_settings = extraction.parse_arguments([])
     if args.prompt:
         values["prompts"] = (args.prompt,)
@@ -114,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     prompt = {"type": flag_type(ROWS["PROMPTS"]), "metavar": "TEXT"}
     mode.add_argument("--prompt", **prompt, help="answer this instead of the prompts in the settings")
     mode.add_argument("--chat", action="store_true", help="talk")
+    mode.add_argument("--page", action="store_true", help="talk on a page in the browser, on this machine only")
     mode.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     mode.add_argument("--report", action="store_true", help="measure")
     parser.add_argument("--begin", **prompt, help="words of yours that the answer goes on from; in the chat: /begin")
@@ -130,7 +136,6 @@ if __name__ == "__main__":
     parse_arguments(None)  # --help and mistyped flags need no libraries
 
 import contextlib
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +148,7 @@ from transformers import GenerationConfig
 import train_model as training
 from voice.asking import read_blog
 from voice.conversation import COMMANDS, Chat
+from voice.copies import tell_origin
 from voice.evidence import BlogData, percent, wilson
 from voice.loading import (
     DTYPES,
@@ -167,15 +173,12 @@ from voice.sampling import (
     stream,
     whole_answers,
 )
+from voice.web import Writer, serve
 from voice.word_index import (
-    Copy,
     WordIndex,
     author_text,
     count_words,
-    path_of,
     posts_of,
-    title_of,
-    visibility_of,
     word_spans,
 )
 
@@ -200,9 +203,9 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
 
     model = model.to(DTYPES[precision])
     rng = make_rng(settings.seed)
+    find_base = partial(load_base_to_generate, settings, device, precision)
     if args.chat:
         talk = Chat(settings.extraction.title_requests[0], settings.extraction.general_requests[0])
-        find_base = partial(load_base_to_generate, settings, device, precision)
         with ctrl_c_interrupts():
             chat(talk, model, tokenizer, sampling, rng, find_base, settings.raw)
         return
@@ -216,6 +219,11 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
     if not blog.train:
         say(f"No training data in {settings.data_dir}: copied passages cannot be shown.")
     index = WordIndex(blog.train) if blog.train else None
+    if args.page:
+        with ctrl_c_interrupts():
+            serve(Writer(settings, model, tokenizer, rng, index, find_base))
+        return
+
     answer_prompts(model, tokenizer, settings, sampling, rng, index, args.begin)
 
 
@@ -330,15 +338,6 @@ def quiz(model, tokenizer, sampling: GenerationConfig, rng: torch.Generator, blo
                 break
             guesses.append(is_right)
     show(quiz_result(guesses, shown))
-
-
-def tell_origin(copy: Copy) -> str:
-    """The line under an answer."""
-    source = ""
-    if copy.post:
-        post = copy.post
-        source = f', from the {visibility_of(post)} post "{title_of(post)}" {path_of(post)}'
-    return f"[longest run of words from the training data: {copy.words}{source}]"
 
 
 # ---------------------------------------------------------------------------- chatting

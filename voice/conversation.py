@@ -33,14 +33,9 @@ class Chat:
             return self.ask(line)
 
         if command == "/post" and rest:
-            # Posts were trained on as the first thing that is said.
-            self.history.clear()
-            return self.ask(self.title_request.format(rest))
+            return self.post(rest)
         if command == "/begin" and rest:
-            if not self.history:
-                self.ask(self.general_request)
-            self.beginning = rest
-            return self.again()
+            return self.begin(rest)
         if command in ("/again", "/base"):
             return self.again()
         if command == "/clear":
@@ -55,6 +50,17 @@ class Chat:
         self.history.append({"role": "user", "content": text})
         self.beginning = ""
         return True
+
+    def post(self, title: str) -> bool:
+        # Posts were trained on as the first thing that is said.
+        self.history.clear()
+        return self.ask(self.title_request.format(title))
+
+    def begin(self, words: str) -> bool:
+        if not self.history:
+            self.ask(self.general_request)
+        self.beginning = words
+        return self.again()
 
     def again(self) -> bool:
         if not self.history:
