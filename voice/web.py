@@ -1,18 +1,18 @@
 """A page to type in: the chat of test_model.py in a browser on this machine. Needs Gradio (`make page`).
 
 Gradio is told to serve this machine alone, to report nothing, and to keep no history, which it would else do in the
-browser. Answers are shown as plain text: as Markdown, a picture in one would make the browser fetch it from elsewhere.
+browser. Answers are shown as plain text: a picture in one would make the browser fetch it from elsewhere.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import html
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig
@@ -105,19 +105,19 @@ class Writer:
             kind = ROWS[name.upper()].kind
             if not kind.allows(value):
                 raise NoAnswer(f"{name} must be {kind.words}.")
-        config = copy.deepcopy(self.model.generation_config)
-        return read_sampling(config, self.tokenizer, dataclasses.replace(self.settings, **values))
+        usual = copy.deepcopy(self.model.generation_config)
+        return read_sampling(usual, self.tokenizer, replace(self.settings, **values))
 
 
 def column(history: list[dict], whose: str) -> list[dict]:
     """What is shown of a conversation in the column of a model: "tuned" or "base"."""
     told = [(turn["role"], turn["content"] if turn["role"] == "user" else turn.get(whose)) for turn in history]
-    return [{"role": role, "content": content} for role, content in told if content is not None]
+    # Gradio takes it for HTML, whatever `render_markdown` says.
+    return [{"role": role, "content": html.escape(text, quote=False)} for role, text in told if text is not None]
 
 
 # ---------------------------------------------------------------------------- the page
 def build_page(gradio, writer: Writer):
-    """Gradio's page for the writer."""
     name = writer.settings.model_dir.name
     requests = writer.settings.extraction
 
@@ -137,7 +137,7 @@ def build_page(gradio, writer: Writer):
         return column(talk.history, "tuned"), column(talk.history, "base")
 
     def clear(talk: Chat) -> tuple:
-        talk.history.clear()
+        talk.take("/clear")
         return both(talk)
 
     with gradio.Blocks(title=name, analytics_enabled=False) as page:
@@ -157,8 +157,8 @@ def build_page(gradio, writer: Writer):
         with gradio.Accordion("How it writes (empty = usual)", open=False), gradio.Row():
             values = []
             for setting, usual in DEFAULTS.items():
-                digits = 0 if isinstance(usual, int) else None
                 now = getattr(writer.model.generation_config, setting)
+                digits = 0 if isinstance(usual, int) else None
                 values.append(gradio.Number(now, label=setting, precision=digits, min_width=120))
 
         shown = [box, tuned, base]
@@ -197,4 +197,4 @@ def serve(writer: Writer) -> None:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            page.close()
+            page.close(verbose=False)
