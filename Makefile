@@ -11,17 +11,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
-.PHONY: help install demo test check gguf test-gguf test-ollama test-trl
+.PHONY: help install demo page test check gguf test-gguf test-ollama test-page test-trl
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make install   Python packages into .venv/ (2 GB, with CUDA about 7), nothing else'
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
+	@echo 'make page      Gradio into .venv/, for a page to type in: test_model.py --page'
 	@echo 'make check     ruff, and the tests that take seconds'
 	@echo 'make test      ruff, and all tests: up to 22 minutes on two cores; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
+	@echo 'make test-page   the page in a real browser (needs Chromium: apt install chromium)'
 	@echo 'make test-ollama   the Modelfile, read by the template language of Ollama (needs Go: apt install golang-go)'
 
 # A virtual environment ends with the Python that it was made from; what was installed with it is installed anew.
@@ -92,6 +94,13 @@ test: $(VENV)/installed-for-tests
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
 
+$(VENV)/installed-for-page: voice/requirements.txt $(VENV)/installed
+	@$(PIP) install --quiet -r voice/requirements.txt || $(INSTALL_FAILED)
+	@touch $@
+
+page: $(VENV)/installed-for-page
+	@echo 'Now: $(BIN)/python test_model.py --page'
+
 MODEL := blog-model-final
 TYPE := f16
 $(VENV)/installed-for-gguf: $(VENV)/installed
@@ -118,6 +127,9 @@ test-gguf: sample/model/config.json $(VENV)/installed-for-gguf $(VENV)/installed
 
 test-trl: $(VENV)/installed-for-trl-tests
 	$(BIN)/python -m pytest tests/trl_training.py
+
+test-page: $(VENV)/installed-for-page $(VENV)/installed-for-page-tests
+	$(BIN)/python -m pytest tests/page_in_browser.py
 
 test-ollama: $(VENV)/installed-for-tests
 	@command -v go >/dev/null || { echo "Go is needed: apt install golang-go" >&2; exit 1; }

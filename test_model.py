@@ -2,7 +2,9 @@
 
     python test_model.py                    answers the prompts in the settings
     python test_model.py --prompt "TEXT"    answers this one
+    python test_model.py --begin "TEXT"     goes on from these words, with --prompt as an answer to it
     python test_model.py --chat             a conversation in the terminal
+    python test_model.py --page             the same on a page in the browser (after `make page`)
     python test_model.py --quiz             two texts: which one did you write? Answer 1 or 2
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
     python test_model.py --report --quick   a tenth of the words and public posts, with wide ranges
@@ -37,6 +39,8 @@ if __name__ == "__main__":
             signal.signal(number, stop)
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 import extract_blog_data as extraction
@@ -64,7 +68,7 @@ PROMPTS = [
 ]
 
 # None: as generation_config.json in the model folder has it.
-MAX_NEW_TOKENS = None  # at most in an answer; 200 tokens are about 150 words
+MAX_NEW_TOKENS = None  # at most in an answer: as many as nine of ten posts have; 200 tokens are about 150 words
 TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
 TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
 TOP_K = None  # draws from so many tokens at most; transformers has 50 if the file says nothing
@@ -83,15 +87,24 @@ def parse_arguments(argv: list[str] | None) -> tuple[Settings, argparse.Namespac
     """The settings under the flags, and the flags that choose a mode; exits with a sentence if one of them is wrong."""
     constants = {name: globals().get(name) for name in ROWS}
     check_settings(constants, ROWS, "test_model.py")
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.begin and (args.chat or args.page or args.quiz or args.report):
+        parser.error("--begin goes alone or with --prompt; in the chat it is /begin")
 
     values = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
     values |= {name: getattr(args, name) for name in ("model_dir", "data_dir", "seed", "max_new_tokens")}
+    if args.page and importlib.util.find_spec("gradio") is None:
+        sys.exit("The page needs Gradio, which is not installed: run make page, then this again.")
+    extraction_settings = extraction.parse_arguments([])
     if args.prompt:
         values["prompts"] = (args.prompt,)
+    elif args.begin:
+        # What posts without a telling title answer in training.
+        values["prompts"] = (extraction_settings.general_requests[0],)
     if args.quick:
         values["report_size"] = REPORT_SIZE / 10
-    return Settings(**values, extraction=extraction.parse_arguments([])), args
+    return Settings(**values, raw=args.raw, extraction=extraction_settings), args
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -106,8 +119,11 @@ def make_parser() -> argparse.ArgumentParser:
     prompt = {"type": flag_type(ROWS["PROMPTS"]), "metavar": "TEXT"}
     mode.add_argument("--prompt", **prompt, help="answer this instead of the prompts in the settings")
     mode.add_argument("--chat", action="store_true", help="talk")
+    mode.add_argument("--page", action="store_true", help="talk on a page in the browser, on this machine only")
     mode.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     mode.add_argument("--report", action="store_true", help="measure")
+    parser.add_argument("--begin", **prompt, help="words of yours that the answer goes on from; in the chat: /begin")
+    parser.add_argument("--raw", action="store_true", help="show the sentence in which an answer breaks off, too")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")
     add("--seed", "SEED", default=SEED, help="a number makes the answers repeatable")
     add("--max-new-tokens", "MAX_NEW_TOKENS", default=MAX_NEW_TOKENS)
@@ -120,19 +136,19 @@ if __name__ == "__main__":
     parse_arguments(None)  # --help and mistyped flags need no libraries
 
 import contextlib
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import transformers
 from transformers import GenerationConfig
 
 import train_model as training
-from train_model import break_control_tokens
 from voice.asking import read_blog
+from voice.conversation import COMMANDS, Chat
+from voice.copies import tell_origin
 from voice.evidence import BlogData, percent, wilson
 from voice.loading import (
     DTYPES,
@@ -147,23 +163,22 @@ from voice.loading import (
 )
 from voice.report import COLUMNS, make_report
 from voice.sampling import (
+    begun_tokens,
     check_generation_config,
     make_rng,
     prompt_tokens,
     read_sampling,
     request_tokens,
+    room_for_prompt,
     stream,
     whole_answers,
 )
+from voice.web import Writer, serve
 from voice.word_index import (
-    Copy,
     WordIndex,
     author_text,
     count_words,
-    path_of,
     posts_of,
-    title_of,
-    visibility_of,
     word_spans,
 )
 
@@ -188,10 +203,11 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
 
     model = model.to(DTYPES[precision])
     rng = make_rng(settings.seed)
+    find_base = partial(load_base_to_generate, settings, device, precision)
     if args.chat:
-        talk = Chat(settings.extraction.title_requests[0])
+        talk = Chat(settings.extraction.title_requests[0], settings.extraction.general_requests[0])
         with ctrl_c_interrupts():
-            chat(talk, model, tokenizer, sampling, rng, lambda: load_base_to_generate(settings, device, precision))
+            chat(talk, model, tokenizer, sampling, rng, find_base, settings.raw)
         return
 
     blog = read_blog(settings.data_dir)
@@ -203,7 +219,12 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
     if not blog.train:
         say(f"No training data in {settings.data_dir}: copied passages cannot be shown.")
     index = WordIndex(blog.train) if blog.train else None
-    answer_prompts(model, tokenizer, settings.prompts, sampling, rng, index)
+    if args.page:
+        with ctrl_c_interrupts():
+            serve(Writer(settings, model, tokenizer, rng, index, find_base))
+        return
+
+    answer_prompts(model, tokenizer, settings, sampling, rng, index, args.begin)
 
 
 def load_base_to_generate(settings: Settings, device: torch.device, precision: str):
@@ -213,10 +234,21 @@ def load_base_to_generate(settings: Settings, device: torch.device, precision: s
 
 
 def answer_prompts(
-    model, tokenizer, texts: tuple[str, ...], sampling: GenerationConfig, rng: torch.Generator, index: WordIndex | None
+    model,
+    tokenizer,
+    settings: Settings,
+    sampling: GenerationConfig,
+    rng: torch.Generator,
+    index: WordIndex | None,
+    words: str | None,
 ) -> None:
-    """Prints an answer to each prompt and, given an index, where its longest run of words comes from."""
-    prompts = [request_tokens(tokenizer, text) for text in texts]
+    """Prints an answer to each prompt and, given an index, where its longest run of words comes from.
+
+    Given the user's own words, the answer goes on from them.
+    """
+    texts = settings.prompts
+    begun = begun_tokens(tokenizer, [{"role": "user", "content": texts[0]}], words) if words else []
+    prompts = [request_tokens(tokenizer, text) + begun for text in texts]
     # All are checked before the first is answered, which needs time.
     longest = max(map(len, prompts))
     room = positions_of(model)
@@ -228,7 +260,7 @@ def answer_prompts(
     began = time.monotonic()
     answers = []
     show(f"> {texts[0]}\n")
-    for piece, answer in stream(model, tokenizer, prompts, sampling, rng):
+    for piece, answer in stream(model, tokenizer, prompts, sampling, rng, begun, settings.raw):
         show(piece, end="")
         if answer is None:
             continue
@@ -244,17 +276,25 @@ def answer_prompts(
     tokens = sum(len(answer.tokens) for answer in answers)
     ended = sum(answer.ended for answer in answers)
     say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
+    if ended < len(answers) and not settings.raw:
+        say("The others reached their length (--max-new-tokens) and stop after a whole sentence; --raw shows the rest.")
 
 
-def chat(talk: Chat, model, tokenizer, sampling: GenerationConfig, rng: torch.Generator, find_base: Callable) -> None:
+def chat(
+    talk: Chat,
+    model,
+    tokenizer,
+    sampling: GenerationConfig,
+    rng: torch.Generator,
+    find_base: Callable,
+    raw: bool = False,
+) -> None:
     """A conversation in the terminal, or with lines from a pipe; Ctrl-C ends the answer, not the program.
 
     `find_base` loads the base model, or returns None; called when somebody first asks for it.
     """
     base = None
-    # If the answer alone could fill all positions, half of them are kept for the conversation.
-    positions = positions_of(model)
-    room = max(positions - sampling.max_new_tokens, positions // 2)
+    room = room_for_prompt(model, sampling)
 
     say(COMMANDS)
     while (line := read_or_clear_line()) != "/quit":
@@ -268,7 +308,7 @@ def chat(talk: Chat, model, tokenizer, sampling: GenerationConfig, rng: torch.Ge
                 continue
             writer = base
 
-        prompt = talk.prompt(tokenizer, room)
+        prompt, begun = talk.prompt(tokenizer, room)
         if not prompt:
             say(f"That is longer than the {room:,} tokens there is room for.")
             talk.take_back()
@@ -277,7 +317,7 @@ def chat(talk: Chat, model, tokenizer, sampling: GenerationConfig, rng: torch.Ge
         # Half an answer is remembered too: the user has read it.
         parts = []
         with contextlib.suppress(KeyboardInterrupt):
-            for piece, _ in stream(writer, tokenizer, [prompt], sampling, rng):
+            for piece, _ in stream(writer, tokenizer, [prompt], sampling, rng, begun, raw):
                 parts.append(piece)
                 show(piece, end="")
         show()
@@ -300,22 +340,7 @@ def quiz(model, tokenizer, sampling: GenerationConfig, rng: torch.Generator, blo
     show(quiz_result(guesses, shown))
 
 
-def tell_origin(copy: Copy) -> str:
-    """The line under an answer."""
-    source = ""
-    if copy.post:
-        post = copy.post
-        source = f', from the {visibility_of(post)} post "{title_of(post)}" {path_of(post)}'
-    return f"[longest run of words from the training data: {copy.words}{source}]"
-
-
 # ---------------------------------------------------------------------------- chatting
-COMMANDS = (
-    "/post TITLE writes a post, /continue TEXT goes on from your beginning, /base lets the base model answer the same, "
-    "/again, /clear, /quit"
-)
-
-
 def read_line() -> str:
     """The next line that is typed; "/quit" at the end of the input, or if there is none."""
     try:
@@ -331,88 +356,6 @@ def read_or_clear_line() -> str:
         return read_line()
     except KeyboardInterrupt:
         return ""
-
-
-@dataclass
-class Chat:
-    """What has been said, and what is to be answered next."""
-
-    title_request: str  # what /post asks with
-    history: list[dict] = field(default_factory=list)
-    beginning: str = ""  # text to continue, without the template; "" in a conversation
-    asks_base: bool = False  # the base model answers, and its answer is not remembered
-
-    def take(self, line: str) -> bool:
-        """Handles a line that the user typed, a command or a turn; returns whether an answer is due."""
-        command, _, rest = line.partition(" ")
-        self.asks_base = command == "/base"
-        if not line:
-            return False
-        if not line.startswith("/"):
-            return self.ask(line)
-
-        if command == "/post" and rest:
-            # Posts were trained on as the first thing that is said.
-            self.history.clear()
-            return self.ask(self.title_request.format(rest))
-        if command == "/continue" and rest:
-            self.beginning = rest
-            return True
-        if command in ("/again", "/base"):
-            return self.again()
-        if command == "/clear":
-            self.history.clear()
-            self.beginning = ""
-            return False
-
-        # Unknown, or a command without the text that it needs.
-        say(COMMANDS)
-        return False
-
-    def ask(self, text: str) -> bool:
-        self.history.append({"role": "user", "content": text})
-        self.beginning = ""
-        return True
-
-    def again(self) -> bool:
-        if self.beginning:
-            return True
-        if not self.history:
-            say("There is nothing to repeat yet.")
-            return False
-        if self.history[-1]["role"] == "assistant" and not self.asks_base:
-            self.history.pop()
-        return True
-
-    def remember(self, answer: str) -> None:
-        """Keeps an answer, unless it continues a text or comes from the base model."""
-        if not self.beginning and not self.asks_base:
-            self.history.append({"role": "assistant", "content": answer})
-
-    def take_back(self) -> None:
-        """Forgets what cannot be answered."""
-        if self.beginning:
-            self.beginning = ""
-        else:
-            self.history.pop()
-
-    def prompt(self, tokenizer, room: int) -> list[int]:
-        """Token ids of the prompt, without the oldest turns if need be; empty if the last turn does not fit."""
-        if self.beginning:
-            ids = tokenizer.encode(break_control_tokens(self.beginning, tokenizer))
-            return ids if len(ids) <= room else []
-
-        history = self.history
-        if self.asks_base and history[-1]["role"] == "assistant":
-            history = history[:-1]  # the question that was answered last
-
-        # The data has no conversation that begins with an answer, so the model has seen none.
-        for first, turn in enumerate(history):
-            if turn["role"] == "user":
-                ids = prompt_tokens(tokenizer, history[first:])
-                if len(ids) <= room:
-                    return ids
-        return []
 
 
 # ---------------------------------------------------------------------------- quiz

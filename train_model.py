@@ -121,7 +121,8 @@ CHECKPOINT_MINUTES = 10  # of training that a crash can cost; GPT2-medium's chec
 SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
 # The best of a small grid on two real blogs (benchmarks/README.md): most like the author without repeating itself more.
 # A repetition penalty of 1.1 costs some of the voice; without one, 3 to 7 % of an answer repeats what it said before.
-SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}
+# "auto" lets an answer be as long as nine of ten posts (`answer_length`).
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": "auto"}
 
 
 # ---------------------------------------------------------------------------- command line
@@ -172,7 +173,7 @@ SAMPLING_KINDS = {
     "top_k": whole(0, 1_000_000),
     "top_p": above(0, 1),
     "repetition_penalty": POSITIVE,
-    "max_new_tokens": whole(1, 1_000_000),
+    "max_new_tokens": either(one_of(AUTO), whole(1, 1_000_000)),
 }
 
 
@@ -206,7 +207,7 @@ SETTINGS = {
     "SAMPLE_PROMPT": Setting(SENTENCE, '"What is on your mind?"'),
     "SAMPLING": Setting(
         Kind(SAMPLING_WORDS, is_sampling),
-        '{"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 200}',
+        '{"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": "auto"}',
     ),
 }
 
@@ -376,6 +377,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     report = {
         "settings": {**identity, **names},
         "data": run.data,
+        "answer_tokens": answer_length(conversations["train"], tokenized["train"]),
         "plan": asdict(plan),
         "learning_rate": {"used": run.settings.learning_rate, "bits_per_byte_of_tried": tried},
         "torch": torch.__version__,
@@ -2651,20 +2653,26 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     stops = stop_tokens(tokenizer)
     written = {Path(path).name for path in tokenizer.save_pretrained(folder)}
     written |= {path.name for path in folder.glob("model*.safetensors*")}
+    positions = positions_of(load_config(folder), settings.context_tokens)
+    sampling = settings.sampling
+    if sampling["max_new_tokens"] == AUTO:
+        # Other tools fail where prompt and answer outgrow the positions, so a quarter of them is left to the prompt.
+        most = max(1, positions - positions // 4)
+        sampling = sampling | {"max_new_tokens": min(report["answer_tokens"], most)}
+
     # Whoever loads the folder samples with our settings.
-    sampling = GenerationConfig(
-        **settings.sampling,
+    generation = GenerationConfig(
+        **sampling,
         do_sample=True,
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    sampling.save_pretrained(folder)
+    generation.save_pretrained(folder)
 
-    positions = positions_of(load_config(folder), settings.context_tokens)
     texts = {
         "README.md": CARD.format(**report, sample_prompt=settings.sample_prompt),
-        "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, settings.sampling),
+        "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, sampling),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -2675,6 +2683,19 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     report["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.name in written}
     content = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "training_report.json").write_text(content, encoding="utf-8")
+
+
+def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
+    """Tokens that nine of ten posts of the author's have at most, their end of text included.
+
+    Other conversations count only where there are no posts: replies are shorter.
+    """
+    posts = []
+    others = []
+    for conversation, (_, scored) in zip(conversations, tokenized, strict=True):
+        lengths = posts if conversation.get("kind") == "post" else others
+        lengths.append(sum(scored))
+    return math.ceil(np.quantile(posts or others, 0.9))
 
 
 def without_samples(log: list[dict]) -> list[dict]:

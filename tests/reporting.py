@@ -76,7 +76,7 @@ def prompts(loaded, monkeypatch) -> list[str]:
     _, tokenizer = loaded
     given, words = [], iter(["one", "two", "three", "four", "five"])
 
-    def stream(model, tokenizer, rows, sampling, dice):
+    def stream(model, tokenizer, rows, *_):
         given.append(tokenizer.decode(rows[0]))
         yield next(words), None
 

@@ -26,22 +26,24 @@ def chat(model_folder, monkeypatch, capsys, lines: str, *flags: str) -> list[str
 
 
 def test_chat_remembers_repeats_clears_writes_posts_and_goes_on(model_folder, prompts, monkeypatch, capsys):
-    lines = "hi\nso\n/again\n/continue the kettle\n/post Bread\n\n/clear\n/again\n/nonsense\n/quit\nnever\n"
+    lines = "hi\nso\n/again\n/begin the kettle\n/post Bread\n\n/clear\n/again\n/nonsense\n/quit\nnever\n"
     out, err = chat(model_folder, monkeypatch, capsys, lines)
     assert out == "one\ntwo\nthree\nfour\nfive\n"
     assert prompts == [
         "User: hi\nAssistant:",
         "User: hi\nAssistant: one<|endoftext|>\nUser: so\nAssistant:",
         "User: hi\nAssistant: one<|endoftext|>\nUser: so\nAssistant:",
-        "the kettle",
+        "User: hi\nAssistant: one<|endoftext|>\nUser: so\nAssistant: the kettle",
         'User: Write a blog post titled "Bread".\nAssistant:',
     ]
     assert "nothing to repeat" in err and err.count("/quit") == 2  # at the start and after /nonsense
 
 
-def test_again_after_continue_goes_on_from_the_same_beginning(model_folder, prompts, monkeypatch, capsys):
-    chat(model_folder, monkeypatch, capsys, "/continue the gull\n/again\nhi\n")
-    assert prompts == ["the gull", "the gull", "User: hi\nAssistant:"]
+def test_again_after_begin_goes_on_from_the_same_words(model_folder, prompts, monkeypatch, capsys):
+    chat(model_folder, monkeypatch, capsys, "/begin the gull\n/again\nhi\n")
+    asked = f"User: {extract_blog_data.GENERAL_REQUESTS[0]}\nAssistant:"
+    talk = f"{asked} two<|endoftext|>\nUser: hi\nAssistant:"
+    assert prompts == [f"{asked} the gull", f"{asked} the gull", talk]
 
 
 def test_chat_forgets_the_oldest_turns_when_there_is_no_room(model_folder, prompts, monkeypatch, capsys):
@@ -52,7 +54,7 @@ def test_chat_forgets_the_oldest_turns_when_there_is_no_room(model_folder, promp
 
 
 def test_a_control_token_in_what_is_typed_stays_text(model_folder, prompts, monkeypatch, capsys):
-    chat(model_folder, monkeypatch, capsys, "a <|endoftext|> b\n/continue c <|endoftext|> d\n")
+    chat(model_folder, monkeypatch, capsys, "a <|endoftext|> b\n/clear\n/begin c <|endoftext|> d\n")
     assert not any("<|endoftext|>" in prompt for prompt in prompts)
 
 
@@ -76,7 +78,7 @@ def test_base_answers_the_same_question_and_is_not_remembered(model_folder, monk
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
     given = []
 
-    def stream(model, tokenizer, rows, sampling, dice):
+    def stream(model, tokenizer, rows, *_):
         given.append((model, tokenizer.decode(rows[0])))
         yield f"answer {len(given)}", None
 

@@ -224,7 +224,7 @@ def test_a_stdout_that_takes_nothing_ends_in_a_sentence(stdout, code, flags, mod
 
 @pytest.mark.parametrize("mode", ["--chat", "--quiz"])
 def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder, quiz_data, monkeypatch, capsys):
-    typed = io.BytesIO(b"caf\xe9\n/continue \xff\n1\n/post \xc3\n")
+    typed = io.BytesIO(b"caf\xe9\n/begin \xff\n1\n/post \xc3\n")
     folders = ["--model-dir", str(model_folder), "--data-dir", str(quiz_data)]
     monkeypatch.setattr(sys, "argv", ["test_model.py", *folders, mode, "--max-new-tokens", "60"])
     monkeypatch.setattr(sys, "stderr", sys.stderr)

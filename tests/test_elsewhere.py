@@ -110,21 +110,24 @@ def test_the_modelfile_holds_template_stops_and_sampling(trained):
     assert f"temperature {settings.temperature}\n" in lines and "num_ctx 256\n" in lines
 
 
+SAMPLING = {**train_model.SAMPLING, "max_new_tokens": 200}
+
+
 def test_a_template_that_depends_on_what_is_said_is_named(gpt2_folder, capsys):
     tokenizer = train_model.load_tokenizer(gpt2_folder)
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    assert "{{ .Prompt }}" in train_model.modelfile(tokenizer, ["</s>"], 64, train_model.SAMPLING)
+    assert "{{ .Prompt }}" in train_model.modelfile(tokenizer, ["</s>"], 64, SAMPLING)
     assert "TEMPLATE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("positions", "longest"), [(1024, 200), (400, 200), (256, 128), (64, 32), (1, 1)])
 def test_an_answer_leaves_half_of_the_positions_to_its_prompt(positions, longest, gpt2_folder):
-    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], positions, train_model.SAMPLING)
+    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], positions, SAMPLING)
     assert f"PARAMETER num_predict {longest}\nPARAMETER num_ctx {positions}\n" in text
 
 
 def test_a_model_that_could_read_a_book_does_not_take_all_memory_in_ollama(gpt2_folder):
-    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], 131_072, train_model.SAMPLING)
+    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], 131_072, SAMPLING)
     assert "PARAMETER num_ctx 4096\n" in text
 
 

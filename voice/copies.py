@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary, percent
 from voice.sampling import Answer
-from voice.word_index import COPY_WORDS, WordIndex, folded_words, line_of, path_of, title_of, visibility_of
+from voice.word_index import COPY_WORDS, Copy, WordIndex, folded_words, line_of, path_of, title_of, visibility_of
 
 GOOD = "Good: no more than the base model, which does not know your posts"
 LONGEST_COPIES = 5  # that are shown
@@ -58,6 +58,15 @@ def measure(evidence: Evidence) -> Copies:
     tuned = copy_share(evidence.index, evidence.tuned.answers)
     base = copy_share(evidence.index, evidence.base.answers) if evidence.base else None
     return Copies(tuned, base, longest[:LONGEST_COPIES])
+
+
+def tell_origin(copy: Copy) -> str:
+    """The line under an answer: its longest run of words, and the post that it is from."""
+    source = ""
+    if copy.post:
+        post = copy.post
+        source = f', from the {visibility_of(post)} post "{title_of(post)}" {path_of(post)}'
+    return f"[longest run of words from the training data: {copy.words}{source}]"
 
 
 def copy_share(index: WordIndex, answers: list[Answer]) -> CopyShare:

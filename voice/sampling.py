@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 import train_model as training
-from extract_blog_data import check_settings
+from extract_blog_data import check_settings, say
 from voice.loading import is_whole, positions_of
 from voice.settings import ROWS, Settings
 
@@ -68,6 +69,8 @@ def read_sampling(config: GenerationConfig, tokenizer, settings: Settings) -> Ge
             setattr(config, name, setting)
         elif getattr(config, name) is None:
             setattr(config, name, default)
+            if name == "max_new_tokens":
+                say(f"The model's generation_config.json gives no length: answers have {default} tokens at most.")
 
     # A temperature in the settings means sampling, even if the file says greedy.
     if settings.temperature is not None:
@@ -98,20 +101,24 @@ def next_token_chances(
     """(tokens, chances), both of shape (rows, kept): what may come next, the likeliest first; each row sums to 1.
 
     `logits` and `seen` (whether a token occurred before) have the shape (rows, vocabulary). In transformers' order:
-    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020). Both generation and the
-    leak check use this function, so that they cannot drift apart.
+    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020). Other than there, the
+    penalty spares the tokens that end an answer. Both generation and the leak check use this function, so that they
+    cannot drift apart.
     """
+    vocabulary = logits.shape[-1]
     penalty = sampling.repetition_penalty
     if penalty != 1:
         # Both branches lower the logit: multiplying makes a negative one smaller.
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        # To end is no repetition, but ChatML's end of a turn stands in every prompt.
+        ends = [end for end in sampling.eos_token_id if end < vocabulary]
+        penalised[:, ends] = logits[:, ends]
         logits = torch.where(seen, penalised, logits)
 
     if not sampling.do_sample:
         tokens = logits.argmax(-1, keepdim=True)
         return tokens, torch.ones_like(tokens, dtype=torch.float32)
 
-    vocabulary = logits.shape[-1]
     kept = min(sampling.top_k or vocabulary, vocabulary)  # 0: all
     best = (logits / sampling.temperature).topk(kept)
     chances = best.values.softmax(-1)
@@ -210,7 +217,7 @@ def generate(
 
     Prompt and answer together never exceed the model's positions.
     """
-    room = [min(sampling.max_new_tokens, positions_of(model) - len(prompt)) for prompt in prompts]
+    room = [room_for_answer(model, prompt, sampling) for prompt in prompts]
     batch = Batch(model, prompts)
     for length in itertools.count(1):
         chosen = sample_next_token(batch.next_logits(), batch.seen, sampling, rng)
@@ -230,13 +237,45 @@ def generate(
             batch.keep(unfinished)
 
 
+def room_for_answer(model, prompt: list[int], sampling: GenerationConfig) -> int:
+    """Tokens that an answer can have at most."""
+    return min(sampling.max_new_tokens, positions_of(model) - len(prompt))
+
+
+def room_for_prompt(model, sampling: GenerationConfig) -> int:
+    """Tokens that a prompt can have: half of the positions, if the answer alone could fill all of them."""
+    positions = positions_of(model)
+    return max(positions - sampling.max_new_tokens, positions // 2)
+
+
 # ---------------------------------------------------------------------------- text
+# Where a sentence is complete: its mark, what closes quotes, brackets and emphasis, and a space. Languages that write
+# without spaces have marks of their own. A paragraph is complete too: headings and lists end without a mark.
+SENTENCE_END = re.compile(r"""[.!?…]+["'”’»)\]*_]*(?=\s|$)|[。！？]+[」』”）]*|\S(?=\n\n)""")
+# The last tokens of the longest answer are shown by whole sentences, since it may break off. A guess: few are longer.
+HELD_BACK = 60
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; all of it if there is none."""
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text
+
+
 def stream(
-    model, tokenizer, prompts: list[list[int]], sampling: GenerationConfig, rng: torch.Generator
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: GenerationConfig,
+    rng: torch.Generator,
+    begun: Sequence[int] = (),
+    raw: bool = True,
 ) -> Iterator[tuple[str, Answer | None]]:
     """(piece of text, the complete answer with its last piece, else None), one prompt after the other.
 
-    All are generated together: the first answer is shown as it grows, the next one from where it is by then.
+    All are generated together: the first answer is shown as it grows, the next one from where it is by then. `begun`
+    are the tokens at the end of every prompt that are the beginning of the answer, and so of its text. Unless `raw`, an
+    answer that has no room to end loses the sentence in which it breaks off.
     """
     tokens = [[] for _ in prompts]
     is_complete = [False for _ in prompts]
@@ -250,15 +289,21 @@ def stream(
         # After a complete answer comes the next one, which may be complete as well.
         while current < len(prompts):
             ids = tokens[current]
-            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode([*begun, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = text.strip()
+            ended = ids[-1] in sampling.eos_token_id
+            left = room_for_answer(model, prompts[current], sampling) - len(ids)
+            if not raw and not ended and left < HELD_BACK:
+                text = whole_sentences(text)
+
             if not is_complete[current]:
-                text = text.strip().rstrip("\ufffd")  # the bytes of a character may come in several tokens
+                text = text.rstrip("\ufffd")  # the bytes of a character may come in several tokens
                 yield text[len(shown) :], None
-                shown = text
+                shown = max(shown, text, key=len)
                 break
 
-            answer = Answer(text.strip(), ids, ended=ids[-1] in sampling.eos_token_id)
-            yield answer.text[len(shown) :], answer
+            answer = Answer(text, ids, ended)
+            yield text[len(shown) :], answer
             shown = ""
             current += 1
 
@@ -280,3 +325,13 @@ def request_tokens(tokenizer, text: str) -> list[int]:
 def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation up to where the assistant's next turn begins."""
     return tokenizer.encode(training.render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)
+
+
+def begun_tokens(tokenizer, messages: list[dict], words: str) -> list[int]:
+    """Token ids of an answer to `messages` that begins with `words`, as training has it, up to the end of the words."""
+    words = training.break_control_tokens(words, tokenizer).strip()
+    said = [*messages, {"role": "assistant", "content": words}]
+    _, answer = training.split_at_answer(tokenizer, said, training.render(tokenizer, said))
+    # What the template puts before an answer, a space perhaps, belongs to it.
+    before, found, _ = answer.partition(words)
+    return tokenizer.encode(before + words if found else words, add_special_tokens=False)

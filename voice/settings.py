@@ -49,3 +49,4 @@ class Settings:
     base_model: str = ""
     not_strangers: tuple[str, ...] = ()
     other_blogs: tuple[str, ...] = ()
+    raw: bool = False  # shows the sentence in which an answer breaks off, too
