@@ -8,6 +8,7 @@
     python test_model.py --quiz             two texts: which one did you write? Answer 1 or 2
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
     python test_model.py --report --quick   a tenth of the words and public posts, with wide ranges
+    python test_model.py --report --explain what each row means, too
 
 Reads blog-model-final/, data/ (what it was trained on, and the held-out posts) and, for the report, the base model and
 sample/strangers/strangers.npz. The two report files go into blog-model-final/, readable by their owner only: the page
@@ -104,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Settings, argparse.Namespac
         values["prompts"] = (extraction_settings.general_requests[0],)
     if args.quick:
         values["report_size"] = REPORT_SIZE / 10
-    return Settings(**values, raw=args.raw, extraction=extraction_settings), args
+    return Settings(**values, raw=args.raw, explain=args.explain, extraction=extraction_settings), args
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -125,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--begin", **prompt, help="words of yours that the answer goes on from; in the chat: /begin")
     parser.add_argument("--raw", action="store_true", help="show the sentence in which an answer breaks off, too")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")
+    parser.add_argument("--explain", action="store_true", help="what the rows of the report mean, too")
     add("--seed", "SEED", default=SEED, help="a number makes the answers repeatable")
     add("--max-new-tokens", "MAX_NEW_TOKENS", default=MAX_NEW_TOKENS)
     parser.add_argument("--cpu", action="store_true", help="use the CPU, also where there is a graphics card")

@@ -99,6 +99,18 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
     assert all(f"A long copy, {copy['words']} words" in flat for copy in result["copies"]["longest"])
 
 
+def test_the_printed_report_has_60_lines_and_explains_itself_if_wanted(overfitted, tmp_path, capsys):
+    folder, _, posts = overfitted
+    write_jsonl(tmp_path / "train_data.jsonl", posts)
+    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    meaning = "Own tries: until the likeliest passage has an even chance"
+    report(folder, tmp_path)
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 60 and meaning not in short and "--explain" in short
+    report(folder, tmp_path, "--explain")
+    assert meaning in capsys.readouterr().out
+
+
 def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     phrase = "donaudampfschifffahrtsgesellschaft rechtsschutzversicherungsgesellschaften und"
     rows = [(phrase, "12", "3", "0"), ("so", "9", "1", "0")]

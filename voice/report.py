@@ -90,7 +90,7 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
 
     # Files first: the terminal may be closed by the time they are ready.
     failures = write_report(report, settings.model_dir)
-    print_or_exit(report.as_text(), "both files are written, unless named above")
+    print_or_exit(report.as_text(settings.explain), "both files are written, unless named above")
     if failures:
         sys.exit(f"Cannot write {' and '.join(failures)}: the report is printed; solve that and run it again.")
 
@@ -175,6 +175,8 @@ class Report:
             meanings = part.section.meanings if explain else []
             for note in meanings + part.section.notes + part.section.hints:
                 lines += wrap(note, indent="    ")
+        if not explain:
+            lines += ["", "What the rows mean: --explain, or the page."]
         return "\n".join(lines)
 
 

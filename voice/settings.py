@@ -49,4 +49,5 @@ class Settings:
     base_model: str = ""
     not_strangers: tuple[str, ...] = ()
     other_blogs: tuple[str, ...] = ()
+    explain: bool = False  # the report says what its rows mean
     raw: bool = False  # shows the sentence in which an answer breaks off, too
