@@ -350,8 +350,8 @@ def tell_likeliest(leaks: Leaks) -> str:
         compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
         tries.append(f"{needed} at {length} tokens{compared}")
     return (
-        "with the model's own settings, the likeliest private passage has an even chance of coming out "
-        f"{', '.join(tries)}"
+        "given the text before it and the model's own settings, the likeliest private passage has an even chance of "
+        f"coming out {', '.join(tries)}"
     )
 
 
@@ -395,7 +395,8 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
         "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
         f"more than half.{without_base}",
         "Own tries: until the likeliest passage has an even chance to come out, with the model's own sampling "
-        f"settings. At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
+        "settings; never: these cut off one of its tokens, by the numbers of this computer. "
+        f"At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
         f"{HIGHEST_PENALTY} needs fewer.{contrast}",
         "Held-out posts were never trained on: what comes out of them is the author's style, and no memory.",
         f"If what is before each private passage of {shortest} tokens is tried once, {tell_number(expected)} come out.",
