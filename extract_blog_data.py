@@ -347,12 +347,13 @@ ENDS_OF_SENTENCE = ".!?:\u2026)\"'*"
 LIST_MARK = r"(?:[-*+]|\d+[.)])[ \t]"
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,30});")
 # Characters of the private-use area mark places on the way through Markdown; they are removed from the input.
-HOLE, SOFT, BRACE = "\ue000", "\ue001", "\ue002"  # Liquid was here; a newline typed in a paragraph; a raw brace
-NO_MARKS = str.maketrans("", "", HOLE + SOFT + BRACE)
+HOLE, QUOTED = "\ue000", "\ue003"  # Liquid was here, a quote in it
+SOFT, BRACE = "\ue001", "\ue002"  # a newline typed in a paragraph, a raw brace
+NO_MARKS = str.maketrans("", "", HOLE + QUOTED + SOFT + BRACE)
 # Control characters, soft hyphens, zero-width and bidi marks, U+FFFD, and zero-width joiners outside emoji, Arabic and
 # Indic words.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue002]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue003]"
     "(?:(?<![\u200c\u200d])|(?<![\u0600-\u0dff\u2190-\U0010ffff].)|(?![\u0600-\u0dff\u2190-\U0010ffff]))",
     re.DOTALL,
 )
@@ -1258,7 +1259,8 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
         elif nests:
             depth += 1
         if depth == 0:
-            return HOLE, tag.end()
+            stands_alone = DROPPED_TAGS.get(name) == "quotes" and text[: found.start()].endswith("\n\n")
+            return f"{QUOTED}\n\n" if stands_alone else HOLE, tag.end()
     return HOLE, found.end()
 
 
@@ -2123,6 +2125,7 @@ class PlainText:
     def drop(self, tag: Tag):
         """Passes an element over; an inline one does not end the block."""
         if tag.name == "blockquote":
+            self.flush()
             self.pass_quote()
         elif tag.name not in ("img", "a", "sup", "span"):
             self.flush()
@@ -2193,8 +2196,7 @@ class PlainText:
             self.parts[start:] = [lead, mark, core, mark, trail]
 
     def pass_quote(self):
-        """Ends a block before a quote of somebody else, without the line that says who wrote it."""
-        self.flush()
+        """Takes the line that says who wrote a quote of somebody else from the block before it."""
         if self.blocks:
             kind, text = self.blocks[-1]
             own = counted_as("quotes", self.left_out, text, WROTE.sub("", text).rstrip(" \n" + SOFT))
@@ -2216,6 +2218,9 @@ class PlainText:
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
         if "\n" in text or SOFT in text:
             text = LINE_END.sub(r"\1\2", text)
+        if text == QUOTED:
+            self.pass_quote()
+            text = ""
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
         is_links = len(self.targets) > 1 and not self.is_outside
@@ -2338,6 +2343,12 @@ PERSONAL_DATA = [
         "a private key",
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
         "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+    ),
+    PersonalData(
+        "secret",
+        "a social security number of the United States",
+        r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
+        "123-45-6789",
     ),
     PersonalData("secret", "Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
     PersonalData("secret", "GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
