@@ -1808,9 +1808,12 @@ def mark_speakers(soup: BeautifulSoup):
 
 # ---------------------------------------------------------------- lines
 # [text][4] without its definition, which Markdown leaves as it is; inline code is matched first to be skipped.
-STRAY_LINK = re.compile(r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\))")
+STRAY_LINK = re.compile(
+    r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\)| \((?:https?://|www\.)[^()\s`]*\))"
+)
 # A line of bare URLs, or a table row.
-NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
+BARE_URL = r"(?:https?://|www\.|[\w.-]+\.(?:com|org|net|edu|io|me|info|blog)/)\S+"
+NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*{BARE_URL}(?:\s+{BARE_URL})*|\|.*\|)\s*")
 # Lines that blogging tools add, wherever they stand and at the end of a post.
 TOOL_LINE = re.compile(
     r"(?i)[\W_]*(?:(?:technorati|del\.icio\.us|icerocket|livejournal|flickr)(?: tags?)?|current (?:mood|music|location)"
@@ -1901,7 +1904,7 @@ def clean_lines(text: str, left_out: Counter | None = None) -> str:
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
-    if "][" in text or "](" in text:
+    if "](" in text or "][" in text or "] (" in text:
         text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
     if "/" in text or "www." in text:
         text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
@@ -1961,6 +1964,8 @@ LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
 # values behind a letter are hardly attributes.
+# An address without its closing quotation mark, which would swallow the text up to the next one.
+UNCLOSED = re.compile(r'(<a\s[^<>"]*href="[^<>"\s]+)(?=>)')
 COMPARISON = re.compile(r"<(?:(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)]<)(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>))")
 # What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
 MARKUP_SIGN = re.compile(
@@ -1991,6 +1996,7 @@ def to_text(
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
     Pasted chats are taken out, and added to `chats`; the words that go are added to `left_out`, by their kind."""
+    source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
     if ">" in markup and ANGLED.search(markup):
         markup = escape_names(markup)
@@ -2246,7 +2252,7 @@ class PlainText:
 
 def is_sentence_of_links(text: str) -> bool:
     """The pieces of a sentence may be links."""
-    return text.rstrip("*_~").endswith((".", "!", "?")) and bool(FUNCTION_WORD.search(text))
+    return text.rstrip("*_~)\"'\u2019\u201d").endswith((".", "!", "?")) and bool(FUNCTION_WORD.search(text))
 
 
 def clean_title(title: object) -> str:
@@ -2401,7 +2407,7 @@ PERSONAL_DATA = [
         "DE89 3704 0044 0532 0130 00",
         real_iban,
     ),
-    PersonalData("ip", "version 4", r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![.-]?\w)", "192.0.43.8", real_ip),
+    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8", real_ip),
     PersonalData(
         "ip",
         "version 6; all of those in use begin with 2 or 3",
@@ -2434,13 +2440,14 @@ PERSONAL_DATA = [
 ]
 # Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
 # a path or a link. What a kind begins with is tested first, to save time.
+NO_DIGIT_BEHIND = rf"(?![^\W{CJK}]|/|[.-]\d)"  # a Korean or Japanese particle may follow
 AROUND = {
     "secret": ("", ""),
     "email": (r"(?<![@.+-])", ""),
-    "card": (r"(?=\d)(?<![.+/=#-])", r"(?![\w/]|[.-]\d)"),
-    "iban": ("", r"(?!\w)"),
+    "card": (r"(?=\d)(?<![.+/=#-])", NO_DIGIT_BEHIND),
+    "iban": ("", rf"(?![^\W{CJK}])"),
     "ip": (r"(?=\d)(?<![.+-])(?<![^/]/)", ""),
-    "phone": (r"(?=[\d+(])(?<![.+/=-])", r"(?![\w/]|[.-]\d)"),
+    "phone": (r"(?=[\d+(])(?<![.+/=-])", NO_DIGIT_BEHIND),
 }
 # Text without any of these signs has no personal data; testing for them first saves most of the time.
 PERSONAL_SIGN = re.compile(
@@ -2461,8 +2468,9 @@ def any_of(kind: str) -> str:
 
 # A plain word begins nothing, unless it is the name of an address; testing for that first saves half of the time.
 PLAIN_WORD = r"[^\W\d_]{1,15}[\s,;:](?!at |[\[({])"
-PERSONAL = re.compile(rf"(?<!\w)(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
-BEFORE_PHONE, BEHIND_PHONE = (re.compile(pattern) for pattern in (rf"(?<!\w){AROUND['phone'][0]}", AROUND["phone"][1]))
+PERSONAL = re.compile(rf"(?<![^\W{CJK}])(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
+BEFORE_PHONE = re.compile(rf"(?<![^\W{CJK}]){AROUND['phone'][0]}")
+BEHIND_PHONE = re.compile(AROUND["phone"][1])
 
 
 def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:

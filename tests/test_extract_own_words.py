@@ -36,6 +36,10 @@ BROKEN_TAGS = [
     ("<img src='a.png'width=3>So it <b>was</b>.", "So it **was**."),
     ('See <a href="/x"b>the boat</a>, <font color="red"">red</font>.', "See the boat, red."),
     ('See <a href="/x" title="a" b">the boat</a>.', "See the boat."),
+    ('See <a href="/x>the boat</a> and <a href="/y">the red one</a>.', "See the boat and the red one."),
+    ("See [the boat] (http://boat.example/a?b=c).", "See the boat."),
+    ("boat.example.com/a/b.png\n\nSee it.", "See it."),
+    ('- ["So it](/a) [goes and goes."](/b)', '- "So it goes and goes."'),
     ("i <3 you, 2 < 3 and 4 > 3 = so", "i <3 you, 2 < 3 and 4 > 3 = so"),
 ]
 
