@@ -347,12 +347,13 @@ ENDS_OF_SENTENCE = ".!?:\u2026)\"'*"
 LIST_MARK = r"(?:[-*+]|\d+[.)])[ \t]"
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,30});")
 # Characters of the private-use area mark places on the way through Markdown; they are removed from the input.
-HOLE, SOFT, BRACE = "\ue000", "\ue001", "\ue002"  # Liquid was here; a newline typed in a paragraph; a raw brace
-NO_MARKS = str.maketrans("", "", HOLE + SOFT + BRACE)
+HOLE, QUOTED = "\ue000", "\ue003"  # Liquid was here, a quote in it
+SOFT, BRACE = "\ue001", "\ue002"  # a newline typed in a paragraph, a raw brace
+NO_MARKS = str.maketrans("", "", HOLE + QUOTED + SOFT + BRACE)
 # Control characters, soft hyphens, zero-width and bidi marks, U+FFFD, and zero-width joiners outside emoji, Arabic and
 # Indic words.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue002]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufffc\ufffd\ue000-\ue003]"
     "(?:(?<![\u200c\u200d])|(?<![\u0600-\u0dff\u2190-\U0010ffff].)|(?![\u0600-\u0dff\u2190-\U0010ffff]))",
     re.DOTALL,
 )
@@ -1258,7 +1259,8 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
         elif nests:
             depth += 1
         if depth == 0:
-            return HOLE, tag.end()
+            stands_alone = DROPPED_TAGS.get(name) == "quotes" and text[: found.start()].endswith("\n\n")
+            return f"{QUOTED}\n\n" if stands_alone else HOLE, tag.end()
     return HOLE, found.end()
 
 
@@ -1806,9 +1808,12 @@ def mark_speakers(soup: BeautifulSoup):
 
 # ---------------------------------------------------------------- lines
 # [text][4] without its definition, which Markdown leaves as it is; inline code is matched first to be skipped.
-STRAY_LINK = re.compile(r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\))")
+STRAY_LINK = re.compile(
+    r"`[^`]*`|!?\[((?:`[^`]*`|[^\[\]`])+)\](?:\[[^\[\]`]*\]|\([^()\s`]*\)| \((?:https?://|www\.)[^()\s`]*\))"
+)
 # A line of bare URLs, or a table row.
-NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*|\|.*\|)\s*")
+BARE_URL = r"(?:https?://|www\.|[\w.-]+\.(?:com|org|net|edu|io|me|info|blog)/)\S+"
+NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*{BARE_URL}(?:\s+{BARE_URL})*|\|.*\|)\s*")
 # Lines that blogging tools add, wherever they stand and at the end of a post.
 TOOL_LINE = re.compile(
     r"(?i)[\W_]*(?:(?:technorati|del\.icio\.us|icerocket|livejournal|flickr)(?: tags?)?|current (?:mood|music|location)"
@@ -1899,7 +1904,7 @@ def clean_lines(text: str, left_out: Counter | None = None) -> str:
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
-    if "][" in text or "](" in text:
+    if "](" in text or "][" in text or "] (" in text:
         text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
     if "/" in text or "www." in text:
         text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
@@ -1959,6 +1964,8 @@ LONGEST_ATTRIBUTION = 15  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
 # values behind a letter are hardly attributes.
+# An address without its closing quotation mark, which would swallow the text up to the next one.
+UNCLOSED = re.compile(r'(<a\s[^<>"]*href="[^<>"\s]+)(?=>)')
 COMPARISON = re.compile(r"<(?:(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)]<)(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>))")
 # What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
 MARKUP_SIGN = re.compile(
@@ -1989,6 +1996,7 @@ def to_text(
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
     Pasted chats are taken out, and added to `chats`; the words that go are added to `left_out`, by their kind."""
+    source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
     if ">" in markup and ANGLED.search(markup):
         markup = escape_names(markup)
@@ -2123,6 +2131,7 @@ class PlainText:
     def drop(self, tag: Tag):
         """Passes an element over; an inline one does not end the block."""
         if tag.name == "blockquote":
+            self.flush()
             self.pass_quote()
         elif tag.name not in ("img", "a", "sup", "span"):
             self.flush()
@@ -2193,8 +2202,7 @@ class PlainText:
             self.parts[start:] = [lead, mark, core, mark, trail]
 
     def pass_quote(self):
-        """Ends a block before a quote of somebody else, without the line that says who wrote it."""
-        self.flush()
+        """Takes the line that says who wrote a quote of somebody else from the block before it."""
         if self.blocks:
             kind, text = self.blocks[-1]
             own = counted_as("quotes", self.left_out, text, WROTE.sub("", text).rstrip(" \n" + SOFT))
@@ -2216,6 +2224,9 @@ class PlainText:
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
         if "\n" in text or SOFT in text:
             text = LINE_END.sub(r"\1\2", text)
+        if text == QUOTED:
+            self.pass_quote()
+            text = ""
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
         is_links = len(self.targets) > 1 and not self.is_outside
@@ -2241,7 +2252,7 @@ class PlainText:
 
 def is_sentence_of_links(text: str) -> bool:
     """The pieces of a sentence may be links."""
-    return text.rstrip("*_~").endswith((".", "!", "?")) and bool(FUNCTION_WORD.search(text))
+    return text.rstrip("*_~)\"'\u2019\u201d").endswith((".", "!", "?")) and bool(FUNCTION_WORD.search(text))
 
 
 def clean_title(title: object) -> str:
@@ -2339,6 +2350,12 @@ PERSONAL_DATA = [
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
         "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
     ),
+    PersonalData(
+        "secret",
+        "a social security number of the United States",
+        r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
+        "123-45-6789",
+    ),
     PersonalData("secret", "Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
     PersonalData("secret", "GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
     PersonalData("secret", "OpenAI", r"sk-[\w-]{20,}", "sk-" + "a1B2" * 6),
@@ -2390,7 +2407,7 @@ PERSONAL_DATA = [
         "DE89 3704 0044 0532 0130 00",
         real_iban,
     ),
-    PersonalData("ip", "version 4", r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![.-]?\w)", "192.0.43.8", real_ip),
+    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8", real_ip),
     PersonalData(
         "ip",
         "version 6; all of those in use begin with 2 or 3",
@@ -2423,13 +2440,14 @@ PERSONAL_DATA = [
 ]
 # Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
 # a path or a link. What a kind begins with is tested first, to save time.
+NO_DIGIT_BEHIND = rf"(?![^\W{CJK}]|/|[.-]\d)"  # a Korean or Japanese particle may follow
 AROUND = {
     "secret": ("", ""),
     "email": (r"(?<![@.+-])", ""),
-    "card": (r"(?=\d)(?<![.+/=#-])", r"(?![\w/]|[.-]\d)"),
-    "iban": ("", r"(?!\w)"),
+    "card": (r"(?=\d)(?<![.+/=#-])", NO_DIGIT_BEHIND),
+    "iban": ("", rf"(?![^\W{CJK}])"),
     "ip": (r"(?=\d)(?<![.+-])(?<![^/]/)", ""),
-    "phone": (r"(?=[\d+(])(?<![.+/=-])", r"(?![\w/]|[.-]\d)"),
+    "phone": (r"(?=[\d+(])(?<![.+/=-])", NO_DIGIT_BEHIND),
 }
 # Text without any of these signs has no personal data; testing for them first saves most of the time.
 PERSONAL_SIGN = re.compile(
@@ -2450,8 +2468,9 @@ def any_of(kind: str) -> str:
 
 # A plain word begins nothing, unless it is the name of an address; testing for that first saves half of the time.
 PLAIN_WORD = r"[^\W\d_]{1,15}[\s,;:](?!at |[\[({])"
-PERSONAL = re.compile(rf"(?<!\w)(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
-BEFORE_PHONE, BEHIND_PHONE = (re.compile(pattern) for pattern in (rf"(?<!\w){AROUND['phone'][0]}", AROUND["phone"][1]))
+PERSONAL = re.compile(rf"(?<![^\W{CJK}])(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
+BEFORE_PHONE = re.compile(rf"(?<![^\W{CJK}]){AROUND['phone'][0]}")
+BEHIND_PHONE = re.compile(AROUND["phone"][1])
 
 
 def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:

@@ -36,6 +36,10 @@ BROKEN_TAGS = [
     ("<img src='a.png'width=3>So it <b>was</b>.", "So it **was**."),
     ('See <a href="/x"b>the boat</a>, <font color="red"">red</font>.', "See the boat, red."),
     ('See <a href="/x" title="a" b">the boat</a>.', "See the boat."),
+    ('See <a href="/x>the boat</a> and <a href="/y">the red one</a>.', "See the boat and the red one."),
+    ("See [the boat] (http://boat.example/a?b=c).", "See the boat."),
+    ("boat.example.com/a/b.png\n\nSee it.", "See it."),
+    ('- ["So it](/a) [goes and goes."](/b)', '- "So it goes and goes."'),
     ("i <3 you, 2 < 3 and 4 > 3 = so", "i <3 you, 2 < 3 and 4 > 3 = so"),
 ]
 
@@ -106,6 +110,9 @@ QUOTED = [
     ("> hers\n\n\u2014 Ann Lee (@annlee) June 3, 2011", ""),
     ("> hers\n\n-- *The Harbour Gazette*, p. 7", ""),
     ("> hers\n\n- Ann Lee, Letters to a Friend", ""),
+    ("So.\n\n{% quote %}\nhers\n{% endquote %}\n\u2014 Ann Lee\n\nMine.", "So.\n\nMine."),
+    ("On 3 June 2011, Ann Lee wrote:\n\n{% blockquote %}hers{% endblockquote %}\n\nMine.", "Mine."),
+    ("So {% quote %}hers{% endquote %}\n\n\u2014 Ann Lee", "So\n\n\u2014 Ann Lee"),
     ("> hers\n\n- Ann\n- Bob", "- Ann\n- Bob"),
     ("> hers\n\n- bread of mine", "- bread of mine"),
     ("> hers\n\n\u2014 and I said so, too", "\u2014 and I said so, too"),
