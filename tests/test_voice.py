@@ -268,11 +268,11 @@ LAYERS = [
     {"settings"},
     {"loading"},
     {"sampling", "word_index"},
-    {"evidence"},
+    {"evidence", "conversation"},
     {"chances", "passages"},
     {"style"},
     {"asking", "learned", "reader", "habits", "copies", "leaks"},
-    {"report"},
+    {"report", "web"},
 ]
 
 
