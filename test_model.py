@@ -149,7 +149,7 @@ from transformers import GenerationConfig
 
 import train_model as training
 from voice.asking import read_blog
-from voice.conversation import COMMANDS, Chat
+from voice.conversation import COMMANDS, Chat, new_chat
 from voice.copies import tell_origin
 from voice.evidence import BlogData, percent, wilson
 from voice.loading import (
@@ -207,9 +207,8 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
     rng = make_rng(settings.seed)
     find_base = partial(load_base_to_generate, settings, device, precision)
     if args.chat:
-        talk = Chat(settings.extraction.title_requests[0], settings.extraction.general_requests[0])
         with ctrl_c_interrupts():
-            chat(talk, model, tokenizer, sampling, rng, find_base, settings.raw)
+            chat(new_chat(settings), model, tokenizer, sampling, rng, find_base, settings.raw)
         return
 
     blog = read_blog(settings.data_dir)

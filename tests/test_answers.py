@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import extract_blog_data
 import test_model
 import train_model
+import voice.asking
+import voice.evidence
 import voice.sampling
 from voice.sampling import begun_tokens, next_token_chances, prompt_tokens, whole_sentences
 
@@ -72,6 +74,21 @@ def test_a_folder_without_a_length_is_said(folder, tmp_path, capsys):
     assert capsys.readouterr().err.count(said) == 1
     test_model.main([*command, "--max-new-tokens", "5"])
     assert said not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("longest", "answers"), [(200, 24), (400, 12), (1_500, 8)])
+def test_a_report_of_long_answers_begins_with_fewer(longest, answers, monkeypatch):
+    monkeypatch.setattr(voice.asking, "request_tokens", lambda *_: [5])
+    asked = []
+
+    def enough(model, tokenizer, prompts, *_):
+        asked.append(len(prompts))
+        return [voice.sampling.Answer("word " * 1_000, [1], True)] * len(prompts)
+
+    monkeypatch.setattr(voice.asking, "whole_answers", enough)
+    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=600)
+    voice.asking.write_words(None, None, evidence, sampling(max_new_tokens=longest), "tuned")
+    assert asked == [answers]
 
 
 # ---------------------------------------------------------------------------- where they end

@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 
 from extract_blog_data import say
 from voice.sampling import begun_tokens, prompt_tokens
+from voice.settings import Settings
 
 COMMANDS = (
     "/post TITLE writes a post, /begin TEXT answers again from your words, /base lets the base model answer the same, "
     "/again, /clear, /quit"
 )
+
+
+def new_chat(settings: Settings) -> Chat:
+    return Chat(settings.extraction.title_requests[0], settings.extraction.general_requests[0])
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from extract_blog_data import say
-from voice.conversation import Chat
+from voice.conversation import Chat, new_chat
 from voice.copies import tell_origin
 from voice.sampling import DEFAULTS, read_sampling, room_for_prompt, stream
 from voice.settings import ROWS, Settings
@@ -118,8 +118,7 @@ def column(history: list[dict], whose: str) -> list[dict]:
 
 # ---------------------------------------------------------------------------- the page
 def build_page(gradio, writer: Writer):
-    name = writer.settings.model_dir.name
-    requests = writer.settings.extraction
+    settings = writer.settings
 
     def answer(talk: Chat, act: str, text: str, with_base: bool, *values) -> Iterator[tuple]:
         unchanged = gradio.skip()
@@ -140,12 +139,12 @@ def build_page(gradio, writer: Writer):
         talk.take("/clear")
         return both(talk)
 
-    with gradio.Blocks(title=name, analytics_enabled=False) as page:
-        talk = gradio.State(lambda: Chat(requests.title_requests[0], requests.general_requests[0]))
+    with gradio.Blocks(title=settings.model_dir.name, analytics_enabled=False) as page:
+        talk = gradio.State(lambda: new_chat(settings))
         size = {"height": None, "min_height": "30vh", "max_height": "60vh"}
         look = {"render_markdown": False, "buttons": ["copy"], "feedback_options": None, **size}
         with gradio.Row():
-            tuned = gradio.Chatbot(label=name, **look)
+            tuned = gradio.Chatbot(label=settings.model_dir.name, **look)
             base = gradio.Chatbot(label="base model", visible=False, **look)
         mode = gradio.Radio(MODES, value=MODES[0], show_label=False, container=False)
         box = gradio.Textbox(placeholder=ACTS[MODES[0]][1], show_label=False, container=False, max_lines=8)
