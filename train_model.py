@@ -2025,13 +2025,14 @@ def prepare_to_train(model, plan: Plan, settings: Settings):
 
 # ---------------------------------------------------------------------------- learning rate
 # LEARNING_RATE = "auto": a short run at each of three rates, from the same weights, with its own schedule, on the rows
-# that the run begins with. The rate with the lowest loss on held-out posts is used; the run then starts again from the
-# base model, and is to the last bit the run that has this number as its LEARNING_RATE.
+# that the run begins with. The rate with the lowest loss on some held-out posts is used; the run then starts again from
+# the base model, and is to the last bit the run that has this number as its LEARNING_RATE.
 # Trials of two to eight updates on real blogs chose the first for Gemma 3 270M and the last for SmolLM2-135M
 # (benchmarks/README.md). Higher rates look good in a trial and overfit later. For adapters: see LORA_ALPHA.
 RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
 RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
-TRIAL_UPDATES = 8
+TRIAL_UPDATES = 5  # at most
+TRIALS_SHARE = 0.25  # of what the run costs, all trials together
 
 
 def find_rates(run: Run) -> dict[float, float]:
@@ -2040,22 +2041,22 @@ def find_rates(run: Run) -> dict[float, float]:
     What an earlier start of this run has found, and left in its folder, is not tried again.
     """
     rates = RATES_FOR_ADAPTERS if run.plan.lora_rank else RATES_TO_TRY
-    # Together they are no longer than the run; a single update would have a rate of 0, the start of the warm-up.
-    few = min(TRIAL_UPDATES, max(2, run.plan.updates // len(rates)))
+    trial = shortened(run, len(rates))
     names = ", ".join(f"{rate:g}" for rate in rates)
-    say(f"rate     each of {names} has a trial of {few} updates, from the same start")
+    updates = f"{trial.plan.updates} updates of {trial.settings.rows_per_update} rows"
+    say(f"rate     each of {names} has a trial of {updates}, from the same start")
 
     tried = known_rates(run.folder)
-    for rate in rates:
+    for number, rate in enumerate(rates, start=1):
+        began = time.monotonic()
         if rate not in tried:
-            trial = replace(run.settings, learning_rate=rate, max_steps=few)
-            # Measured once, at its end.
-            plan = replace(run.plan, evaluate_every=few)
-            tried[rate] = try_rate(replace(run, settings=trial, plan=plan))
+            tried[rate] = try_rate(replace(trial, settings=replace(trial.settings, learning_rate=rate)))
             keep_rates(run.folder, tried)
-            forget_trial(plan.optimizer)
+            forget_trial(run.plan.optimizer)
         bits = f"{tried[rate]:.4f} bits per byte on posts it never saw"
-        say(f"rate     {rate:<6g}  {bits if math.isfinite(tried[rate]) else 'the loss became NaN'}")
+        left = tell_time((time.monotonic() - began) * (len(rates) - number))
+        outcome = bits if math.isfinite(tried[rate]) else "the loss became NaN"
+        say(f"rate     {rate:<6g}  {outcome}, {number} of {len(rates)} tried, {left} left")
     if all(math.isinf(tried[rate]) for rate in rates):
         remedy = f'PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}'
         sys.exit(f"Training diverged at every learning rate that was tried: set {remedy}.")
@@ -2064,6 +2065,49 @@ def find_rates(run: Run) -> dict[float, float]:
     else:
         say(f"rate     {best_rate(tried):g} is the best and is used")
     return tried
+
+
+def shortened(run: Run, times: int) -> Run:
+    """A trial: `run` with so few updates, and then held-out rows, that as many `times` cost at most TRIALS_SHARE of it.
+
+    Costs are in tokens: a token counts three times in an update, forward and backward, and once in an evaluation.
+    """
+    rows = run.rows_of["train"]
+    held_out = run.rows_of["val"]
+    of_update = run.settings.rows_per_update
+    row = count_tokens(rows) / len(rows)
+    measured = count_tokens(held_out)
+    evaluations = 1 + run.plan.updates / run.plan.evaluate_every
+    cost = 3 * run.plan.updates * of_update * row + evaluations * measured
+    budget = TRIALS_SHARE * cost / times
+
+    # Two thirds are for the updates. A single one would have a rate of 0, the start of the warm-up.
+    affordable = int(budget * 2 / 3 / (3 * row))
+    updates = min(TRIAL_UPDATES, max(2, affordable // of_update))
+    of_update = min(of_update, max(2, affordable // updates))
+
+    # Held-out rows are sorted by their length: every n-th, and at least one.
+    left = budget - 3 * updates * of_update * row
+    affordable = max(1, int(left / measured * len(held_out)))
+    every = math.ceil(len(held_out) / affordable)
+    some = held_out.select(range(0, len(held_out), every))
+    part = scored_tokens(some) / scored_tokens(held_out)
+    of_val = {**run.data["val"], "author_bytes": run.data["val"]["author_bytes"] * part}
+
+    here = max(1, of_update // PartialState().num_processes)
+    at_once = math.gcd(run.plan.rows_at_once, here)
+    ways = {"rows_at_once": at_once, "accumulation": here // at_once}
+    return replace(
+        run,
+        settings=replace(run.settings, max_steps=updates, rows_per_update=of_update),
+        plan=replace(run.plan, updates=updates, evaluate_every=updates, **ways),  # measured once, at its end
+        rows_of={**run.rows_of, "val": some},
+        data={**run.data, "val": of_val},
+    )
+
+
+def count_tokens(rows: Dataset) -> int:
+    return sum(map(len, rows["input_ids"]))
 
 
 def try_rate(trial: Run) -> float:
@@ -2380,8 +2424,7 @@ class Progress(TrainerCallback):
             say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
 
     def time_left(self, state) -> str:
-        seconds = self.seconds / self.updates * (state.max_steps - state.global_step)
-        return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+        return tell_time(self.seconds / self.updates * (state.max_steps - state.global_step))
 
     def on_log(self, args, state, control, logs, **_):
         if "loss" not in logs:
@@ -2410,6 +2453,10 @@ class Progress(TrainerCallback):
             f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)\n"
             f"  {self.prompt} {state.log_history[-1]['sample']}"
         )
+
+
+def tell_time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 class Checkpoints(TrainerCallback):
