@@ -3107,7 +3107,7 @@ def give_back_memory() -> None:
 # A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. The template is in
 # Go's template language, so it is built from pieces of the model's own template, which is Jinja. Ollama fills in the
 # messages, with all system messages in .System, and adds an empty answer at the end.
-OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+MARK = "\ue000"  # stands for the content of a message; no template contains this private-use character
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
 # Ollama reserves memory for num_ctx tokens at once; Llama 3.2's 131,072 would need more than its weights.
 LONGEST_CHAT = 4_096  # tokens
@@ -3135,96 +3135,54 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
 
 
 def ollama_template(tokenizer) -> str:
-    pieces = chat_pieces(tokenizer)
-    if pieces is None or holds_go(pieces):
+    """The chat template in Go's language; says so where it cannot be written, or has no system messages (Gemma)."""
+    one = render_marks(tokenizer, "user")
+    two = render_marks(tokenizer, "user", "assistant")
+    three = render_marks(tokenizer, "user", "assistant", "user")
+    whole = render_marks(tokenizer, "user", "assistant", "user", asked=True)
+
+    # What each message adds to the rendering so far. If this varies, the whole is not the sum of its pieces.
+    reply = two.removeprefix(one)
+    question = three.removeprefix(two)
+    answer = whole.removeprefix(three)
+    start = one.removesuffix(question)
+    if not whole or whole != start + question + reply + question + answer or holds_go(whole):
         say("The chat template cannot be converted for Ollama: write the TEMPLATE of the Modelfile yourself.")
         return "{{ .Prompt }}"
 
-    start = pieces.start
-    turns = OLLAMA_TURN.format(when="if", role="user", before=pieces.user[0], after=pieces.user[1])
-    turns += OLLAMA_TURN.format(when="else if", role="assistant", before=pieces.assistant[0], after=pieces.assistant[1])
-    system = system_pieces(tokenizer, pieces)
-    if system is None or holds_go(system):
+    turns = {"user": question, "assistant": reply}
+    with_system = render_marks(tokenizer, "system", "user")
+    before = with_system.removesuffix(question)
+    if before == with_system or holds_go(before):
         say("The chat template has no turn for system messages: Ollama will leave them out.")
     else:
-        turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
-        if system.start != start:  # the template has a default system message (SmolLM2)
-            start = f"{{{{ if .System }}}}{system.start}{{{{ else }}}}{start}{{{{ end }}}}"
-    return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
+        turns["system"] = before.removeprefix(start)
+        if not before.startswith(start):  # the template has a default system message (SmolLM2)
+            start = "{{ if .System }}{{ else }}" + start + "{{ end }}"
+
+    cases = []
+    for role, turn in turns.items():
+        content = turn.replace(MARK, "{{ .Content }}")
+        cases.append(f'if eq .Role "{role}" }}}}{content}{{{{ ')
+    return start + "{{ range .Messages }}{{ " + "else ".join(cases) + "end }}{{ end }}" + answer
 
 
-class ChatPieces(NamedTuple):
-    """What a chat template puts at the start, before and after each turn, and before an answer."""
+def render_marks(tokenizer, *roles: str, asked: bool = False) -> str:
+    """Messages of these roles, each with MARK for content; "" if the template refuses them.
 
-    start: str
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    answer: str
-
-
-class SystemPieces(NamedTuple):
-    start: str  # of a conversation that begins with a system message
-    turn: tuple[str, str]
-
-
-MARK = "\ue000"  # stands for the content; no template contains this private-use character
-USER = {"role": "user", "content": MARK}
-ASSISTANT = {"role": "assistant", "content": MARK}
-SYSTEM = {"role": "system", "content": MARK}
-
-
-def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation in the chat template without the beginning-of-sequence token, which llama.cpp adds itself."""
-    text = render_or_raise(tokenizer, messages, add_generation_prompt)
-    if tokenizer.bos_token and starts_with_bos(tokenizer):
-        return text.removeprefix(tokenizer.bos_token)
-    return text
-
-
-def chat_pieces(tokenizer) -> ChatPieces | None:
-    """The pieces of the tokenizer's template; None if what it puts around a turn varies."""
+    Without the beginning-of-sequence token, which llama.cpp adds itself.
+    """
+    messages = [{"role": role, "content": MARK} for role in roles]
     try:
-        one = render_for_ollama(tokenizer, [USER])
-        two = render_for_ollama(tokenizer, [USER, ASSISTANT])
-        three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
-        asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
+        text = render_or_raise(tokenizer, messages, asked)
     except TEMPLATE_ERRORS:  # for a combination of turns that the data does not have
-        return None
-
-    # What each turn adds to the rendering so far; the rest of the first rendering is the start.
-    before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
-    before_question, _, after_question = three.removeprefix(two).partition(MARK)
-    start = one.partition(MARK)[0].removesuffix(before_question)
-    answer = asked.removeprefix(one)
-
-    # A template that depends on a turn's position or content is not the sum of its pieces.
-    question = before_question + MARK + after_question
-    reply = before_reply + MARK + after_reply
-    whole = start + question + reply + question + answer
-    if whole != render_for_ollama(tokenizer, [USER, ASSISTANT, USER], add_generation_prompt=True):
-        return None
-    return ChatPieces(start, (before_question, after_question), (before_reply, after_reply), answer)
+        return ""
+    return text.removeprefix(tokenizer.bos_token) if starts_with_bos(tokenizer) else text
 
 
-def holds_go(pieces: ChatPieces | SystemPieces) -> bool:
-    """Whether a piece contains Go template syntax or the end of the template."""
-    text = json.dumps(pieces)
-    return any(sign in text for sign in ("{{", "}}", '\\"\\"\\"'))
-
-
-def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
-    """The pieces around a system message at the beginning; None if the template has no such turn (Gemma)."""
-    try:
-        whole = render_for_ollama(tokenizer, [SYSTEM, USER])
-    except TEMPLATE_ERRORS:
-        return None
-
-    before, _, rest = whole.partition(MARK)
-    after = rest.removesuffix(MARK.join(pieces.user))
-    if after == rest:
-        return None
-    start = pieces.start if before.startswith(pieces.start) else ""
-    return SystemPieces(start, (before.removeprefix(start), after))
+def holds_go(text: str) -> bool:
+    """Whether a text contains Go's template syntax or the end of the template."""
+    return any(sign in text for sign in ("{{", "}}", '"""'))
 
 
 # ---------------------------------------------------------------------------- signals and errors
