@@ -939,14 +939,15 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
             whole = render_or_raise(tokenizer, [question, answer])
             render_or_raise(tokenizer, [question], add_generation_prompt=True)
     except TEMPLATE_ERRORS as error:
-        reason = f"{type(error).__name__}: {brief(error)}"
-        raise CannotLoad(f"The chat template of {name} fails ({reason}): choose another base model.") from error
-    if not all(said in whole for said in words):
-        raise CannotLoad(f"The chat template of {name} leaves out part of the conversation: choose another base model.")
-    if len(whole) > 100_000:
-        raise CannotLoad(
-            f"The chat template of {name} makes {len(whole):,} characters of two sentences: choose another base model."
-        )
+        problem = f"fails ({type(error).__name__}: {brief(error)})"
+    else:
+        problem = ""
+        if not all(said in whole for said in words):
+            problem = "leaves out part of the conversation"
+        elif len(whole) > 100_000:
+            problem = f"makes {len(whole):,} characters of two sentences"
+    if problem:
+        raise CannotLoad(f"The chat template of {name} {problem}: choose another base model.")
 
     # Other control tokens (images) may be outside the vocabulary: `break_control_tokens` keeps them out.
     added = control_tokens(tokenizer)
@@ -1278,15 +1279,10 @@ def make_rows(
     while len(groups) % multiple:
         groups.append([filler])
 
+    names = ["input_ids", "labels", "conversation"] + ["position_ids"] * packed
+    rows = [one_row(group) for group in groups]
     # A dict of columns rather than a list of rows, so that a Dataset without rows has its columns, too.
-    columns = {"input_ids": [], "labels": [], "conversation": []}
-    if packed:
-        columns["position_ids"] = []
-    for group in groups:
-        row = one_row(group)
-        for name, column in columns.items():
-            column.append(row[name])
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
 
 
 def one_row(windows: list[Window]) -> dict[str, list[int]]:
@@ -2060,10 +2056,10 @@ def find_rates(run: Run) -> dict[float, float]:
     if all(math.isinf(tried[rate]) for rate in rates):
         remedy = f'PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}'
         sys.exit(f"Training diverged at every learning rate that was tried: set {remedy}.")
-    if is_tie(tried):
-        say(f"rate     all gave the same loss; using the middle one, {best_rate(tried):g}")
-    else:
-        say(f"rate     {best_rate(tried):g} is the best and is used")
+    outcome = "the best and is used"
+    if len(set(tried.values())) == 1:
+        outcome = "used, the middle one, as all gave the same loss"
+    say(f"rate     {best_rate(tried):g} is {outcome}")
     return tried
 
 
@@ -2081,9 +2077,9 @@ def shortened(run: Run, times: int) -> Run:
     cost = 3 * run.plan.updates * of_update * row + evaluations * measured
     budget = TRIALS_SHARE * cost / times
 
-    # Two thirds are for the updates. A single one would have a rate of 0, the start of the warm-up.
+    # Two thirds are for the updates: rather several small ones, as the first has a rate of 0, the start of the warm-up.
     affordable = int(budget * 2 / 3 / (3 * row))
-    updates = min(TRIAL_UPDATES, max(2, affordable // of_update))
+    updates = min(TRIAL_UPDATES, max(2, affordable // 2))
     of_update = min(of_update, max(2, affordable // updates))
 
     # Held-out rows are sorted by their length: every n-th, and at least one.
@@ -2122,15 +2118,11 @@ def try_rate(trial: Run) -> float:
     return bits if math.isfinite(bits) else math.inf
 
 
-def is_tie(tried: dict[float, float]) -> bool:
-    """Whether all rates gave the same loss, as when float16 skips every update of the trials."""
-    return len(tried) > 1 and len(set(tried.values())) == 1
-
-
 def best_rate(tried: dict[float, float]) -> float:
-    if is_tie(tried):
-        return sorted(tried)[len(tried) // 2]
-    return min(tried, key=tried.get)
+    """The rate with the lowest loss; the middle one if all gave the same, as when float16 skips every update."""
+    rates = sorted(tried)
+    is_tie = len(set(tried.values())) == 1
+    return rates[len(rates) // 2] if is_tie else min(rates, key=tried.get)
 
 
 def forget_trial(optimizer: str) -> None:
@@ -2842,10 +2834,9 @@ def check_card(cpu_wanted: bool) -> None:
         return
 
     if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if not has_kernels(capability, torch.cuda.get_arch_list()):
+        if not has_kernels():
             name = torch.cuda.get_device_name()
-            generation = ".".join(map(str, capability))
+            generation = ".".join(map(str, torch.cuda.get_device_capability()))
             sys.exit(
                 f"PyTorch {torch.__version__} has no kernels for {name} (compute capability {generation}): install "
                 f"{OTHER_PYTORCH}, or train without the card, which is slow: --cpu."
@@ -2859,23 +2850,15 @@ def check_card(cpu_wanted: bool) -> None:
         say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
 
 
-def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a PyTorch `built_for` "sm_86", "compute_120" and so on runs on a card of this compute capability.
-
-    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled on demand for 12.0 and newer. Names of another kind
-    (AMD's "gfx90a") are not checked.
-    """
-    for name in built_for:
-        kind, _, number = name.partition("_")
-        digits = number.rstrip("af")  # sm_90a: with what only this generation has
-        if kind not in ("sm", "compute") or not digits.isdecimal():
-            return True
-
-        built = (int(digits[:-1]), int(digits[-1]))
-        same_generation = kind == "compute" or built[0] == capability[0]
-        if same_generation and capability >= built:
-            return True
-    return not built_for
+def has_kernels() -> bool:
+    """Whether PyTorch was built for the card of this machine, as its first kernel shows."""
+    try:
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        return False
+    return True
 
 
 def find_nvidia_card() -> str:
