@@ -941,14 +941,15 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
             whole = render_or_raise(tokenizer, [question, answer])
             render_or_raise(tokenizer, [question], add_generation_prompt=True)
     except TEMPLATE_ERRORS as error:
-        reason = f"{type(error).__name__}: {brief(error)}"
-        raise CannotLoad(f"The chat template of {name} fails ({reason}): choose another base model.") from error
-    if not all(said in whole for said in words):
-        raise CannotLoad(f"The chat template of {name} leaves out part of the conversation: choose another base model.")
-    if len(whole) > 100_000:
-        raise CannotLoad(
-            f"The chat template of {name} makes {len(whole):,} characters of two sentences: choose another base model."
-        )
+        problem = f"fails ({type(error).__name__}: {brief(error)})"
+    else:
+        problem = ""
+        if not all(said in whole for said in words):
+            problem = "leaves out part of the conversation"
+        elif len(whole) > 100_000:
+            problem = f"makes {len(whole):,} characters of two sentences"
+    if problem:
+        raise CannotLoad(f"The chat template of {name} {problem}: choose another base model.")
 
     # Other control tokens (images) may be outside the vocabulary: `break_control_tokens` keeps them out.
     added = control_tokens(tokenizer)
@@ -1283,15 +1284,10 @@ def make_rows(
     while len(groups) % multiple:
         groups.append([filler])
 
+    names = ["input_ids", "labels", "conversation"] + ["position_ids"] * packed
+    rows = [one_row(group) for group in groups]
     # A dict of columns rather than a list of rows, so that a Dataset without rows has its columns, too.
-    columns = {"input_ids": [], "labels": [], "conversation": []}
-    if packed:
-        columns["position_ids"] = []
-    for group in groups:
-        row = one_row(group)
-        for name, column in columns.items():
-            column.append(row[name])
-    return Dataset.from_dict(columns)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
 
 
 def one_row(windows: list[Window]) -> dict[str, list[int]]:
@@ -2030,13 +2026,14 @@ def prepare_to_train(model, plan: Plan, settings: Settings):
 
 # ---------------------------------------------------------------------------- learning rate
 # LEARNING_RATE = "auto": a short run at each of three rates, from the same weights, with its own schedule, on the rows
-# that the run begins with. The rate with the lowest loss on held-out posts is used; the run then starts again from the
-# base model, and is to the last bit the run that has this number as its LEARNING_RATE.
+# that the run begins with. The rate with the lowest loss on some held-out posts is used; the run then starts again from
+# the base model, and is to the last bit the run that has this number as its LEARNING_RATE.
 # Trials of two to eight updates on real blogs chose the first for Gemma 3 270M and the last for SmolLM2-135M
 # (benchmarks/README.md). Higher rates look good in a trial and overfit later. For adapters: see LORA_ALPHA.
 RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
 RATES_FOR_ADAPTERS = (5e-4, 1e-3, 2e-3)
-TRIAL_UPDATES = 8
+TRIAL_UPDATES = 5  # at most
+TRIALS_SHARE = 0.25  # of what the run costs, all trials together
 
 
 def find_rates(run: Run) -> dict[float, float]:
@@ -2045,30 +2042,73 @@ def find_rates(run: Run) -> dict[float, float]:
     What an earlier start of this run has found, and left in its folder, is not tried again.
     """
     rates = RATES_FOR_ADAPTERS if run.plan.lora_rank else RATES_TO_TRY
-    # Together they are no longer than the run; a single update would have a rate of 0, the start of the warm-up.
-    few = min(TRIAL_UPDATES, max(2, run.plan.updates // len(rates)))
+    trial = shortened(run, len(rates))
     names = ", ".join(f"{rate:g}" for rate in rates)
-    say(f"rate     each of {names} has a trial of {few} updates, from the same start")
+    updates = f"{trial.plan.updates} updates of {trial.settings.rows_per_update} rows"
+    say(f"rate     each of {names} has a trial of {updates}, from the same start")
 
     tried = known_rates(run.folder)
-    for rate in rates:
+    for number, rate in enumerate(rates, start=1):
+        began = time.monotonic()
         if rate not in tried:
-            trial = replace(run.settings, learning_rate=rate, max_steps=few)
-            # Measured once, at its end.
-            plan = replace(run.plan, evaluate_every=few)
-            tried[rate] = try_rate(replace(run, settings=trial, plan=plan))
+            tried[rate] = try_rate(replace(trial, settings=replace(trial.settings, learning_rate=rate)))
             keep_rates(run.folder, tried)
-            forget_trial(plan.optimizer)
+            forget_trial(run.plan.optimizer)
         bits = f"{tried[rate]:.4f} bits per byte on posts it never saw"
-        say(f"rate     {rate:<6g}  {bits if math.isfinite(tried[rate]) else 'the loss became NaN'}")
+        left = tell_time((time.monotonic() - began) * (len(rates) - number))
+        outcome = bits if math.isfinite(tried[rate]) else "the loss became NaN"
+        say(f"rate     {rate:<6g}  {outcome}, {number} of {len(rates)} tried, {left} left")
     if all(math.isinf(tried[rate]) for rate in rates):
         remedy = f'PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}'
         sys.exit(f"Training diverged at every learning rate that was tried: set {remedy}.")
-    if is_tie(tried):
-        say(f"rate     all gave the same loss; using the middle one, {best_rate(tried):g}")
-    else:
-        say(f"rate     {best_rate(tried):g} is the best and is used")
+    outcome = "the best and is used"
+    if len(set(tried.values())) == 1:
+        outcome = "used, the middle one, as all gave the same loss"
+    say(f"rate     {best_rate(tried):g} is {outcome}")
     return tried
+
+
+def shortened(run: Run, times: int) -> Run:
+    """A trial: `run` with so few updates, and then held-out rows, that as many `times` cost at most TRIALS_SHARE of it.
+
+    Costs are in tokens: a token counts three times in an update, forward and backward, and once in an evaluation.
+    """
+    rows = run.rows_of["train"]
+    held_out = run.rows_of["val"]
+    of_update = run.settings.rows_per_update
+    row = count_tokens(rows) / len(rows)
+    measured = count_tokens(held_out)
+    evaluations = 1 + run.plan.updates / run.plan.evaluate_every
+    cost = 3 * run.plan.updates * of_update * row + evaluations * measured
+    budget = TRIALS_SHARE * cost / times
+
+    # Two thirds are for the updates: rather several small ones, as the first has a rate of 0, the start of the warm-up.
+    affordable = int(budget * 2 / 3 / (3 * row))
+    updates = min(TRIAL_UPDATES, max(2, affordable // 2))
+    of_update = min(of_update, max(2, affordable // updates))
+
+    # Held-out rows are sorted by their length: every n-th, and at least one.
+    left = budget - 3 * updates * of_update * row
+    affordable = max(1, int(left / measured * len(held_out)))
+    every = math.ceil(len(held_out) / affordable)
+    some = held_out.select(range(0, len(held_out), every))
+    part = scored_tokens(some) / scored_tokens(held_out)
+    of_val = {**run.data["val"], "author_bytes": run.data["val"]["author_bytes"] * part}
+
+    here = max(1, of_update // PartialState().num_processes)
+    at_once = math.gcd(run.plan.rows_at_once, here)
+    ways = {"rows_at_once": at_once, "accumulation": here // at_once}
+    return replace(
+        run,
+        settings=replace(run.settings, max_steps=updates, rows_per_update=of_update),
+        plan=replace(run.plan, updates=updates, evaluate_every=updates, **ways),  # measured once, at its end
+        rows_of={**run.rows_of, "val": some},
+        data={**run.data, "val": of_val},
+    )
+
+
+def count_tokens(rows: Dataset) -> int:
+    return sum(map(len, rows["input_ids"]))
 
 
 def try_rate(trial: Run) -> float:
@@ -2083,15 +2123,11 @@ def try_rate(trial: Run) -> float:
     return bits if math.isfinite(bits) else math.inf
 
 
-def is_tie(tried: dict[float, float]) -> bool:
-    """Whether all rates gave the same loss, as when float16 skips every update of the trials."""
-    return len(tried) > 1 and len(set(tried.values())) == 1
-
-
 def best_rate(tried: dict[float, float]) -> float:
-    if is_tie(tried):
-        return sorted(tried)[len(tried) // 2]
-    return min(tried, key=tried.get)
+    """The rate with the lowest loss; the middle one if all gave the same, as when float16 skips every update."""
+    rates = sorted(tried)
+    is_tie = len(set(tried.values())) == 1
+    return rates[len(rates) // 2] if is_tie else min(rates, key=tried.get)
 
 
 def forget_trial(optimizer: str) -> None:
@@ -2385,8 +2421,7 @@ class Progress(TrainerCallback):
             say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
 
     def time_left(self, state) -> str:
-        seconds = self.seconds / self.updates * (state.max_steps - state.global_step)
-        return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+        return tell_time(self.seconds / self.updates * (state.max_steps - state.global_step))
 
     def on_log(self, args, state, control, logs, **_):
         if "loss" not in logs:
@@ -2415,6 +2450,10 @@ class Progress(TrainerCallback):
             f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)\n"
             f"  {self.prompt} {state.log_history[-1]['sample']}"
         )
+
+
+def tell_time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 class Checkpoints(TrainerCallback):
@@ -2819,10 +2858,9 @@ def check_card(cpu_wanted: bool) -> None:
         return
 
     if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if not has_kernels(capability, torch.cuda.get_arch_list()):
+        if not has_kernels():
             name = torch.cuda.get_device_name()
-            generation = ".".join(map(str, capability))
+            generation = ".".join(map(str, torch.cuda.get_device_capability()))
             sys.exit(
                 f"PyTorch {torch.__version__} has no kernels for {name} (compute capability {generation}): install "
                 f"{OTHER_PYTORCH}, or train without the card, which is slow: --cpu."
@@ -2836,23 +2874,15 @@ def check_card(cpu_wanted: bool) -> None:
         say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
 
 
-def has_kernels(capability: tuple[int, int], built_for: list[str]) -> bool:
-    """Whether a PyTorch `built_for` "sm_86", "compute_120" and so on runs on a card of this compute capability.
-
-    sm_86 is machine code for 8.6 to 8.9; compute_120 is compiled on demand for 12.0 and newer. Names of another kind
-    (AMD's "gfx90a") are not checked.
-    """
-    for name in built_for:
-        kind, _, number = name.partition("_")
-        digits = number.rstrip("af")  # sm_90a: with what only this generation has
-        if kind not in ("sm", "compute") or not digits.isdecimal():
-            return True
-
-        built = (int(digits[:-1]), int(digits[-1]))
-        same_generation = kind == "compute" or built[0] == capability[0]
-        if same_generation and capability >= built:
-            return True
-    return not built_for
+def has_kernels() -> bool:
+    """Whether PyTorch was built for the card of this machine, as its first kernel shows."""
+    try:
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        return False
+    return True
 
 
 def find_nvidia_card() -> str:
@@ -3084,7 +3114,7 @@ def give_back_memory() -> None:
 # A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. The template is in
 # Go's template language, so it is built from pieces of the model's own template, which is Jinja. Ollama fills in the
 # messages, with all system messages in .System, and adds an empty answer at the end.
-OLLAMA_TURN = '{{{{ {when} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+MARK = "\ue000"  # stands for the content of a message; no template contains this private-use character
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
 # Ollama reserves memory for num_ctx tokens at once; Llama 3.2's 131,072 would need more than its weights.
 LONGEST_CHAT = 4_096  # tokens
@@ -3112,96 +3142,54 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
 
 
 def ollama_template(tokenizer) -> str:
-    pieces = chat_pieces(tokenizer)
-    if pieces is None or holds_go(pieces):
+    """The chat template in Go's language; says so where it cannot be written, or has no system messages (Gemma)."""
+    one = render_marks(tokenizer, "user")
+    two = render_marks(tokenizer, "user", "assistant")
+    three = render_marks(tokenizer, "user", "assistant", "user")
+    whole = render_marks(tokenizer, "user", "assistant", "user", asked=True)
+
+    # What each message adds to the rendering so far. If this varies, the whole is not the sum of its pieces.
+    reply = two.removeprefix(one)
+    question = three.removeprefix(two)
+    answer = whole.removeprefix(three)
+    start = one.removesuffix(question)
+    if not whole or whole != start + question + reply + question + answer or holds_go(whole):
         say("The chat template cannot be converted for Ollama: write the TEMPLATE of the Modelfile yourself.")
         return "{{ .Prompt }}"
 
-    start = pieces.start
-    turns = OLLAMA_TURN.format(when="if", role="user", before=pieces.user[0], after=pieces.user[1])
-    turns += OLLAMA_TURN.format(when="else if", role="assistant", before=pieces.assistant[0], after=pieces.assistant[1])
-    system = system_pieces(tokenizer, pieces)
-    if system is None or holds_go(system):
+    turns = {"user": question, "assistant": reply}
+    with_system = render_marks(tokenizer, "system", "user")
+    before = with_system.removesuffix(question)
+    if before == with_system or holds_go(before):
         say("The chat template has no turn for system messages: Ollama will leave them out.")
     else:
-        turns += OLLAMA_TURN.format(when="else if", role="system", before=system.turn[0], after=system.turn[1])
-        if system.start != start:  # the template has a default system message (SmolLM2)
-            start = f"{{{{ if .System }}}}{system.start}{{{{ else }}}}{start}{{{{ end }}}}"
-    return f"{start}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{pieces.answer}"
+        turns["system"] = before.removeprefix(start)
+        if not before.startswith(start):  # the template has a default system message (SmolLM2)
+            start = "{{ if .System }}{{ else }}" + start + "{{ end }}"
+
+    cases = []
+    for role, turn in turns.items():
+        content = turn.replace(MARK, "{{ .Content }}")
+        cases.append(f'if eq .Role "{role}" }}}}{content}{{{{ ')
+    return start + "{{ range .Messages }}{{ " + "else ".join(cases) + "end }}{{ end }}" + answer
 
 
-class ChatPieces(NamedTuple):
-    """What a chat template puts at the start, before and after each turn, and before an answer."""
+def render_marks(tokenizer, *roles: str, asked: bool = False) -> str:
+    """Messages of these roles, each with MARK for content; "" if the template refuses them.
 
-    start: str
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    answer: str
-
-
-class SystemPieces(NamedTuple):
-    start: str  # of a conversation that begins with a system message
-    turn: tuple[str, str]
-
-
-MARK = "\ue000"  # stands for the content; no template contains this private-use character
-USER = {"role": "user", "content": MARK}
-ASSISTANT = {"role": "assistant", "content": MARK}
-SYSTEM = {"role": "system", "content": MARK}
-
-
-def render_for_ollama(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """A conversation in the chat template without the beginning-of-sequence token, which llama.cpp adds itself."""
-    text = render_or_raise(tokenizer, messages, add_generation_prompt)
-    if tokenizer.bos_token and starts_with_bos(tokenizer):
-        return text.removeprefix(tokenizer.bos_token)
-    return text
-
-
-def chat_pieces(tokenizer) -> ChatPieces | None:
-    """The pieces of the tokenizer's template; None if what it puts around a turn varies."""
+    Without the beginning-of-sequence token, which llama.cpp adds itself.
+    """
+    messages = [{"role": role, "content": MARK} for role in roles]
     try:
-        one = render_for_ollama(tokenizer, [USER])
-        two = render_for_ollama(tokenizer, [USER, ASSISTANT])
-        three = render_for_ollama(tokenizer, [USER, ASSISTANT, USER])
-        asked = render_for_ollama(tokenizer, [USER], add_generation_prompt=True)
+        text = render_or_raise(tokenizer, messages, asked)
     except TEMPLATE_ERRORS:  # for a combination of turns that the data does not have
-        return None
-
-    # What each turn adds to the rendering so far; the rest of the first rendering is the start.
-    before_reply, _, after_reply = two.removeprefix(one).partition(MARK)
-    before_question, _, after_question = three.removeprefix(two).partition(MARK)
-    start = one.partition(MARK)[0].removesuffix(before_question)
-    answer = asked.removeprefix(one)
-
-    # A template that depends on a turn's position or content is not the sum of its pieces.
-    question = before_question + MARK + after_question
-    reply = before_reply + MARK + after_reply
-    whole = start + question + reply + question + answer
-    if whole != render_for_ollama(tokenizer, [USER, ASSISTANT, USER], add_generation_prompt=True):
-        return None
-    return ChatPieces(start, (before_question, after_question), (before_reply, after_reply), answer)
+        return ""
+    return text.removeprefix(tokenizer.bos_token) if starts_with_bos(tokenizer) else text
 
 
-def holds_go(pieces: ChatPieces | SystemPieces) -> bool:
-    """Whether a piece contains Go template syntax or the end of the template."""
-    text = json.dumps(pieces)
-    return any(sign in text for sign in ("{{", "}}", '\\"\\"\\"'))
-
-
-def system_pieces(tokenizer, pieces: ChatPieces) -> SystemPieces | None:
-    """The pieces around a system message at the beginning; None if the template has no such turn (Gemma)."""
-    try:
-        whole = render_for_ollama(tokenizer, [SYSTEM, USER])
-    except TEMPLATE_ERRORS:
-        return None
-
-    before, _, rest = whole.partition(MARK)
-    after = rest.removesuffix(MARK.join(pieces.user))
-    if after == rest:
-        return None
-    start = pieces.start if before.startswith(pieces.start) else ""
-    return SystemPieces(start, (before.removeprefix(start), after))
+def holds_go(text: str) -> bool:
+    """Whether a text contains Go's template syntax or the end of the template."""
+    return any(sign in text for sign in ("{{", "}}", '"""'))
 
 
 # ---------------------------------------------------------------------------- signals and errors

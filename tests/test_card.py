@@ -166,7 +166,7 @@ def test_where_all_trials_skip_their_updates_that_is_said_and_the_middle_rate_is
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "3", "--learning-rate", "auto")
     said = capsys.readouterr().err
     assert report["learning_rate"]["used"] == 1e-3
-    assert "all gave the same loss; using the middle one, 0.001" in said
+    assert "0.001 is used, the middle one, as all gave the same loss" in said
     assert said.count("was skipped: float16 overflowed") >= 3 * 2
 
 

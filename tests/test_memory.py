@@ -50,7 +50,10 @@ ARCHITECTURES = {
         "gemma4",
         {"text_config": {**TEXT_OF_GEMMA_4, "num_hidden_layers": 2}, "vision_config": SMALL_TOWER},
     ),
-    "LFM2": ("lfm2", {"intermediate_size": 192, "num_key_value_heads": 2}),
+    "LFM2": (
+        "lfm2",
+        {"intermediate_size": 192, "num_key_value_heads": 2, "layer_types": ["conv", "conv", "full_attention", "conv"]},
+    ),
     "Granite 4": ("granite", {"intermediate_size": 192, "num_key_value_heads": 2}),
     "Granite 4 hybrid": (
         "granitemoehybrid",

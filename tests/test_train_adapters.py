@@ -116,7 +116,7 @@ def test_adapters_learn_and_leave_a_folder_as_full_training_does(
     # Every linear layer has learned, and what no adapter stands beside is the base's to the last bit.
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    learned = [layer.weight for layer in train_model.layers_to_adapt(model)]
+    learned = [model.get_submodule(name).weight for name in train_model.layers_to_adapt(model)]
     base = dict(AutoModelForCausalLM.from_pretrained(base_folder).named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, base[name]) != any(weight is other for other in learned), name

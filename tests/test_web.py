@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model_folder
+from tiny import make_model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import test_model
