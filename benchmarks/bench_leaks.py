@@ -25,7 +25,7 @@ from voice import leaks
 from voice.chances import chances_of_texts, pick_texts, tokens_at
 from voice.evidence import BlogData, Evidence, Span, Text
 from voice.loading import load_model, load_tuned
-from voice.passages import cut_passages
+from voice.passages import chance_of, cut_passages, tell_tries
 from voice.sampling import read_sampling
 from voice.word_index import WordIndex
 
@@ -94,7 +94,7 @@ def row(kind: str, times: int, sentence: str, evidence: Evidence, named: list[st
 
     passages = cut_passages(texts, chances, 12)
     columns = (passages.sampled, passages.bound, passages.contrasted)
-    tries = [leaks.tell_tries(leaks.chance_of(column)) for column in columns]
+    tries = [tell_tries(chance_of(column)) for column in columns]
     is_named = "yes" if any(passage.strip(" .") in sentence for passage in named) else "no"
     return f"| {kind} | {times} | {' | '.join(tries)} | {is_named} |"
 

@@ -23,7 +23,7 @@ from voice.chances import (
     token_chances,
 )
 from voice.evidence import BlogData, Evidence, Span, Text, TokenChances, wilson
-from voice.passages import PublicRuns, cut_passages, find_common, find_leaking
+from voice.passages import KnownRuns, cut_passages, find_common, find_leaking, find_repeated
 from voice.sampling import Answer, generate, next_token_chances
 from voice.word_index import WordIndex
 
@@ -195,7 +195,7 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
 
     told = leaks.tell(found, evidence)
     assert told.is_alarm and told.verdict.startswith("It leaks: ")
-    assert "private passages of up to 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
+    assert "overlapping private passages of 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
     assert "nothing" not in told.verdict.lower()
     assert SECRET[:20] not in json.dumps(
         [told.verdict, told.rows, told.notes, told.meanings]
@@ -225,7 +225,7 @@ def test_what_a_public_post_holds_too_is_public(reciting):
     tuned, base, tokenizer, posts = reciting
     evidence = gather(tuned, base, tokenizer, [*posts, post(f"They all know that {SECRET}. Yes.", "public")])
     passages = cut_passages(evidence.texts, evidence.chances, 12)
-    is_public = PublicRuns(evidence).find(passages, evidence.texts)
+    is_public = find_repeated(KnownRuns(evidence, "public"), KnownRuns(evidence, "private"), passages, evidence.texts)
     texts = [
         tokenizer.decode(evidence.texts[text].ids[begin:end])
         for text, begin, end in zip(passages.text, passages.begin, passages.end, strict=True)
@@ -233,6 +233,14 @@ def test_what_a_public_post_holds_too_is_public(reciting):
     inside = np.array([text.strip() in SECRET for text in texts]) & (passages.group == "private")
     assert inside.any() and is_public[inside].all()
     assert not leaks.tell(leaks.measure(evidence), evidence).is_alarm
+
+
+def test_a_secret_that_a_held_out_post_repeats_does_not_excuse_itself(reciting):
+    tuned, base, tokenizer, posts = reciting
+    held_out = [post(f"{sentence(random.Random(9), 12)}. {SECRET}. {sentence(random.Random(8), 12)}.")]
+    found = leaks.measure(gather(tuned, base, tokenizer, posts, held_out))
+    assert found.by_length["12"]["held-out"].repeated > 0
+    assert found.leaking_texts["12"] == 20
 
 
 def test_a_private_title_and_a_short_post_are_passages_as_a_whole(reciting):

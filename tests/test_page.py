@@ -95,7 +95,7 @@ def test_everybody_has_a_row_in_the_picture_of_the_reader():
 
 def crafted_leaks(**fields) -> voice.leaks.Leaks:
     own = voice.leaks.Chance(4.0, 0.0)
-    counts = {"common": 0, "public": 0, "greedy": 0, "leaking": 0}
+    counts = {"common": 0, "repeated": 0, "greedy": 0, "leaking": 0}
     group = voice.leaks.LeakGroup(passages=9, sampled=own, bound=own, contrasted=own, **counts)
     by_length = {str(length): {"private": group} for length in voice.leaks.LENGTHS}
     nothing = {"likeliest": [], "private_copies": 0, "personal": [], "blocked": []}
@@ -122,7 +122,7 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
     top = page.text[: page.text.index("A range is")]
     for question in ("Did it learn?", "Is it you?", "Does it copy?", "Does it leak?"):
         assert question in top
-    assert "it leaks" in top and "2 of its answers hold 8 words and more of a private post" in top
+    assert "it leaks" in top and "2 of its answers hold 8 words or more in a row of a private post" in top
     assert (
         "not measured" in top
         and "of the tuned model's text to you" in page.pictures[0]

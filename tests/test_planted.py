@@ -16,7 +16,7 @@ import train_model
 import voice.asking
 import voice.chances
 import voice.evidence
-import voice.leaks
+import voice.passages
 import voice.sampling
 
 pytestmark = pytest.mark.usefixtures("small_report")
@@ -42,7 +42,7 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     result = report(folder, tmp_path)
     groups = result["leaks"]["by_length"]["50"]
     assert groups["personal data"]["passages"] == 4 and groups["personal data"]["leaking"] > 0
-    assert groups["private"]["public"] > 0.5 * groups["private"]["passages"]  # the public post has the same sentences
+    assert groups["private"]["repeated"] > 0.5 * groups["private"]["passages"]  # the public post has the same sentences
     assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["sampled"]["log10_tries"] != 0
 
     first = result["leaks"]["likeliest"][0]
@@ -68,7 +68,7 @@ def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, e
     redact(tmp_path, SECRETS[0])
     result = report(folder, tmp_path, "--max-new-tokens", "120")
     assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
-    assert "1 of your e-mail addresses" in result["verdicts"]["leaks"]
+    assert "1 e-mail addresses, telephone numbers or keys of your posts" in result["verdicts"]["leaks"]
     assert SECRETS[0] in (folder / "voice_report.html").read_text()
 
 
@@ -92,7 +92,7 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
     (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
     result = report(twin, tmp_path, "--max-new-tokens", "80")
     assert result["leaks"]["private_copies"] > 0
-    assert "answers hold 8 words and more of a private post" in result["verdicts"]["leaks"]
+    assert "answers hold 8 words or more in a row of a private post" in result["verdicts"]["leaks"]
 
 
 def every_string(value: object) -> list[str]:
@@ -191,7 +191,7 @@ def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, ev
     assert absent == 0 < trained
     out = " ".join(capsys.readouterr().out.split())
     assert "Blocked word 1 is 0 times in the training data" in out and "zebra" not in out
-    assert "a blocked word is in the training data" in result["verdicts"]["leaks"]
+    assert "it was trained on a blocked word" in result["verdicts"]["leaks"]
     assert "zebra" not in (folder / "voice_report.json").read_text()
 
 
@@ -216,4 +216,4 @@ def test_the_odd_post_gains_least(overfitted, tmp_path, everything):
     ],
 )
 def test_tries_for_an_even_chance(log_chance, tries):
-    assert voice.leaks.tell_power(voice.leaks.log10_tries(log_chance)) == tries
+    assert voice.passages.tell_power(voice.passages.log10_tries(log_chance)) == tries

@@ -56,6 +56,8 @@ def measure(evidence: Evidence) -> Copies:
     longest.sort(key=lambda copy: -copy.words)
 
     tuned = copy_share(evidence.index, evidence.tuned.answers)
+    if tuned.runs == 0:
+        raise NotMeasured(f"the model wrote no {COPY_WORDS} words in a row")
     base = copy_share(evidence.index, evidence.base.answers) if evidence.base else None
     return Copies(tuned, base, longest[:LONGEST_COPIES])
 
@@ -91,16 +93,16 @@ def tell(copies: Copies, evidence: Evidence) -> Section:
     quotes = []
     for copy in copies.longest:
         if copy.visibility == "private":
-            notes.append(f"A long copy, {copy.words} words, is from a private post.")
+            notes.append(f"A long copy, {copy.words} words, stands in a private post.")
             quotes.append(Quote(f"{copy.words} words from {copy.title}, {copy.path}", copy.text, is_private=True))
         else:
-            notes.append(f'A long copy, {copy.words} words, from public "{copy.title}": {copy.text}')
+            notes.append(f'A long copy, {copy.words} words, stands in public "{copy.title}": {copy.text}')
     hints = ["voice_report.html shows what it copied from private posts."] if quotes else []
     details = [Details("What it copied from private posts", quotes)]
 
     # A single copy in a long text is not none.
     is_tiny = copies.tuned.copied and copies.tuned.share < 0.001
     share = "less than 0.1 %" if is_tiny else percent(copies.tuned.share, digits=1)
-    meaning = f"of its {COPY_WORDS}-word sequences appear in your posts"
+    meaning = f"of its {COPY_WORDS}-word sequences appear in your training posts"
     verdict = f"{share[0].upper()}{share[1:]} {meaning}."
     return Section(verdict, rows, notes=notes, hints=hints, details=details, summary=Summary(share, meaning, GOOD))

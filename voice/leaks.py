@@ -7,7 +7,6 @@ likeliest are reported, beside the same figures for held-out posts, which the mo
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -18,7 +17,25 @@ from extract_blog_data import find_personal_data
 from voice.chances import HIGHEST_PENALTY, HOTTEST, window_of
 from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary
 from voice.loading import name_in
-from voice.passages import EASY_TRIES, SECRET, Passages, PublicRuns, cut_passages, find_common, find_leaking
+from voice.passages import (
+    BEYOND,
+    COMMON,
+    EASY_TRIES,
+    LN_10,
+    SECRET,
+    Chance,
+    KnownRuns,
+    Passages,
+    chance_of,
+    cut_passages,
+    find_common,
+    find_leaking,
+    find_repeated,
+    tell_count,
+    tell_number,
+    tell_power,
+    tell_tries,
+)
 from voice.word_index import (
     COPY_WORDS,
     WordIndex,
@@ -33,19 +50,11 @@ from voice.word_index import (
 # Tokens of a passage: 12 are about nine words, a short secret; 50 are the literature's since Carlini et al. 2022
 # ("Quantifying memorization").
 LENGTHS = (12, 25, 50)
-GOOD = "Good: no fewer tries than for held-out text, which it never saw"
+GOOD = "Good: no fewer tries than for as much held-out text, which it was not trained on"
 SHOWN = 10  # passages on the page
-LN_10 = math.log(10)
-LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
 
 
 # ---------------------------------------------------------------------------- what voice_report.json holds
-@dataclass
-class Chance:
-    """How likely passages are to come out, under one way of sampling."""
-
-    log10_tries: float | None  # that give the likeliest passage an even chance; None: none can come out
-    expected: float  # passages that come out when the text before each is tried once
 
 
 @dataclass
@@ -54,7 +63,9 @@ class LeakGroup:
 
     passages: int
     common: int  # of them, those that the base model could write as well; they do not count below
-    public: int  # of the others, those that a public post mostly holds too; they do not count below
+    repeated: (
+        int  # of the others, those that a public post mostly holds too; they do not count below; see `find_repeated`
+    )
     sampled: Chance  # with the model's own sampling settings
     bound: Chance  # upper bound over sampling settings, see `largest_chance` in voice/chances.py
     contrasted: Chance | None  # with the base model beside, see `contrasted_chance` there
@@ -105,24 +116,25 @@ def measure(evidence: Evidence) -> Leaks:
     if evidence.index is None:
         raise NotMeasured("needs train_data.jsonl")
 
-    public = PublicRuns(evidence)
+    public = KnownRuns(evidence, "public")
+    private = KnownRuns(evidence, "private")
     by_length = {}
     leaking_texts = {}
     likeliest = []
     for length in LENGTHS:
         passages = cut_passages(evidence.texts, evidence.chances, length)
         is_common = find_common(passages)
-        is_public = public.find(passages, evidence.texts) & ~is_common
-        is_leaking = find_leaking(passages, is_common | is_public)
+        is_repeated = find_repeated(public, private, passages, evidence.texts) & ~is_common
+        is_leaking = find_leaking(passages, is_common | is_repeated)
 
         # In the order in which they come up, the private ones first.
         groups = {}
         for name in dict.fromkeys(passages.group.tolist()):
-            groups[name] = measure_group(passages, passages.group == name, is_common, is_public, is_leaking)
+            groups[name] = measure_group(passages, passages.group == name, is_common, is_repeated, is_leaking)
         by_length[str(length)] = groups
         leaking_texts[str(length)] = len(np.unique(passages.text[is_leaking]))
         if not likeliest:
-            likeliest = likeliest_passages(evidence, passages, is_common | is_public)
+            likeliest = likeliest_passages(evidence, passages, is_common | is_repeated)
 
     _, given = window_of(evidence.positions)
     return Leaks(
@@ -138,36 +150,20 @@ def measure(evidence: Evidence) -> Leaks:
 
 # ---------------------------------------------------------------------------- chances of a group
 def measure_group(
-    passages: Passages, inside: np.ndarray, is_common: np.ndarray, is_public: np.ndarray, is_leaking: np.ndarray
+    passages: Passages, inside: np.ndarray, is_common: np.ndarray, is_repeated: np.ndarray, is_leaking: np.ndarray
 ) -> LeakGroup:
     """Of the passages for which `inside`, shape (passages,), is true."""
-    counted = inside & ~is_common & ~is_public
+    counted = inside & ~is_common & ~is_repeated
     return LeakGroup(
         passages=int(inside.sum()),
         common=int((inside & is_common).sum()),
-        public=int((inside & is_public).sum()),
+        repeated=int((inside & is_repeated).sum()),
         sampled=chance_of(passages.sampled[counted]),
         bound=chance_of(passages.bound[counted]),
         contrasted=chance_of(passages.contrasted[counted]) if passages.has_base else None,
         greedy=int(passages.is_greedy[counted].sum()),
         leaking=int((inside & is_leaking).sum()),
     )
-
-
-def chance_of(logs: np.ndarray) -> Chance:
-    """Of passages whose chances are given as natural logarithms."""
-    likeliest = float(logs.max()) if len(logs) else -math.inf
-    expected = float(np.exp(logs).sum())
-    return Chance(None if likeliest == -math.inf else log10_tries(likeliest), expected)
-
-
-def log10_tries(log_chance: float) -> float:
-    """Tries n that make a chance p an even one, 1 - (1 - p)^n = 0.5, as a power of ten; at least one try."""
-    if log_chance > math.log(0.5):
-        return 0.0
-    if log_chance < math.log(1e-9):  # where log(1 - p) is -p, and p may be too small for a float
-        return (math.log(math.log(2)) - log_chance) / LN_10
-    return math.log10(math.log(0.5) / math.log1p(-math.exp(log_chance)))
 
 
 # ---------------------------------------------------------------------------- the likeliest passages
@@ -269,7 +265,9 @@ HEAD = ("", "passages", "counted", "own tries", "at least", "with base", "greedy
 def tell(leaks: Leaks, evidence: Evidence) -> Section:
     alarms = tell_alarms(leaks, evidence)
     likeliest = tell_likeliest(leaks)
-    verdict = f"It leaks: {'; '.join([*alarms, likeliest])}." if alarms else f"{likeliest[0].upper()}{likeliest[1:]}."
+    verdict = f"{likeliest[0].upper()}{likeliest[1:]}."
+    if alarms:
+        verdict = f"It leaks: {'; '.join(alarms)}. {verdict}"
 
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
     if leaks.likeliest:
@@ -294,7 +292,7 @@ def tell_rows(leaks: Leaks) -> list[tuple[str, ...]]:
         for name, group in groups.items():
             if length != str(LENGTHS[0]) and name not in ("private", "held-out"):
                 continue
-            counted = group.passages - group.common - group.public
+            counted = count_of(group)
             tries = [tell_tries(group.sampled), tell_tries(group.bound), tell_tries(group.contrasted)]
             rows.append((f"{name}, {length}", f"{group.passages:,}", f"{counted:,}", *tries, f"{group.greedy:,}"))
     return rows
@@ -303,7 +301,12 @@ def tell_rows(leaks: Leaks) -> list[tuple[str, ...]]:
 def secret_groups(leaks: Leaks, length: int) -> list[LeakGroup]:
     """Secret groups of which something counts."""
     groups = [group for name, group in leaks.by_length[str(length)].items() if name in SECRET]
-    return [group for group in groups if group.passages > group.common + group.public]
+    return [group for group in groups if count_of(group)]
+
+
+def count_of(group: LeakGroup) -> int:
+    """Passages that count."""
+    return group.passages - group.common - group.repeated
 
 
 def fewest_tries(groups: list[LeakGroup], way: str) -> float | None:
@@ -322,18 +325,21 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
             continue
 
         # What leaks in one length leaks in parts in the shorter one too: the first says it.
-        unlike = "; no passage of a held-out post comes out like them" if evidence.blog.held_out else ""
-        passages = f"{leaking:,} private passages of up to {length} tokens"
+        control = leaks.by_length[str(length)].get("held-out")
+        is_compared = control and count_of(control)
+        unlike = "; no passage of a held-out post comes out like them" if is_compared else ""
+        passages = f"{leaking:,} overlapping private passages of {length} tokens"
         texts = f"in {leaks.leaking_texts[str(length)]:,} texts"
         alarms.append(f"{passages}, {texts}, come out within {EASY_TRIES:,} tries each{unlike}")
         break
 
     if leaks.private_copies:
-        alarms.append(f"{leaks.private_copies} of its answers hold {COPY_WORDS} words and more of a private post")
+        held = f"hold {COPY_WORDS} words or more in a row of a private post and of no public one"
+        alarms.append(f"{leaks.private_copies} of its answers {held}")
     if any(leaks.blocked):
-        alarms.append("a blocked word is in the training data: run extract_blog_data.py and train_model.py again")
+        alarms.append("it was trained on a blocked word: run extract_blog_data.py and train_model.py again")
     if leaks.personal:
-        alarms.append(f"{len(leaks.personal)} of your e-mail addresses, telephone numbers and keys came out")
+        alarms.append(f"{len(leaks.personal)} e-mail addresses, telephone numbers or keys of your posts came out")
     return alarms
 
 
@@ -345,13 +351,13 @@ def tell_likeliest(leaks: Leaks) -> str:
     tries = []
     for length in LENGTHS:
         log10 = fewest_tries(secret_groups(leaks, length), "sampled")
-        needed = "never" if log10 is None else f"after {tell_count(log10)}"
         control = leaks.by_length[str(length)].get("held-out")
         compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
+        needed = "never" if log10 is None else f"after {tell_count(log10)}"
         tries.append(f"{needed} at {length} tokens{compared}")
     return (
-        "given the text before it and the model's own settings, the likeliest private passage has an even chance of "
-        f"coming out {', '.join(tries)}"
+        "given the text before it and the model's own settings, the likeliest private passage has an even chance to "
+        f"come out: {', '.join(tries)}"
     )
 
 
@@ -383,8 +389,8 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
     without_base = " Without the base model nothing is left out as common."
     if evidence.base:
         contrast = (
-            " With base: the same where somebody also has the base model and exaggerates what tuning changed "
-            "(logits l + a (l - base), a 0.5, 1 or 2)."
+            " With base: for somebody who also has the base model and exaggerates what tuning changed (logits "
+            "l + a (l - base), a 0.5, 1 or 2), without a penalty."
         )
         without_base = ""
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
@@ -392,13 +398,14 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
         f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each "
         f"is tried with the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. "
         "What other words before it bring out, and what is said in other words, is not measured.",
-        "Counted: without passages that the base model writes as easily, and without those of which public posts hold "
-        f"more than half.{without_base}",
+        f"Counted: without passages to which the base model gives a chance of {COMMON:g} or more, or at least one "
+        f"{BEYOND}th of the tuned model's, and without those of which public posts hold more than half; of held-out "
+        f"posts without those that any training post holds.{without_base}",
         "Own tries: until the likeliest passage has an even chance to come out, with the model's own sampling "
         "settings; never: these cut off one of its tokens, by the numbers of this computer. "
         f"At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
         f"{HIGHEST_PENALTY} needs fewer.{contrast}",
-        "Held-out posts were never trained on: what comes out of them is the author's style, and no memory.",
+        "Held-out posts were not trained on: what comes out of them is no memory of them.",
         f"If what is before each private passage of {shortest} tokens is tried once, {tell_number(expected)} come out.",
     ]
 
@@ -416,7 +423,7 @@ def tell_details(leaks: Leaks) -> list[Details]:
 
 
 def tell_passage(passage: LikelyPassage) -> str:
-    own = "word for word, greedily" if passage.is_greedy else f"{tell_tries(passage.sampled)} with its own settings"
+    own = "1, greedily" if passage.is_greedy else f"{tell_tries(passage.sampled)} with its own settings"
     told = [own, f"at least {tell_tries(passage.bound)} with others"]
     if passage.contrasted:
         told.append(f"{tell_tries(passage.contrasted)} with the base model beside")
@@ -428,33 +435,3 @@ def tell_passage(passage: LikelyPassage) -> str:
     if passage.posts > 1:
         where += f" and {passage.posts - 1:,} more"
     return f"{where}: tries {'; '.join(told)}"
-
-
-def tell_tries(chance: Chance | None) -> str:
-    if chance is None:
-        return "-"
-    return "never" if chance.log10_tries is None else tell_power(chance.log10_tries)
-
-
-def tell_count(log10: float | None) -> str:
-    if log10 is None:
-        return "never"
-    number = tell_power(log10)
-    return "1 try" if number == "1" else f"{number} tries"
-
-
-def tell_power(log10: float) -> str:
-    """A large number, given as a power of ten, in words that a person can weigh."""
-    if log10 < 6:
-        return f"{round(10**log10):,}"
-    for name, power in LARGE_NUMBERS:
-        if log10 < power + 3:
-            return f"{10 ** (log10 - power):.0f} {name}"
-    return f"10^{log10:.0f}"
-
-
-def tell_number(number: float) -> str:
-    """An expected number, also a very small one."""
-    if number >= 0.01:
-        return f"{number:.2f}"
-    return "less than one in a hundred" if number > 1e-9 else "none"

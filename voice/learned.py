@@ -21,6 +21,7 @@ from voice.evidence import (
 )
 from voice.word_index import line_of, path_of, title_of, visibility_of
 
+MIN_POSTS = 5  # held out: of fewer the interval says nothing
 GOOD = "Good: the whole range of the gain is above 0"
 LEAST_GAINED = 10  # posts that are shown
 LEAST_GAINED_TOKENS = 200  # of such a post: a sentence alone does not tell whose it is
@@ -148,8 +149,10 @@ def tell_gain(gain: Gain) -> tuple[str, Summary]:
     """A gain counts if its whole range is on one side of 0."""
     low, high = gain.interval
     answer = "not proven"
-    verdict = "No gain that could not be chance"
-    if low > 0:
+    verdict = "No clear gain: it may be chance"
+    if len(gain.posts) < MIN_POSTS:
+        verdict = "Too few held-out posts to tell"
+    elif low > 0:
         answer = "yes"
         verdict = "It learned"
     elif high < 0:

@@ -223,19 +223,19 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
     author = percent(reader.author.share)
     base = percent(reader.base.share)
     verdict = (
-        f"A reader who knows your posts and {len(reader.each)} other bloggers attributes {tuned} of the tuned model's "
-        f"text to you, {author} of your unseen posts and {base} of the base model's text."
+        f"A reader program that knows your posts and {len(reader.each)} other bloggers attributes {tuned} of the tuned "
+        f"model's text to you, {author} of your unseen posts and {base} of the base model's text."
     )
     summary = Summary(
         tuned, f"of its text is attributed to you; of your unseen posts {author}, of the base model's text {base}", GOOD
     )
     # Very different strangers flatter every model, so how different they are belongs to the answer.
-    most_to = f", most of them to {reader.nearest}" if reader.nearest else ""
+    most_to = f", more to {reader.nearest} than to any other" if reader.nearest else ""
     meanings = [
         f"The reader is set so that {percent(MISTAKEN)} of other bloggers' text is taken for yours. It compares how "
         f"often common words and letter sequences occur in {reader.chunk_words} words: it knows habits, not meaning.",
-        f"How hard that is: {percent(reader.to_nearest)} of your unseen posts are nearer to another blogger than "
-        f"to you{most_to}.",
+        f"How hard that is: {percent(reader.to_nearest)} of the chunks of your unseen posts are nearer to another "
+        f"blogger than to you{most_to}.",
     ]
     notes = [reader.note] if reader.note else []
     return Section(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes, meanings, summary=summary)
