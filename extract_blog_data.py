@@ -1269,8 +1269,13 @@ def own_arguments(tag: str) -> list[str]:
     called = re.split("[\"'=]", tag, maxsplit=1)[0]
     if NOT_OWN_INCLUDE.search(called) or NAMES_ANOTHER.search(tag):
         return []
-    values = [one["value"] for one in ARGUMENT.finditer(tag) if not NOT_OWN_ARGUMENT.fullmatch(one["key"] or "")]
-    return [re.sub(r"\\(.)", r"\1", value) for value in values if is_sentence(value)]
+
+    own = []
+    for argument in ARGUMENT.finditer(tag):
+        is_own = not NOT_OWN_ARGUMENT.fullmatch(argument["key"] or "")
+        if is_own and is_sentence(argument["value"]):
+            own.append(re.sub(r"\\(.)", r"\1", argument["value"]))
+    return own
 
 
 def is_shown(text: str, found: re.Match, page: Page) -> bool:
@@ -1357,13 +1362,6 @@ NOT_PROSE = [
         "",
         "# {{ page.title }}\n\nHello.",
         "\n\nHello.",
-    ),
-    Markup(
-        "case",  # anything before its first branch
-        r"\{%-?\s*case\b[^%]*%\}\s*\{%-?\s*when\b[^%]*%\}",
-        "",
-        "{% case a %}\n{% when 1 %}One{% when 2 %}Two{% endcase %}.",
-        f"One{HOLE}.",
     ),
     Markup("tag", r"\{%-?\s*(?P<name>#|[\w-]+).*?%\}", liquid_tag, "{% quote Ann %}hers{% endquote %} I", f"{HOLE} I"),
     Markup(
@@ -1457,7 +1455,7 @@ SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
 BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
 # What the report calls the words of these rows; those of the others are markup.
 KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths", "maths"), "code")
-KINDS_OF_WORDS |= dict.fromkeys(("title", "case", "output"), LIQUID)
+KINDS_OF_WORDS |= dict.fromkeys(("title", "output"), LIQUID)
 KINDS_OF_WORDS |= {"remark": "comments in the source", "shortcode": "captions", "shortcode_alone": LIQUID}
 KINDS_OF_WORDS |= {"contents": "menus", "button": "menus"}
 
@@ -1469,7 +1467,7 @@ QUOTE = re.compile(rf"(^|\n)[ ]{{0,3}}{QUOTE_SIGN}[ ]?(.*)")
 # In a list item a quote may be indented as the item's text is.
 QUOTE_IN_ITEM = re.compile(rf"^ *(?={QUOTE_SIGN})", re.MULTILINE)
 # What ends a quote without a blank line, as in CommonMark: a list item, a heading, a fence, a rule.
-ENDS_QUOTE = re.compile(rf" *(?:{LIST_MARK}|#{{1,6}} |```|~~~|(?:[-*_] ?){{3,}}$)")
+ENDS_QUOTE = re.compile(rf"\n *(?:{LIST_MARK}|#{{1,6}} |```|~~~|(?:[-*_] ?){{3,}}$)", re.MULTILINE)
 # A tag with a mistake that browsers forgive, like the missing space in <img src="a.png"alt="b">.
 BROKEN_TAG = r"""(<[a-zA-Z][\w:-]*\s[^<>="']*[="'][^<>]*>)"""
 # "2001. It was a good year" begins with a year and is not a list.
@@ -1509,11 +1507,13 @@ class Quotes(BlockQuoteProcessor):
         return super().test(parent, self.unindent(parent, block))
 
     def run(self, parent, blocks):
-        lines = self.unindent(parent, blocks[0]).split("\n")
-        first = next(n for n, line in enumerate(lines) if self.RE.match(line))
-        after = (n for n in range(first, len(lines)) if ENDS_QUOTE.match(lines[n]))
-        end = next(after, len(lines))
-        blocks[:1] = ["\n".join(lines[:end]), "\n".join(lines[end:])]
+        block = self.unindent(parent, blocks[0])
+        begin = self.RE.search(block).start(2)
+        end = ENDS_QUOTE.search(block, begin)
+        if end:
+            blocks.insert(1, block[end.start() + 1 :])
+            block = block[: end.start()]
+        blocks[0] = block
         super().run(parent, blocks)
 
     def unindent(self, parent, block: str) -> str:
@@ -1658,8 +1658,13 @@ def take_chats(text: str) -> tuple[str, list[list[Said]]]:
             chats[-1].append(number)
         else:
             chats.append([number])
+
+    said = []
+    for chat in chats:
+        is_timed = not timed.isdisjoint(chat)
+        said.append(read_chat([lines[n] for n in chat], is_timed))
     kept = ["" if n in gone else line for n, line in enumerate(lines)]
-    return "\n".join(kept), [read_chat([lines[n] for n in chat], not timed.isdisjoint(chat)) for chat in chats]
+    return "\n".join(kept), said
 
 
 def timed_chat(lines: list[str]) -> set[int]:
@@ -1761,11 +1766,11 @@ def is_composed(lines: list[str]) -> bool:
 
 def speaker_of(line: str, starts: list[re.Pattern]) -> tuple[str, str]:
     """(who speaks, what); ("", the line) if it begins with no name."""
-    found = next(filter(None, (start.match(line) for start in starts)), None)
-    if not found:
-        return "", line
-    name = next(filter(None, found.groups()), "")
-    return name.strip(" *_"), line[found.end() :].strip()
+    for start in starts:
+        if found := start.match(line):
+            name = next(filter(None, found.groups()), "")
+            return name.strip(" *_"), line[found.end() :].strip()
+    return "", line
 
 
 def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
@@ -2812,13 +2817,16 @@ def comments_in_files(post: Post, settings: Settings) -> list[dict]:
     items: dict[str, dict] = {}
     for file in post.comment_files:
         for number, item in enumerate(load_comments(file, post.repairs, settings.max_bytes)):
-            key = first_of(item, "_id", "id", "uid") or f"{file.stem} {number}"
             if is_yes(item.get("hidden")) or len(items) == MOST_COMMENTS:
                 words = count_words(first_of(item, *CONTENT))
                 post.found += words
                 post.left_out[HIDDEN] += words
                 continue
-            items[key if key not in items else f"{file.stem} {number}"] = item
+
+            key = first_of(item, "_id", "id", "uid")
+            if not key or key in items:
+                key = f"{file.stem} {number}"
+            items[key] = item
 
     tops = [key for key, item in items.items() if not first_of(item, *LINKS[:-1])]
     found: list[dict] = []
@@ -3024,18 +3032,23 @@ MOST_NAMES = 5
 
 def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     """Who speaks in many chats in which no name of AUTHORS does; the one in most chats first."""
-    lines: Counter = Counter()
-    chats: Counter = Counter()
+    lines = Counter()
+    chats = Counter()
     typed: dict[str, str] = {}
-    for speakers in (chat for post in posts for chat in post.speakers):
-        chats.update({plain_speaker(name) for name in speakers})
-        for name, number in speakers.items():
-            lines[plain_speaker(name)] += number
-            typed.setdefault(plain_speaker(name), name)
+    for post in posts:
+        for speakers in post.speakers:
+            for name, number in speakers.items():
+                plain = plain_speaker(name)
+                lines[plain] += number
+                typed.setdefault(plain, name)
+            chats.update(set(map(plain_speaker, speakers)))
 
-    often = sorted((name for name in chats if chats[name] >= LEAST_CHATS), key=lambda name: (-chats[name], name))
-    rows = [(without_blocked(typed[name], settings.blocked_words), lines[name], chats[name]) for name in often]
-    return [dict(zip(("name", "lines", "chats"), row, strict=True)) for row in rows]
+    found = []
+    for plain, number in sorted(chats.items(), key=lambda entry: (-entry[1], entry[0])):
+        if number >= LEAST_CHATS:
+            name = without_blocked(typed[plain], settings.blocked_words)
+            found.append({"name": name, "lines": lines[plain], "chats": number})
+    return found
 
 
 def say_who_speaks(speakers: list[dict]):
@@ -3071,11 +3084,15 @@ def is_by(post: Post, authors: frozenset[str]) -> bool:
 # ---------------------------------------------------------------- near-duplicates
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
+
     # Of two equal posts the public one comes first, so that no private copy stays without need.
+    def order(post: Post) -> tuple:
+        return post.visibility != "public", -len(post.text), post.blog, post.path
+
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text), post.blog, post.path))
-    shingles = [post.shingles for post in texts]
-    for number, earlier in find_duplicates(shingles, similarity).items():
+    texts.sort(key=order)
+    duplicates = find_duplicates([post.shingles for post in texts], similarity)
+    for number, earlier in duplicates.items():
         drop_duplicate(texts[number], texts[earlier])
 
 
@@ -3191,7 +3208,9 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
     groups: dict[str, list[int]] = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
-    chances = {group: chance_of([posts[number] for number in members]) for group, members in groups.items()}
+    chances = {}
+    for group, members in groups.items():
+        chances[group] = chance_of([posts[number] for number in members])
 
     most = max(1, int(2 * share * len(posts)))
     chosen: set[int] = set()
@@ -3424,12 +3443,12 @@ def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
     """A row for each source that is not read, the one with most words first."""
     rows: dict[tuple, list[int]] = defaultdict(list)
+    hide = functools.partial(without_blocked, blocked=settings.blocked_words)
     for one in unread:
         is_page = one.file.suffix.lower() in MARKDOWN_SUFFIXES
-        words = count_page(one.file, settings) if is_page else count_comments(one.file, settings)
+        words = (count_page if is_page else count_comments)(one.file, settings)
         if words:
-            source = tuple(without_blocked(name, settings.blocked_words) for name in one[:3])
-            rows[source].append(words)
+            rows[hide(one.blog), hide(one.source), hide(one.remedy)].append(words)
 
     found = [(*source, len(words), sum(words)) for source, words in rows.items()]
     found.sort(key=lambda row: -row[-1])
