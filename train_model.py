@@ -1488,6 +1488,7 @@ def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
 
 
 # ---------------------------------------------------------------------------- plan
+HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # CPUs without them train faster in float32
 # The first compute capability with native kernels: RTX 30xx and A100; V100 and RTX 20xx; all.
 FIRST_CARDS = {"bf16": (8, 0), "fp16": (7, 0), "fp32": (0, 0)}
@@ -1641,8 +1642,7 @@ def fastest_precision(device: torch.device) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Matrix products in `precision` over float32 weights; no effect for "fp32"."""
-    number_type = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, number_type, enabled=precision != "fp32")
+    return torch.autocast(device.type, HALF_PRECISION.get(precision), enabled=precision in HALF_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -1902,7 +1902,6 @@ def tell_bytes(number: float) -> str:
 LORA_ALPHA = 32
 USUAL_RANK = 16  # a plan suggests it if full training does not fit
 USUAL_RATE = "1e-3"  # with it; a tenth of it is too low for adapters
-HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def layers_to_adapt(model) -> list[str]:
@@ -2858,7 +2857,11 @@ def check_card(cpu_wanted: bool) -> None:
         return
 
     if torch.cuda.is_available():
-        if not has_kernels():
+        try:
+            torch.ones(1, device="cuda").item()
+        except RuntimeError as error:
+            if "no kernel image" not in str(error):
+                raise
             name = torch.cuda.get_device_name()
             generation = ".".join(map(str, torch.cuda.get_device_capability()))
             sys.exit(
@@ -2872,17 +2875,6 @@ def check_card(cpu_wanted: bool) -> None:
         sys.exit(f"{name} is there and {what_keeps_from_cuda()}, or train without the card, which is slow: --cpu.")
     if CARD_OF_WSL.exists() and not name:
         say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
-
-
-def has_kernels() -> bool:
-    """Whether PyTorch was built for the card of this machine, as its first kernel shows."""
-    try:
-        torch.ones(1, device="cuda").item()
-    except RuntimeError as error:
-        if "no kernel image" not in str(error):
-            raise
-        return False
-    return True
 
 
 def find_nvidia_card() -> str:
