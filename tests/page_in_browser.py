@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """(process, address)"""
+    """(process, address, key)"""
     places = dict.fromkeys(("HOME", "TMPDIR"), str(folder / "elsewhere"))
     command = [sys.executable, test_model.__file__, "--page", "--model-dir", str(folder / "tuned")]
     process = subprocess.Popen(
@@ -54,9 +54,9 @@ def server(folder):
         env={**os.environ, **places, "MPLCONFIGDIR": str(folder / "matplotlib"), "OMP_NUM_THREADS": "1"},
     )
     for line in process.stderr:
-        if found := re.match(r"The page is at (http://127\.0\.0\.1:\d+)/ on this machine", line):
+        if found := re.match(r"The page is at (http://127\.0\.0\.1:\d+)/\?key=(\S+) ", line):
             break
-    yield process, found[1]
+    yield process, *found.groups()
     process.kill()
     process.communicate()
 
@@ -72,11 +72,11 @@ def browser():
 class Opened:
     """The page in a window of its own, with the addresses that it asked for."""
 
-    def __init__(self, browser, address: str):
+    def __init__(self, browser, address: str, key: str):
         self.window = browser.new_page()
         self.asked = []
         self.window.on("request", lambda request: self.asked.append(request.url))
-        self.window.goto(address)
+        self.window.goto(f"{address}/?key={key}")
         self.tuned, self.base = (self.window.get_by_label("chatbot conversation").nth(place) for place in (0, 1))
         self.box = self.window.locator("textarea")
 
@@ -107,7 +107,7 @@ def text_of(answer: str) -> str:
 
 @pytest.fixture
 def page(browser, server):
-    opened = Opened(browser, server[1])
+    opened = Opened(browser, *server[1:])
     yield opened
     opened.window.close()
 
@@ -204,17 +204,25 @@ def test_the_browser_keeps_nothing(page):
 
 
 def test_it_listens_to_this_machine_and_hands_out_no_file(server, folder):
-    process, address = server
+    process, address, key = server
     listening = [each.laddr.ip for each in psutil.Process(process.pid).net_connections() if each.status == "LISTEN"]
     assert listening == ["127.0.0.1"]
     for file in (folder / "data" / "train_data.jsonl", folder / "elsewhere"):
+        asked = urllib.request.Request(f"{address}/gradio_api/file={file}", headers={"Cookie": f"key={key}"})
         with pytest.raises(urllib.error.HTTPError, match="40[34]"):
-            urllib.request.urlopen(f"{address}/gradio_api/file={file}")
+            urllib.request.urlopen(asked)
+
+
+@pytest.mark.parametrize("path", ["", "?key=wrong", "config", "gradio_api/info", "gradio_api/file=/etc/hostname"])
+def test_without_the_key_there_is_nothing(path, server):
+    asked = urllib.request.Request(f"{server[1]}/{path}", headers={"Cookie": "key=wrong"})
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(asked)
 
 
 def test_ctrl_c_ends_it_and_nothing_is_left(server, folder):
     """The last test: it ends the server."""
-    process, _ = server
+    process, *_ = server
     process.send_signal(signal.SIGINT)
     assert process.wait() == 0
     assert list((folder / "elsewhere").rglob("*")) == []

@@ -1,5 +1,6 @@
 """The page without its browser: what it answers, and what it says where Gradio is missing; see page_in_browser.py."""
 
+import asyncio
 import importlib.util
 from pathlib import Path
 
@@ -137,3 +138,28 @@ def test_gradio_is_asked_for_with_a_version_of_its_own():
     root = Path(test_model.__file__).parent
     assert "gradio==" in (root / "voice" / "requirements.txt").read_text(encoding="utf-8")
     assert "gradio" not in (root / "requirements.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("query", "cookie", "status"),
+    [
+        ("", "", 401),
+        ("key=wrong", "key=wrong", 401),
+        ("", "key=", 401),
+        ("key=right", "", 303),
+        ("", "a=b; key=right", 200),
+    ],
+)
+def test_only_who_was_given_the_key_sees_the_page(query, cookie, status):
+    sent = []
+
+    async def page(scope, receive, send):
+        await send({"status": 200})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/", "query_string": query.encode(), "headers": [(b"cookie", cookie.encode())]}
+    asyncio.run(voice.web.OnlyWithKey(page, "right")(scope, None, send))
+    assert sent[0]["status"] == status
+    assert ("right" in str(sent)) == (status == 303)

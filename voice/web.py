@@ -1,7 +1,8 @@
 """A page to type in: the chat of test_model.py in a browser on this machine. Needs Gradio (`make page`).
 
-Gradio is told to serve this machine alone, to report nothing, and to keep no history, which it would else do in the
-browser. Answers are shown as plain text: a picture in one would make the browser fetch it from elsewhere.
+Gradio is told to serve only this machine, and there only who has the key, to report nothing, and to keep no history,
+which it would else do in the browser. Answers are shown as plain text: a picture in one would make the browser fetch it
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import html
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -175,13 +177,49 @@ def build_page(gradio, writer: Writer):
     return page
 
 
+class OnlyWithKey:
+    """An ASGI application that answers nobody but the browser in which the address with the key was opened.
+
+    Other users of this computer can reach 127.0.0.1 too, and so can a page from elsewhere whose name is made to lead
+    there; the answers name private posts. The cookie goes to no other host, and with no request of another site's.
+    """
+
+    def __init__(self, app, key: str):
+        self.app = app
+        self.key = key
+
+    async def __call__(self, scope, receive, send) -> None:
+        # The other path is what Gradio itself asks for before it serves.
+        if scope["type"] == "lifespan" or scope["path"].endswith("/startup-events") or self.is_known(scope):
+            await self.app(scope, receive, send)
+            return
+
+        status = 401
+        headers = [(b"content-type", b"text/plain")]
+        if self.is_right(scope.get("query_string", b"").decode("latin-1").removeprefix("key=")):
+            status = 303
+            headers += [(b"location", b"/"), (b"set-cookie", f"key={self.key}; HttpOnly; SameSite=Strict".encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"Open the address that the terminal shows."})
+
+    def is_known(self, scope) -> bool:
+        lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"cookie"]
+        cookies = [pair.strip() for line in lines for pair in line.split(";")]
+        return any(self.is_right(cookie.removeprefix("key=")) for cookie in cookies)
+
+    def is_right(self, key: str) -> bool:
+        return secrets.compare_digest(key.encode(), self.key.encode())
+
+
 def serve(writer: Writer) -> None:
     """Serves the page until Ctrl-C."""
+    key = secrets.token_urlsafe(16)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["no_proxy"] = "*"  # it asks itself whether it is there
         import gradio  # here, because it reads the environment
+        from starlette.middleware import Middleware  # comes with Gradio
 
         page = build_page(gradio, writer)
         _, address, _ = page.launch(
@@ -190,9 +228,11 @@ def serve(writer: Writer) -> None:
             footer_links=[],
             quiet=True,
             prevent_thread_lock=True,
+            max_file_size="1kb",  # there is nothing to upload
+            app_kwargs={"middleware": [Middleware(OnlyWithKey, key=key)]},
             **dict.fromkeys(("share", "run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa"), False),
         )
-        say(f"The page is at {address} on this machine; Ctrl-C ends it.")
+        say(f"The page is at {address}?key={key} for this machine's browser; Ctrl-C ends it.")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
