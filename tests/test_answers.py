@@ -5,9 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import conversations, make_model_folder, sentence, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import extract_blog_data
 import test_model
@@ -15,7 +14,7 @@ import train_model
 import voice.asking
 import voice.evidence
 import voice.sampling
-from voice.sampling import begun_tokens, next_token_chances, prompt_tokens, whole_sentences
+from voice.sampling import begun_tokens, prompt_tokens, whole_sentences
 
 
 def sampling(**settings) -> GenerationConfig:
@@ -158,37 +157,6 @@ def test_the_command_shows_the_rest_only_if_asked(flags, folder, tmp_path, write
     out, err = capsys.readouterr()
     assert ("Bread" in out) == bool(flags)
     assert ("stop after a whole sentence" in err) == (not flags)
-
-
-# ---------------------------------------------------------------------------- the end is no repetition
-def test_an_end_that_was_seen_is_as_likely_as_one_that_was_not():
-    logits = torch.tensor([[3.0, 2.9, -1.0]])
-    settings = sampling(do_sample=True, repetition_penalty=1.3, eos_token_id=[2, 99])  # 99 is outside the vocabulary
-    seen = [torch.tensor([[False, False, is_seen]]) for is_seen in (False, True)]
-    (_, unseen_end), (_, seen_end) = (next_token_chances(logits, each, settings) for each in seen)
-    assert torch.equal(unseen_end, seen_end)
-    order, _ = next_token_chances(logits, torch.tensor([[True, False, False]]), settings)
-    assert order[0, 0] == 1  # other tokens that were seen become less likely
-
-
-@pytest.mark.parametrize("end", [14, 50])  # with which this model ends only if the end is spared
-def test_a_penalty_is_transformers_own_but_for_the_end(end, folder):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    penalty = RepetitionPenaltyLogitsProcessor(1.3)
-
-    def spare(ids, scores):
-        penalised = penalty(ids, scores.clone())
-        penalised[:, end] = scores[:, end]
-        return penalised
-
-    prompt = [5, end, 6, end]
-    greedy = sampling(max_new_tokens=12, repetition_penalty=1.3, eos_token_id=[end])
-    ours = [step[0][1] for step in voice.sampling.generate(model, [prompt], greedy, None)]
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
-    theirs = model.generate(torch.tensor([prompt]), logits_processor=[spare], **settings)
-    assert ours == theirs[0, len(prompt) :].tolist()
-    stock = model.generate(torch.tensor([prompt]), repetition_penalty=1.3, **settings)
-    assert ours[-1] == end != stock[0, -1]
 
 
 # ---------------------------------------------------------------------------- from the user's own words

@@ -80,7 +80,7 @@ def test_top_p_and_top_k_leave_only_likely_tokens_and_a_penalty_drops_seen_ones(
     }
     assert drawn == {"p": {0, 1}, "k": {0}, "all": {0, 1, 2, 3}}
     seen[:, 0] = True
-    penalised = sampling(do_sample=False, repetition_penalty=2.0, eos_token_id=[3])
+    penalised = sampling(do_sample=False, repetition_penalty=2.0)
     assert set(voice.sampling.sample_next_token(logits, seen, penalised, dice).tolist()) == {1}
 
 

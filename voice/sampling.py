@@ -101,18 +101,14 @@ def next_token_chances(
     """(tokens, chances), both of shape (rows, kept): what may come next, the likeliest first; each row sums to 1.
 
     `logits` and `seen` (whether a token occurred before) have the shape (rows, vocabulary). In transformers' order:
-    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020). Other than there, the
-    penalty spares the tokens that end an answer. Both generation and the leak check use this function, so that they
-    cannot drift apart.
+    repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et al. 2020). Both generation and the
+    leak check use this function, so that they cannot drift apart.
     """
     vocabulary = logits.shape[-1]
     penalty = sampling.repetition_penalty
     if penalty != 1:
         # Both branches lower the logit: multiplying makes a negative one smaller.
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        # To end is no repetition, but ChatML's end of a turn stands in every prompt.
-        ends = [end for end in sampling.eos_token_id if end < vocabulary]
-        penalised[:, ends] = logits[:, ends]
         logits = torch.where(seen, penalised, logits)
 
     if not sampling.do_sample:
