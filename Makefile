@@ -19,7 +19,7 @@ help:
 	@echo 'make install   Python packages into .venv/ (2 GB, with CUDA about 7), nothing else'
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make page      Gradio into .venv/, for a page to type in: test_model.py --page'
-	@echo 'make check     ruff, and the tests that take seconds'
+	@echo 'make check     ruff, and all tests but whole runs: a minute'
 	@echo 'make test      ruff, and all tests: up to 22 minutes on two cores; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
@@ -81,11 +81,11 @@ demo-begins:
 	@echo 'install what is needed, extract, train a small real model (135M), let it write, measure it.'
 	@echo 'Six minutes on two cores, a quarter of an hour on slow ones, most of it training; nothing is written outside of this folder.'
 
-# Tables of cases and arithmetic; whole training runs are left to `make test`.
+# Whole runs, which are marked slow, are left to `make test`.
 check: $(VENV)/installed-for-tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest tests/test_extract_text.py tests/test_strangers.py
+	$(BIN)/python -m pytest -m "not slow"
 
 install: $(VENV)/installed
 

@@ -11,6 +11,8 @@ import bench_gpu
 
 import train_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("name", "rows"), [("losses", 2), ("speed", 1), ("resume", 2)])
 def test_a_check_passes_without_a_card(name, rows, capsys):

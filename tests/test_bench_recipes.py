@@ -13,6 +13,8 @@ import bench_recipes
 import train_model
 from voice.leaks import tell_power
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def blog(tmp_path, monkeypatch) -> Path:

@@ -23,7 +23,7 @@ import test_model
 import train_model
 from voice import asking
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 FUSED = "adamw_torch_fused"
 EIGHT_BIT = "adamw_bnb_8bit"

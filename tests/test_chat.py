@@ -16,7 +16,7 @@ import extract_blog_data
 import test_model
 import voice.sampling
 
-pytestmark = pytest.mark.usefixtures("small_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
 
 def chat(model_folder, monkeypatch, capsys, lines: str, *flags: str) -> list[str]:

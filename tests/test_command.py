@@ -21,7 +21,7 @@ import train_model
 import voice.loading
 from voice.settings import ROWS
 
-pytestmark = pytest.mark.usefixtures("small_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
 
 def broken(kind: str, model_folder: Path, place: Path) -> Path:

@@ -17,6 +17,8 @@ import train_model
 import voice.loading
 import voice.sampling
 
+pytestmark = pytest.mark.slow
+
 QUESTION = [{"role": "user", "content": "What's on your mind?"}]
 TALK = [*QUESTION, {"role": "assistant", "content": "bread"}, {"role": "user", "content": "so?"}]
 SYSTEM = {"role": "system", "content": "Be brief."}

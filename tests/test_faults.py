@@ -20,7 +20,7 @@ from training import DRIVER, cut_in_half, flags, make_noise, model_folder, run, 
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 ROOT = Path(train_model.__file__).parent
 

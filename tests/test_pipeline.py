@@ -13,6 +13,8 @@ import extract_blog_data
 import test_model
 import train_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOGS = ["--public", "sample/public-blog", "--private", "sample/private-blog", "--author", "wrenlow"]
 

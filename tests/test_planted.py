@@ -19,7 +19,7 @@ import voice.evidence
 import voice.passages
 import voice.sampling
 
-pytestmark = pytest.mark.usefixtures("small_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
 
 @pytest.mark.parametrize(("words", "answers"), [(600, 24), (2_400, 24), (2_401, 25), (6_000, 60)])

@@ -24,7 +24,7 @@ import voice.learned
 import voice.loading
 import voice.report
 
-pytestmark = pytest.mark.usefixtures("small_report")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
 
 def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
 @pytest.fixture(scope="session")

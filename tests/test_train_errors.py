@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
 def broken(folder: Path, *, train: str | None = None, val: str | None = None) -> Path:

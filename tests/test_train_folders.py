@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 STEPS = ("rename", "unlink", "rmdir")  # what changes names on the disk; a rename of pathlib's and rmtree end in these
 

@@ -25,7 +25,7 @@ from training import (
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -5,7 +5,7 @@ from training import losses, run, stop_at, stopped_and_continued
 
 import train_model
 
-pytestmark = pytest.mark.usefixtures("small_training")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
 

@@ -51,6 +51,7 @@ def test_a_run_of_an_update_has_trials_that_learn():
     assert (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"])) == (2, 2, 1)
 
 
+@pytest.mark.slow
 def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
     """With a schedule of its own: each rate's bits are those of a run of so many updates, also of the second one."""
     for name, value in {"CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8, "ROWS_PER_UPDATE": 4, "PRECISION": "fp32"}.items():
