@@ -1822,7 +1822,8 @@ NO_TEXT = re.compile(rf"\s*(?:(?:{LIST_MARK})?[<(\[*_]*{BARE_URL}(?:\s+{BARE_URL
 # Lines that blogging tools add, wherever they stand and at the end of a post.
 TOOL_LINE = re.compile(
     r"(?i)[\W_]*(?:(?:technorati|del\.icio\.us|icerocket|livejournal|flickr)(?: tags?)?|current (?:mood|music|location)"
-    r")[\W_]*:.*"
+    r")[\W_]*:.*|[*_(\[]+(?:this (?:post|entry|article) was )?(?:originally|first) (?:posted|published) (?:at|on|by) "
+    r".{0,80}[*_)\]]+\W*"
 )
 TAIL = re.compile(
     r"(?i)[\W_]*(?:(?:posted|blogged|sent) (?:via|with|using|by e-?mail|from my)|(?:cross|x)-?posted (?:to|on|at|from)|"
@@ -1833,7 +1834,7 @@ TAIL = re.compile(
 # An address in running text, without the bracket or full stop that closes it. Inline code comes first, and so stays.
 LONG_URL = re.compile(
     r"(?i)`[^`\n]*`|(?<![\w@/.-])(?:(?:https?|ftp)://(?:[^\s/@<>]*@)?(?:www\.)?|www\.|"
-    r"(?=(?:[\w-]+\.)+(?:com|org|net|edu|io|me|info|blog)/))(?P<site>[\w-]+(?:\.[\w-]+)*)"
+    r"(?=(?:[\w-]+\.)+(?:com|org|net|edu|io|me|info|blog)/))(?P<site>[\w-]+(?:\.[\w-]+)*(?::\d{2,5}\b)?)"
     r"(?:[:/?#](?:[^\s<>\"`()]|\([^\s<>()]*\))*)?(?<![.,;:!?'*_~])"
 )
 STARTS_A_LINE = re.compile(rf"{LIST_MARK}|{SAID.pattern}|{TIMED.pattern}")
@@ -1961,11 +1962,17 @@ CITED_TEXT = re.compile(r"[ep]-(?:content|summary)")
 # Who is quoted: a line with a dash behind a quote, "On Monday ann@example.org wrote:" before one.
 ATTRIBUTION = re.compile(r"[*_(\s]*(?:[\u2012-\u2015~]|--)\s*(?P<who>[^\n]+)")
 NAMES = re.compile(rf"- (?:(?:[\W\d]*[^\W\d_a-z]\S*|@\S+|[\W\d]+|{FUNCTION_WORD.pattern})\s*)+")
+# A paragraph that is one quotation and who said it.
+SAYING = re.compile(
+    r"[*_\s]*[\"\u201c\xab][^\"\u201c\u201d\xab\xbb]+[\"\u201d\xbb][*_\s]*(?P<by>(?:[\u2012-\u2015~]|--?)\s*\S.*)",
+    re.DOTALL,
+)
 WROTE = re.compile(
     rf"(?:^|(?<=[\n{SOFT}]))(?i:(?:on|le|am|el|il)\b[^\n{SOFT}]{{5,150}}|[^\n{SOFT}]{{0,60}}\S@\S+)"
     r" (?i:wrote|a \xe9crit|schrieb[^\n:]{0,40}|escribi\xf3|ha scritto)\s?:$"
 )
 LONGEST_ATTRIBUTION = 15  # words; a guess
+LONGEST_CAPTION = 40  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
 # "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
 # values behind a letter are hardly attributes.
@@ -2104,6 +2111,7 @@ class PlainText:
         self.targets: set[str] = set()  # of links
         self.in_link = 0  # links that are open
         self.is_outside = False  # whether a word stands outside links
+        self.has_image = False  # before its first word
 
     def read(self, root: Tag) -> list[Block]:
         """The blocks of the tree; not recursive, because nesting 10,000 deep occurs."""
@@ -2140,6 +2148,8 @@ class PlainText:
             self.pass_quote()
         elif tag.name not in ("img", "a", "sup", "span"):
             self.flush()
+        elif tag.name == "img" and not "".join(self.parts).strip():
+            self.has_image = True
 
         names = [tag.name, *tag.get("class", ()), tag.get("id", "")]
         kinds = (kind for kind, pattern in KINDS_OF_ELEMENTS.items() if any(map(pattern.fullmatch, names)))
@@ -2214,15 +2224,16 @@ class PlainText:
             self.blocks[-1:] = [Block(kind, own)] if own else []
         self.is_behind_quote = True
 
-    def is_attribution(self, text: str) -> bool:
-        dashed = ATTRIBUTION.fullmatch(text)
-        if not self.is_behind_quote or len(words_of(text)) > LONGEST_ATTRIBUTION:
-            return False
+    def is_who_said_it(self, text: str) -> bool:
+        saying = SAYING.fullmatch(text)
+        if saying:
+            text = saying["by"]
+        return bool(saying or self.is_behind_quote) and is_attribution(text)
 
-        # A sentence may begin with a dash, too.
-        who = dashed["who"].lstrip("*_([") if dashed else ""
-        is_sentence = who[:1].islower() or FUNCTION_WORD.match(who.removeprefix("The "))
-        return bool(dashed and not is_sentence or NAMES.fullmatch(text))
+    def is_caption(self, text: str) -> bool:
+        """An emphasis alone behind an image, without a blank line between them."""
+        is_emphasis = bool(re.fullmatch(r"\*[^*]+\*", text))
+        return self.has_image and is_emphasis and len(words_of(text)) <= LONGEST_CAPTION
 
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
@@ -2234,12 +2245,16 @@ class PlainText:
             text = ""
 
         # A single link may be the subject of the post; two and nothing else are a menu or a list of tags.
-        is_links = len(self.targets) > 1 and not self.is_outside
+        # So is one to a place on this page.
+        is_inside = all(target.startswith("#") for target in self.targets)
+        is_links = len(self.targets) > (0 if is_inside else 1) and not self.is_outside
         if text and (not is_links or is_sentence_of_links(text)):
             mark = self.item
             self.item = ""
-            if self.is_attribution(mark + text):
+            if self.is_who_said_it(mark + text):
                 self.left_out["quotes"] += count_words(text)
+            elif self.is_caption(text):
+                self.left_out["captions"] += count_words(text)
             else:
                 self.add(kind, mark, text)
             self.is_behind_quote = False
@@ -2253,6 +2268,18 @@ class PlainText:
             self.left_out["markup"] -= mark[:1].isdigit()  # its number was counted as a sign
             text = "  " * (len(self.lists) - 1) + (mark or "  ") + text
         self.blocks.append(Block(kind, text))
+
+
+def is_attribution(text: str) -> bool:
+    """Whether a short line behind a quote says whose it is."""
+    if len(words_of(text)) > LONGEST_ATTRIBUTION:
+        return False
+
+    # A sentence may begin with a dash, too.
+    dashed = ATTRIBUTION.fullmatch(text)
+    who = dashed["who"].lstrip("*_([") if dashed else ""
+    is_sentence = who[:1].islower() or FUNCTION_WORD.match(who.removeprefix("The "))
+    return bool(dashed and not is_sentence or NAMES.fullmatch(text))
 
 
 def is_sentence_of_links(text: str) -> bool:

@@ -49,6 +49,33 @@ def test_a_tag_with_a_mistake_is_no_text(body, expected):
     assert text_of(f"Well.\n\n{body}") == f"Well.\n\n{expected}"
 
 
+OTHERS_LINES = [
+    ("\u201cBread is patient.\u201d - **Ann Lee**", ""),
+    ('*"Bread is patient."* \u2014 Ann Lee, baker', ""),
+    ('"Bread is patient." - so I said, and baked.', '"Bread is patient." - so I said, and baked.'),
+    ('"Bread" - Ann\'s word - and "butter"', '"Bread" - Ann\'s word - and "butter"'),
+    ("![the boat](boat.jpg)\n*The boat at night*", ""),
+    ("*The boat at night*", "*The boat at night*"),
+    ("![the boat](boat.jpg)\n\n*So it goes.*", "*So it goes.*"),
+    ("[Back to the top](#top)", ""),
+    ("- [Soup](#soup)\n- [Bread](#bread)", ""),
+    ("[The boat](/boat)", "The boat"),
+    ("*Originally published on the harbour's blog.*", ""),
+    ("Originally published on paper, it was wet.", "Originally published on paper, it was wet."),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), OTHERS_LINES)
+def test_sayings_captions_and_links_within_the_page_are_no_text_of_the_authors(body, expected):
+    assert text_of(f"Well.\n\n{body}\n\nSo.") == "\n\n".join(["Well.", *[expected] * bool(expected), "So."])
+
+
+def test_a_port_is_part_of_a_sites_name():
+    assert text_of("It is at http://localhost:8080/a/b and at http://boat.example/a.") == (
+        "It is at localhost:8080 and at boat.example."
+    )
+
+
 OWN_BOXES = [
     ("> So it goes.\n{: .notice--info }", "So it goes."),
     ("{: .box-warning }\n> So it\ngoes.", "So it\ngoes."),
@@ -208,7 +235,7 @@ URLS = [
     ("so (https://en.example.org/wiki/Boat_(film))", "so (en.example.org)"),
     ("at example.com/so/on.", "at example.com."),
     ("at www.example.fr", "at example.fr"),
-    ("by http://ann:pass@boats.example:8080/x now", "by boats.example now"),
+    ("by http://ann:pass@boats.example:8080/x now", "by boats.example:8080 now"),
     ("at http://192.0.43.8/x now", "at  now"),
     ("run `curl http://a.example/b` there", "run `curl http://a.example/b` there"),
     ("and/or 3.5/4 ann@example.com/x", "and/or 3.5/4 ann@example.com/x"),

@@ -701,7 +701,7 @@ def test_the_disk_plan_counts_what_an_unfinished_run_holds(gpt2_folder, tmp_path
     places = train_model.Places(tmp_path / "model")
     (places.unfinished / "checkpoint-5").mkdir(parents=True)
     (places.unfinished / "checkpoint-5" / "optimizer.pt").write_bytes(bytes(1_000_000))
-    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 1, 1, parameters=50_000)
+    plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 1, 1, 1, parameters=50_000, trained=50_000)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train_model.shutil, "disk_usage", lambda _: usage._replace(free=500_000))
     assert train_model.check_disk(places, plan) == "1.4 MB of 1.5 MB free"
