@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     folder, _, posts = overfitted
     write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)  # so that the report's prompts are those it knows
+    write_jsonl(tmp_path / "val_data.jsonl", 2 * posts)  # so that the report's prompts are those it knows
     result = report(folder, tmp_path, "--max-new-tokens", "80")
     assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
     longest = result["copies"]["longest"][0]
@@ -52,7 +52,7 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
     bits = nats / torch.tensor(2.0).log().item() / train_model.author_bytes(posts)
     assert learned["tuned"] == learned["base"] == pytest.approx(bits, rel=1e-5)
-    assert "No gain" in result["verdicts"]["learned"]
+    assert "No clear gain" in result["verdicts"]["learned"]
 
 
 def test_a_folder_of_other_blogs_without_data_is_left_out_in_a_sentence(

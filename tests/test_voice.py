@@ -262,6 +262,12 @@ def test_gain_is_weighted_by_bytes_and_measured_per_post():
     assert gain.interval == pytest.approx((0.5, 1.0))
 
 
+@pytest.mark.parametrize(("posts", "verdict"), [(4, "Too few held-out posts to tell"), (5, "It learned")])
+def test_a_gain_on_four_posts_proves_nothing(posts, verdict):
+    gain = voice.learned.gain_on(conversations(["a" * 100] * posts), np.full(posts, 50.0), np.full(posts, 90.0))
+    assert voice.learned.tell_gain(gain)[0].startswith(verdict)
+
+
 # ---------------------------------------------------------------------------- modules
 FOLDER = Path(voice.report.__file__).parent
 LAYERS = [

@@ -149,7 +149,7 @@ def tell_gain(gain: Gain) -> tuple[str, Summary]:
     """A gain counts if its whole range is on one side of 0."""
     low, high = gain.interval
     answer = "not proven"
-    verdict = "No clear gain: it may be chance"
+    verdict = "No clear gain, it may be chance"
     if len(gain.posts) < MIN_POSTS:
         verdict = "Too few held-out posts to tell"
     elif low > 0:
