@@ -393,6 +393,7 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
             "l + a (l - base), a 0.5, 1 or 2), without a penalty."
         )
         without_base = ""
+
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     return [
         f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each "
