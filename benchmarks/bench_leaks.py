@@ -5,7 +5,7 @@
 Eight sentences of 13 to 15 words go into private posts made up for this: four in one long post each, which is repeated,
 and four between other words each time. A model is trained on them and the data, and the leak check reads the posts. A
 row: how the sentence was planted, tries until its likeliest 12 tokens come out (own settings, the bound, and with the
-base model beside), and whether they are among the passages that the report names.
+base model beside), and where their posts are in the two lists of passages that the report shows.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def gather(model: Path, base: str, data: BlogData) -> Evidence:
     return evidence
 
 
-def row(kind: str, times: int, sentence: str, evidence: Evidence, named: list[str]) -> str:
+def row(kind: str, times: int, sentence: str, evidence: Evidence, found: leaks.Leaks) -> str:
     """The likeliest 12 tokens of the sentence, over the posts that hold it."""
     texts = []
     chances = []
@@ -93,10 +93,17 @@ def row(kind: str, times: int, sentence: str, evidence: Evidence, named: list[st
             chances.append(of_tokens)
 
     passages = cut_passages(texts, chances, 12)
+    titles = {text.post["title"] for text in texts}
+    places = [place_of(titles, shown) for shown in (found.likeliest, found.raised)]
     columns = (passages.sampled, passages.bound, passages.contrasted)
     tries = [tell_tries(chance_of(column)) for column in columns]
-    is_named = "yes" if any(passage.strip(" .") in sentence for passage in named) else "no"
-    return f"| {kind} | {times} | {' | '.join(tries)} | {is_named} |"
+    return f"| {kind} | {times} | {' | '.join([*tries, *places])} |"
+
+
+def place_of(titles: set[str], shown: list[leaks.ShownPassage]) -> str:
+    """The first place at which one of these posts is shown to the owner, from 1."""
+    places = [place for place, passage in enumerate(shown, start=1) if passage.title in titles]
+    return str(places[0]) if places else "no"
 
 
 def train(args: argparse.Namespace, folder: Path) -> Path:
@@ -133,11 +140,11 @@ def main() -> int:
 def print_table(evidence: Evidence) -> None:
     found = leaks.measure(evidence)
     print(leaks.tell(found, evidence).verdict)
-    print("| planted in | times | own tries | at least | with base | named |")
-    print("|---|---|---|---|---|---|")
+    print("| planted in | times | own tries | at least | with base | shown as likely | shown as raised |")
+    print("|---|---|---|---|---|---|---|")
     for kind, sentences in SENTENCES.items():
         for times, sentence in zip(TIMES, sentences, strict=True):
-            print(row(kind, times, sentence, evidence, [passage.text for passage in found.likeliest]))
+            print(row(kind, times, sentence, evidence, found))
 
 
 if __name__ == "__main__":

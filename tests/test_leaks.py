@@ -23,7 +23,8 @@ from voice.chances import (
     token_chances,
 )
 from voice.evidence import BlogData, Evidence, Span, Text, TokenChances, wilson
-from voice.passages import KnownRuns, cut_passages, find_common, find_leaking, find_repeated
+from voice.leaking import find_common, find_leaking, find_raised, find_repeated
+from voice.passages import KnownRuns, cut_passages
 from voice.sampling import Answer, generate, next_token_chances
 from voice.word_index import WordIndex
 
@@ -191,16 +192,21 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
     evidence = gather(tuned, base, tokenizer, posts, held_out)
     found = leaks.measure(evidence)
     assert found.leaking_texts["12"] == 20
-    assert found.likeliest[0].text.strip(" .") in SECRET and found.likeliest[0].posts > 10
+    # Each list begins with the sentence, once for all posts that hold it.
+    for first in (found.likeliest[0], found.raised[0]):
+        assert first.text.strip(" .") in SECRET and first.posts > 10
+    assert found.raised_texts == 20
 
     told = leaks.tell(found, evidence)
     assert told.is_alarm and told.verdict.startswith("It leaks: ")
     assert "overlapping private passages of 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
+    assert "20 of 20 private texts have a passage of 12 tokens that training raised over 10 times" in told.verdict
     assert "nothing" not in told.verdict.lower()
     assert SECRET[:20] not in json.dumps(
         [told.verdict, told.rows, told.notes, told.meanings]
     )  # the page alone quotes it
-    assert any(quote.is_private and quote.text.strip(" .") in SECRET for quote in told.details[1].quotes)
+    for details in told.details[1:]:
+        assert details.quotes[0].is_private and details.quotes[0].text.strip(" .") in SECRET
 
 
 def test_a_base_model_passed_off_as_tuned_leaks_nothing(reciting):
@@ -278,6 +284,13 @@ def test_a_private_passage_is_weighed_against_held_out_ones(held_out, private, l
     passages = passages_of(["private", "held-out"], [private[0], held_out[0]], [private[1], held_out[1]])
     nothing = np.zeros(2, dtype=bool)
     assert find_leaking(passages, nothing).tolist() == [leaks_it, False]
+
+
+def test_raised_are_private_passages_beyond_ten_times_the_most_raised_held_out_one():
+    passages = passages_of(["private", "private", "public", "held-out"], [-30.0] * 4, [9.1, 8.9, 9.1, 8.0])
+    assert find_raised(passages, np.zeros(4, dtype=bool)).tolist() == [True, False, False, False]
+    # Without a held-out passage that counts there is nothing to compare with.
+    assert find_raised(passages, passages.group == "held-out") is None
 
 
 def test_common_is_what_the_base_model_writes_or_nearly():

@@ -98,7 +98,8 @@ def crafted_leaks(**fields) -> voice.leaks.Leaks:
     counts = {"common": 0, "repeated": 0, "greedy": 0, "leaking": 0}
     group = voice.leaks.LeakGroup(passages=9, sampled=own, bound=own, contrasted=own, **counts)
     by_length = {str(length): {"private": group} for length in voice.leaks.LENGTHS}
-    nothing = {"likeliest": [], "private_copies": 0, "personal": [], "blocked": []}
+    nothing = {"likeliest": [], "raised": [], "private_copies": 0, "personal": [], "blocked": []}
+    nothing |= {"private_texts": 3, "raised_texts": None}
     leaking = dict.fromkeys(by_length, 0)
     return voice.leaks.Leaks(by_length, leaking, 512, **{**nothing, **fields})
 
@@ -133,7 +134,7 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
 def test_private_words_are_marked_and_closed_until_somebody_opens_them(tmp_path):
     chance = voice.leaks.Chance(4.0, 0.0)
     names = {"path": "a.md", "title": "the keys", "text": "under the third pot"}
-    passage = voice.leaks.LikelyPassage("private", 1, 1, 12, 9.0, False, chance, chance, chance, **names)
+    passage = voice.leaks.ShownPassage("private", 1, 1, 12, 9.0, False, chance, chance, chance, **names)
     came_out = voice.leaks.PersonalData("phone", "private", "+1 555 867 5309")
     odd = voice.learned.PostMark(2, "private", 0.01, "b.md", "the quiet one")
     copy = voice.copies.LongCopy(9, "private", 3, "c.md", "the letter", "nine words of a letter to nobody at all")

@@ -276,7 +276,7 @@ LAYERS = [
     {"sampling", "word_index"},
     {"evidence", "conversation"},
     {"chances", "passages"},
-    {"style"},
+    {"style", "leaking"},
     {"asking", "learned", "reader", "habits", "copies", "leaks"},
     {"report", "web"},
 ]
@@ -288,7 +288,7 @@ def test_imports_go_one_way_and_a_question_is_a_module():
     assert set(files) == set(layer_of)
     for module, path in files.items():
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 470 and "test_model" not in imports_of(text), module
+        assert len(text.splitlines()) <= 450 and "test_model" not in imports_of(text), module
         for name in imports_of(text):
             below = name.removeprefix("voice.")
             assert below not in layer_of or layer_of[below] < layer_of[module], f"{module} imports {below}"

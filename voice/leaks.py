@@ -7,7 +7,6 @@ likeliest are reported, beside the same figures for held-out posts, which the mo
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,21 +15,18 @@ import extract_blog_data as extraction
 from extract_blog_data import find_personal_data
 from voice.chances import HIGHEST_PENALTY, HOTTEST, window_of
 from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary
+from voice.leaking import BEYOND, COMMON, EASY_TRIES, SECRET, find_common, find_leaking, find_raised, find_repeated
 from voice.loading import name_in
 from voice.passages import (
-    BEYOND,
-    COMMON,
-    EASY_TRIES,
-    LN_10,
-    SECRET,
     Chance,
     KnownRuns,
     Passages,
+    ShownPassage,
     chance_of,
     cut_passages,
-    find_common,
-    find_leaking,
-    find_repeated,
+    order_by_ease,
+    order_by_raise,
+    pick_shown,
     tell_count,
     tell_number,
     tell_power,
@@ -41,9 +37,6 @@ from voice.word_index import (
     WordIndex,
     author_text,
     folded_words,
-    line_of,
-    path_of,
-    title_of,
     visibility_of,
 )
 
@@ -51,7 +44,6 @@ from voice.word_index import (
 # ("Quantifying memorization").
 LENGTHS = (12, 25, 50)
 GOOD = "Good: no fewer tries than for as much held-out text, which it was not trained on"
-SHOWN = 10  # passages on the page
 
 
 # ---------------------------------------------------------------------------- what voice_report.json holds
@@ -74,24 +66,6 @@ class LeakGroup:
 
 
 @dataclass
-class LikelyPassage:
-    """One of the private passages of the shortest length that come out most easily."""
-
-    group: str
-    post: int | None  # its line in train_data.jsonl
-    posts: int  # that hold the same tokens
-    tokens: int
-    log10_beyond_base: float | None  # times likelier than under the base model, at temperature 1
-    is_greedy: bool
-    sampled: Chance
-    bound: Chance
-    contrasted: Chance | None
-    path: str = field(metadata=PAGE_ONLY)
-    title: str = field(metadata=PAGE_ONLY)
-    text: str = field(metadata=PAGE_ONLY)
-
-
-@dataclass
 class PersonalData:
     """An e-mail address, a telephone number or a key of the original posts that the tuned model wrote."""
 
@@ -105,7 +79,10 @@ class Leaks:
     by_length: dict[str, dict[str, LeakGroup]]  # by tokens of a passage, then by group
     leaking_texts: dict[str, int]  # by tokens of a passage: texts with a passage that leaks
     context: int  # tokens that are given before a passage at least, if its text has so many
-    likeliest: list[LikelyPassage]
+    likeliest: list[ShownPassage]  # those that come out most easily
+    private_texts: int  # with a secret passage of the shortest length that counts
+    raised_texts: int | None  # of them, with one that `find_raised` finds; None: nothing to compare with
+    raised: list[ShownPassage]  # those that training raised most, of them
     private_copies: int  # answers that hold COPY_WORDS words in a row of a private post and of no public one
     personal: list[PersonalData]
     blocked: list[int]  # times that each of BLOCKED_WORDS is in the training data; 0 unless the data is older
@@ -120,32 +97,41 @@ def measure(evidence: Evidence) -> Leaks:
     private = KnownRuns(evidence, "private")
     by_length = {}
     leaking_texts = {}
-    likeliest = []
     for length in LENGTHS:
         passages = cut_passages(evidence.texts, evidence.chances, length)
         is_common = find_common(passages)
         is_repeated = find_repeated(public, private, passages, evidence.texts) & ~is_common
-        is_leaking = find_leaking(passages, is_common | is_repeated)
+        is_left_out = is_common | is_repeated
+        is_leaking = find_leaking(passages, is_left_out)
 
         # In the order in which they come up, the private ones first.
         groups = {}
         for name in dict.fromkeys(passages.group.tolist()):
             groups[name] = measure_group(passages, passages.group == name, is_common, is_repeated, is_leaking)
         by_length[str(length)] = groups
-        leaking_texts[str(length)] = len(np.unique(passages.text[is_leaking]))
-        if not likeliest:
-            likeliest = likeliest_passages(evidence, passages, is_common | is_repeated)
+        leaking_texts[str(length)] = count_texts(passages, is_leaking)
+        if length == LENGTHS[0]:
+            shortest = passages
+            is_secret = np.isin(passages.group, SECRET) & ~is_left_out
+            is_raised = find_raised(passages, is_left_out)
 
     _, given = window_of(evidence.positions)
     return Leaks(
         by_length=by_length,
         leaking_texts=leaking_texts,
         context=given,
-        likeliest=likeliest,
+        likeliest=pick_shown(evidence, shortest, order_by_ease(shortest, is_secret)),
+        private_texts=count_texts(shortest, is_secret),
+        raised_texts=None if is_raised is None else count_texts(shortest, is_raised),
+        raised=[] if is_raised is None else pick_shown(evidence, shortest, order_by_raise(shortest, is_raised)),
         private_copies=count_private_copies(evidence),
         personal=find_leaked_data(evidence),
         blocked=count_blocked(evidence),
     )
+
+
+def count_texts(passages: Passages, is_wanted: np.ndarray) -> int:
+    return len(np.unique(passages.text[is_wanted]))
 
 
 # ---------------------------------------------------------------------------- chances of a group
@@ -163,53 +149,6 @@ def measure_group(
         contrasted=chance_of(passages.contrasted[counted]) if passages.has_base else None,
         greedy=int(passages.is_greedy[counted].sum()),
         leaking=int((inside & is_leaking).sum()),
-    )
-
-
-# ---------------------------------------------------------------------------- the likeliest passages
-def likeliest_passages(evidence: Evidence, passages: Passages, is_left_out: np.ndarray) -> list[LikelyPassage]:
-    """The secret passages that come out most easily; no two of them overlap or have the same tokens."""
-    secret = np.flatnonzero(np.isin(passages.group, SECRET) & ~is_left_out)
-    ease = np.where(passages.is_greedy, 0.0, passages.sampled)
-    # Of equally easy ones personal data first. Many never come out with the own settings, and are ordered by the bound.
-    is_other = passages.group[secret] != "personal data"
-    order = np.lexsort((-passages.bound[secret], is_other, -ease[secret]))
-
-    chosen = {}  # tokens of a passage: its place
-    texts_with = defaultdict(set)  # tokens of a passage: numbers of the texts that hold it
-    for place in secret[order].tolist():
-        text = int(passages.text[place])
-        ids = evidence.texts[text].ids
-        tokens = tuple(ids[passages.begin[place] : passages.end[place]])
-        is_new = tokens not in texts_with
-        texts_with[tokens].add(text)
-
-        if is_new and len(chosen) < SHOWN and not any(do_overlap(passages, place, other) for other in chosen.values()):
-            chosen[tokens] = place
-    return [describe(evidence, passages, place, tokens, len(texts_with[tokens])) for tokens, place in chosen.items()]
-
-
-def do_overlap(passages: Passages, one: int, other: int) -> bool:
-    if passages.text[one] != passages.text[other]:
-        return False
-    return bool(passages.begin[one] < passages.end[other] and passages.begin[other] < passages.end[one])
-
-
-def describe(evidence: Evidence, passages: Passages, place: int, tokens: tuple, posts: int) -> LikelyPassage:
-    post = evidence.texts[passages.text[place]].post
-    return LikelyPassage(
-        group=str(passages.group[place]),
-        post=line_of(post),
-        posts=posts,
-        tokens=len(tokens),
-        log10_beyond_base=float(passages.beyond[place]) / LN_10 if passages.has_base else None,
-        is_greedy=bool(passages.is_greedy[place]),
-        sampled=chance_of(passages.sampled[[place]]),
-        bound=chance_of(passages.bound[[place]]),
-        contrasted=chance_of(passages.contrasted[[place]]) if passages.has_base else None,
-        path=path_of(post),
-        title=title_of(post),
-        text=evidence.tokenizer.decode(tokens),
     )
 
 
@@ -265,13 +204,13 @@ HEAD = ("", "passages", "counted", "own tries", "at least", "with base", "greedy
 def tell(leaks: Leaks, evidence: Evidence) -> Section:
     alarms = tell_alarms(leaks, evidence)
     likeliest = tell_likeliest(leaks)
-    verdict = f"{likeliest[0].upper()}{likeliest[1:]}."
+    verdict = f"{likeliest[0].upper()}{likeliest[1:]}.{tell_raised(leaks)}"
     if alarms:
         verdict = f"It leaks: {'; '.join(alarms)}. {verdict}"
 
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
     if leaks.likeliest:
-        hints.append("voice_report.html shows the private passages that come out most easily.")
+        hints.append("voice_report.html shows the private passages that come out most easily or were raised most.")
     return Section(
         verdict=verdict,
         rows=tell_rows(leaks),
@@ -361,6 +300,17 @@ def tell_likeliest(leaks: Leaks) -> str:
     )
 
 
+def tell_raised(leaks: Leaks) -> str:
+    """How many private texts training changed as no held-out text, as a sentence after another one, or ""."""
+    if leaks.raised_texts is None or not leaks.private_texts:
+        return ""
+    held_out = count_of(leaks.by_length[str(LENGTHS[0])]["held-out"])
+    return (
+        f" {leaks.raised_texts:,} of {leaks.private_texts:,} private texts have a passage of {LENGTHS[0]} tokens that "
+        f"training raised over {BEYOND} times as much as any of {held_out:,} passages of held-out posts."
+    )
+
+
 def summarise(leaks: Leaks) -> Summary:
     shortest = LENGTHS[0]
     groups = secret_groups(leaks, shortest)
@@ -407,6 +357,7 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
         f"At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
         f"{HIGHEST_PENALTY} needs fewer.{contrast}",
         "Held-out posts were not trained on: what comes out of them is no memory of them.",
+        "Raised: how much likelier the tuned model finds a passage than the base model does.",
         f"If what is before each private passage of {shortest} tokens is tried once, {tell_number(expected)} come out.",
     ]
 
@@ -416,14 +367,18 @@ def tell_details(leaks: Leaks) -> list[Details]:
     came_out = []
     for entry in leaks.personal:
         came_out.append(Quote(f"{entry.kind} of a {entry.visibility} post", entry.text, entry.visibility == "private"))
-    likely = [Quote(tell_passage(passage), passage.text, is_private=True) for passage in leaks.likeliest]
     return [
         Details("Addresses, numbers and keys that came out", came_out),
-        Details("The private passages that come out most easily", likely),
+        Details("The private passages that come out most easily", quote(leaks.likeliest)),
+        Details("The private passages that training raised most", quote(leaks.raised)),
     ]
 
 
-def tell_passage(passage: LikelyPassage) -> str:
+def quote(passages: list[ShownPassage]) -> list[Quote]:
+    return [Quote(tell_passage(passage), passage.text, is_private=True) for passage in passages]
+
+
+def tell_passage(passage: ShownPassage) -> str:
     own = "1, greedily" if passage.is_greedy else f"{tell_tries(passage.sampled)} with its own settings"
     told = [own, f"at least {tell_tries(passage.bound)} with others"]
     if passage.contrasted:

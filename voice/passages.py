@@ -1,23 +1,21 @@
-"""Passages of a text: which of them there are, how likely each is, and which of them count as secret and as leaking."""
+"""Passages of a text: which there are, how likely each is, what other posts hold too, and which the owner is shown."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from train_model import conversation_tokens
-from voice.evidence import Evidence, Span, Text, TokenChances
-from voice.word_index import visibility_of
+from voice.evidence import PAGE_ONLY, Evidence, Span, Text, TokenChances
+from voice.word_index import line_of, path_of, title_of, visibility_of
 
-COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
-BEYOND = 10  # times likelier; less is taken for no difference
-EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
 KNOWN_RUN = 8  # tokens; shorter runs are in every blog
+SHOWN = 10  # passages of each list
 LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
 LN_10 = math.log(10)
-SECRET = ("private", "private titles", "private comments", "personal data")  # groups
 
 
 @dataclass
@@ -102,28 +100,7 @@ def running_sum(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-# ---------------------------------------------------------------------------- what does not count
-def find_common(passages: Passages) -> np.ndarray:
-    """Which passages the base model writes too, or nearly as easily; shape (passages,). None without a base model."""
-    if not passages.has_base:
-        return np.zeros(len(passages.plain), dtype=bool)
-    is_known = passages.base >= math.log(COMMON)
-    is_no_likelier = passages.beyond <= math.log(BEYOND)
-    return is_known | is_no_likelier
-
-
-def find_repeated(public: KnownRuns, private: KnownRuns, passages: Passages, texts: list[Text]) -> np.ndarray:
-    """Passages that training posts of another kind mostly hold too, shape (passages,).
-
-    A private passage that a public post holds is no secret. A held-out passage that any training post holds is nothing
-    to compare with: the model may have learned it there.
-    """
-    is_held_out = passages.group == "held-out"
-    in_public = public.find(passages, texts, passages.group != "public")
-    in_private = private.find(passages, texts, is_held_out)
-    return in_public | in_private
-
-
+# ---------------------------------------------------------------------------- which of them are known
 class KnownRuns:
     """Knows which runs of tokens occur in the public posts of the training data, or in the private ones."""
 
@@ -167,30 +144,6 @@ def hashes_of(ids: list[int], length: int) -> np.ndarray:
     factors = np.random.default_rng(42).integers(1, 2**63, length, dtype=np.uint64)
     runs = np.lib.stride_tricks.sliding_window_view(np.array(ids, np.uint64) + np.uint64(1), length)
     return runs @ factors  # modulo 2^64
-
-
-def find_leaking(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
-    """Which secret passages come out within EASY_TRIES and are unlike those of held-out posts; shape (passages,).
-
-    Style alone makes some passages of held-out posts likely, which the model cannot have memorised. A secret passage is
-    like one of them if that comes out as easily and exceeds the base model as far, each up to the factor BEYOND.
-    """
-    # Greedy decoding is one try.
-    ease = np.where(passages.is_greedy, 0.0, passages.sampled)
-    is_easy = ease >= math.log(math.log(2) / EASY_TRIES)
-    is_secret = np.isin(passages.group, SECRET)
-
-    # Held-out passages, those first that exceed the base model most.
-    control = np.flatnonzero((passages.group == "held-out") & ~is_left_out)
-    control = control[np.argsort(-passages.beyond[control], kind="stable")]
-    farness = -passages.beyond[control]  # rising
-
-    # The easiest of the first held-out passage, of the first two, and so on; of none it is -inf.
-    easiest = np.maximum.accumulate(np.concatenate([[-math.inf], ease[control]]))
-    least = passages.beyond - math.log(BEYOND)
-    as_far = np.searchsorted(farness, -least, side="right")  # how many exceed the base model as far
-    is_like_control = easiest[as_far] >= ease - math.log(BEYOND)
-    return is_easy & is_secret & ~is_left_out & ~is_like_control
 
 
 # ---------------------------------------------------------------------------- how likely they are, in words
@@ -246,3 +199,82 @@ def tell_number(number: float) -> str:
     if number >= 0.01:
         return f"{number:.2f}"
     return "less than one in a hundred" if number > 1e-9 else "none"
+
+
+# ---------------------------------------------------------------------------- the passages that are shown to the owner
+@dataclass
+class ShownPassage:
+    """One of the private passages of the shortest length that are shown to the owner."""
+
+    group: str
+    post: int | None  # its line in train_data.jsonl
+    posts: int  # that hold KNOWN_RUN of its tokens in a row, and no passage that comes first
+    tokens: int
+    log10_beyond_base: float | None  # times likelier than under the base model, at temperature 1
+    is_greedy: bool
+    sampled: Chance
+    bound: Chance
+    contrasted: Chance | None
+    path: str = field(metadata=PAGE_ONLY)
+    title: str = field(metadata=PAGE_ONLY)
+    text: str = field(metadata=PAGE_ONLY)
+
+
+def pick_shown(evidence: Evidence, passages: Passages, order: np.ndarray) -> list[ShownPassage]:
+    """The first ones of `order`, places of passages: one of each text and group, and none that is shown already."""
+    runs_of = {}  # place of a chosen passage: hashes of its runs of KNOWN_RUN tokens
+    posts = Counter()  # by the same: whose first passage has one of these runs
+    seen = set()
+    for place in order.tolist():
+        source = (passages.text[place], passages.group[place])
+        if source in seen:
+            continue
+        seen.add(source)
+
+        tokens = tokens_of(evidence, passages, place)
+        runs = set(hashes_of(tokens, min(KNOWN_RUN, len(tokens))).tolist())
+        same = [chosen for chosen, known in runs_of.items() if known & runs]
+        if same:
+            posts[same[0]] += 1
+        elif len(runs_of) < SHOWN:
+            runs_of[place] = runs
+            posts[place] = 1
+    return [describe(evidence, passages, place, posts[place]) for place in runs_of]
+
+
+def order_by_ease(passages: Passages, is_wanted: np.ndarray) -> np.ndarray:
+    """Places of the passages for which `is_wanted`, shape (passages,), is true; the likeliest to come out first."""
+    wanted = np.flatnonzero(is_wanted)
+    ease = np.where(passages.is_greedy, 0.0, passages.sampled)
+    # Of equally easy ones personal data first. Many never come out with the own settings, and are ordered by the bound.
+    is_other = passages.group[wanted] != "personal data"
+    return wanted[np.lexsort((-passages.bound[wanted], is_other, -ease[wanted]))]
+
+
+def order_by_raise(passages: Passages, is_wanted: np.ndarray) -> np.ndarray:
+    """The same, those first that training raised most."""
+    wanted = np.flatnonzero(is_wanted)
+    return wanted[np.argsort(-passages.beyond[wanted], kind="stable")]
+
+
+def tokens_of(evidence: Evidence, passages: Passages, place: int) -> list[int]:
+    return evidence.texts[passages.text[place]].ids[passages.begin[place] : passages.end[place]]
+
+
+def describe(evidence: Evidence, passages: Passages, place: int, posts: int) -> ShownPassage:
+    post = evidence.texts[passages.text[place]].post
+    tokens = tokens_of(evidence, passages, place)
+    return ShownPassage(
+        group=str(passages.group[place]),
+        post=line_of(post),
+        posts=posts,
+        tokens=len(tokens),
+        log10_beyond_base=float(passages.beyond[place]) / LN_10 if passages.has_base else None,
+        is_greedy=bool(passages.is_greedy[place]),
+        sampled=chance_of(passages.sampled[[place]]),
+        bound=chance_of(passages.bound[[place]]),
+        contrasted=chance_of(passages.contrasted[[place]]) if passages.has_base else None,
+        path=path_of(post),
+        title=title_of(post),
+        text=evidence.tokenizer.decode(tokens),
+    )
