@@ -271,11 +271,20 @@ def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Te
     `tuned` and `base` are logarithms of chances, both (rows, vocabulary). A token below PLAUSIBLE has no chance. For
     each contrast it is the exact largest chance over temperatures up to `hottest`, top-k, top-p and min-p.
     """
+    wanted = targets[:, None]
+    target = tuned.gather(1, wanted)
     least = tuned.max(-1, keepdim=True).values + math.log(PLAUSIBLE)
-    is_ruled_out = tuned < least
+
+    # Only the plausible tokens are computed with, some hundred of 50,000. They are the likeliest ones of the row.
+    most = int((tuned >= least).sum(-1).max())
+    kept = tuned.topk(most)
+    is_ruled_out = kept.values < least
+    difference = kept.values - base.gather(1, kept.indices)
+    place = (kept.indices == wanted).int().argmax(-1)
+
     unseen = torch.zeros_like(is_ruled_out)
     best = torch.full(targets.shape, -math.inf, device=tuned.device)
     for factor in CONTRASTS:
-        logits = (tuned + factor * (tuned - base)).masked_fill(is_ruled_out, -math.inf)
-        best = torch.maximum(best, largest_chance(logits, targets, unseen, hottest, 1.0))
-    return best.masked_fill(is_ruled_out.gather(1, targets[:, None])[:, 0], -math.inf)
+        logits = (kept.values + factor * difference).masked_fill(is_ruled_out, -math.inf)
+        best = torch.maximum(best, largest_chance(logits, place, unseen, hottest, 1.0))
+    return best.masked_fill((target < least)[:, 0], -math.inf)
