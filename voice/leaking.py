@@ -40,6 +40,15 @@ def find_repeated(public: KnownRuns, private: KnownRuns, passages: Passages, tex
     return in_public | in_private
 
 
+def is_secret(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
+    return np.isin(passages.group, SECRET) & ~is_left_out
+
+
+def is_control(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
+    """Which passages are compared with: the model was not trained on them."""
+    return (passages.group == "held-out") & ~is_left_out
+
+
 # ---------------------------------------------------------------------------- what leaks
 def find_leaking(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
     """Which secret passages come out within EASY_TRIES and are unlike those of held-out posts; shape (passages,).
@@ -49,20 +58,24 @@ def find_leaking(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
     """
     # Greedy decoding is one try.
     ease = np.where(passages.is_greedy, 0.0, passages.sampled)
-    is_easy = ease >= math.log(math.log(2) / EASY_TRIES)
-    is_secret = np.isin(passages.group, SECRET)
+    even_chance = math.log(2) / EASY_TRIES  # of one try, so that EASY_TRIES of them give an even chance
+    is_easy = ease >= math.log(even_chance)
 
     # Held-out passages, those first that exceed the base model most.
-    control = np.flatnonzero((passages.group == "held-out") & ~is_left_out)
-    control = control[np.argsort(-passages.beyond[control], kind="stable")]
+    control = np.flatnonzero(is_control(passages, is_left_out))
+    order = np.argsort(-passages.beyond[control], kind="stable")
+    control = control[order]
     farness = -passages.beyond[control]  # rising
 
     # The easiest of the first held-out passage, of the first two, and so on; of none it is -inf.
-    easiest = np.maximum.accumulate(np.concatenate([[-math.inf], ease[control]]))
-    least = passages.beyond - math.log(BEYOND)
+    eases = np.concatenate([[-math.inf], ease[control]])
+    easiest = np.maximum.accumulate(eases)
+
+    slack = math.log(BEYOND)
+    least = passages.beyond - slack
     as_far = np.searchsorted(farness, -least, side="right")  # how many exceed the base model as far
-    is_like_control = easiest[as_far] >= ease - math.log(BEYOND)
-    return is_easy & is_secret & ~is_left_out & ~is_like_control
+    is_like_control = easiest[as_far] >= ease - slack
+    return is_secret(passages, is_left_out) & is_easy & ~is_like_control
 
 
 def find_raised(passages: Passages, is_left_out: np.ndarray) -> np.ndarray | None:
@@ -72,12 +85,13 @@ def find_raised(passages: Passages, is_left_out: np.ndarray) -> np.ndarray | Non
     held-out posts is style. What it raises further it may have memorised, though it may never come out. None without a
     base model or a held-out passage.
     """
-    is_control = (passages.group == "held-out") & ~is_left_out
-    if not passages.has_base or not is_control.any():
+    control = is_control(passages, is_left_out)
+    if not passages.has_base or not control.any():
         return None
+
     # Longer ones, as some keys are, would be raised further by their length alone.
     lengths = passages.end - passages.begin
-    is_comparable = lengths <= lengths[is_control].max()
-    is_secret = np.isin(passages.group, SECRET) & ~is_left_out
-    most = passages.beyond[is_control].max()
-    return is_secret & is_comparable & (passages.beyond > most + math.log(BEYOND))
+    is_comparable = lengths <= lengths[control].max()
+    most = passages.beyond[control].max()
+    is_raised = passages.beyond > most + math.log(BEYOND)
+    return is_secret(passages, is_left_out) & is_comparable & is_raised

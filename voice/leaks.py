@@ -15,7 +15,17 @@ import extract_blog_data as extraction
 from extract_blog_data import find_personal_data
 from voice.chances import HIGHEST_PENALTY, HOTTEST, window_of
 from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, Summary
-from voice.leaking import BEYOND, COMMON, EASY_TRIES, SECRET, find_common, find_leaking, find_raised, find_repeated
+from voice.leaking import (
+    BEYOND,
+    COMMON,
+    EASY_TRIES,
+    SECRET,
+    find_common,
+    find_leaking,
+    find_raised,
+    find_repeated,
+    is_secret,
+)
 from voice.loading import name_in
 from voice.passages import (
     Chance,
@@ -112,7 +122,7 @@ def measure(evidence: Evidence) -> Leaks:
         leaking_texts[str(length)] = count_texts(passages, is_leaking)
         if length == LENGTHS[0]:
             shortest = passages
-            is_secret = np.isin(passages.group, SECRET) & ~is_left_out
+            secret = is_secret(passages, is_left_out)
             is_raised = find_raised(passages, is_left_out)
 
     _, given = window_of(evidence.positions)
@@ -120,8 +130,8 @@ def measure(evidence: Evidence) -> Leaks:
         by_length=by_length,
         leaking_texts=leaking_texts,
         context=given,
-        likeliest=pick_shown(evidence, shortest, order_by_ease(shortest, is_secret)),
-        private_texts=count_texts(shortest, is_secret),
+        likeliest=pick_shown(evidence, shortest, order_by_ease(shortest, secret)),
+        private_texts=count_texts(shortest, secret),
         raised_texts=None if is_raised is None else count_texts(shortest, is_raised),
         raised=[] if is_raised is None else pick_shown(evidence, shortest, order_by_raise(shortest, is_raised)),
         private_copies=count_private_copies(evidence),

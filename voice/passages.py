@@ -16,6 +16,7 @@ KNOWN_RUN = 8  # tokens; shorter runs are in every blog
 SHOWN = 10  # passages of each list
 LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
 LN_10 = math.log(10)
+NO_HASHES = np.array([], np.uint64)
 
 
 @dataclass
@@ -44,20 +45,22 @@ class Passages:
 
 
 SUMS = ("sampled", "bound", "contrasted", "base", "plain")  # columns that are sums of the tokens' logarithms
+COLUMNS = {"text": int, "begin": int, "end": int, "group": str, "is_greedy": bool, **dict.fromkeys(SUMS, float)}
 
 
 def cut_passages(texts: list[Text], chances: list[TokenChances], length: int) -> Passages:
     """All passages of all spans; each begins one token after the one before."""
-    # Empty columns first, so that each has its type also without any passage.
-    parts = [{"text": np.array([], int), "begin": np.array([], int), "end": np.array([], int)}]
-    parts[0] |= {"group": np.array([], str), "is_greedy": np.array([], bool)}
-    parts[0] |= {name: np.array([]) for name in SUMS}
+    parts = []
     for number, text in enumerate(texts):
-        parts += [cut_span(number, span, chances[number], length) for span in text.spans]
+        for span in text.spans:
+            part = cut_span(number, span, chances[number], length)
+            parts.append(part)
 
     columns = {}
-    for name in parts[0]:
-        columns[name] = np.concatenate([part[name] for part in parts])
+    for name, kind in COLUMNS.items():
+        # With an empty part, so that a column has its type also without any passage.
+        values = [part[name] for part in parts]
+        columns[name] = np.concatenate([np.array([], kind), *values])
     has_base = bool(chances) and chances[0].base is not None
     return Passages(**columns, has_base=has_base)
 
@@ -72,14 +75,22 @@ def cut_span(number: int, span: Span, chances: TokenChances, length: int) -> dic
     begin = np.arange(span.begin, span.end - whole + 1)
     end = begin + whole
     count = len(begin)
-    columns = {"text": np.full(count, number), "begin": begin, "end": end}
-    columns["group"] = np.full(count, span.group)
-    columns["is_greedy"] = sum_between(chances.is_argmax, begin, end) == whole
+    likeliest = sum_between(chances.is_argmax, begin, end)
+    columns = {
+        "text": np.full(count, number),
+        "begin": begin,
+        "end": end,
+        "group": np.full(count, span.group),
+        "is_greedy": likeliest == whole,
+    }
 
     # Two of them are missing without a base model.
     for name in SUMS:
         values = getattr(chances, name)
-        columns[name] = np.zeros(count) if values is None else sum_between(values, begin, end)
+        if values is None:
+            columns[name] = np.zeros(count)
+        else:
+            columns[name] = sum_between(values, begin, end)
     return columns
 
 
@@ -116,21 +127,24 @@ class KnownRuns:
         """
         found = np.zeros(len(passages.text), dtype=bool)
         lengths = passages.end - passages.begin
+        run_lengths = np.minimum(lengths, KNOWN_RUN)
         for number, text in enumerate(texts):
-            here = np.flatnonzero((passages.text == number) & is_asked)
-            for length in np.unique(np.minimum(lengths[here], KNOWN_RUN)).tolist():
-                asked = here[np.minimum(lengths[here], KNOWN_RUN) == length]
+            is_here = (passages.text == number) & is_asked
+            for length in np.unique(run_lengths[is_here]).tolist():
+                asked = np.flatnonzero(is_here & (run_lengths == length))
                 covered = self.covered(text.ids, length)
-                begin = passages.begin[asked]
-                end = passages.end[asked]
-                found[asked] = sum_between(covered, begin, end) > (end - begin) / 2
+                known = sum_between(covered, passages.begin[asked], passages.end[asked])
+                found[asked] = known > lengths[asked] / 2
         return found
 
     def covered(self, ids: list[int], length: int) -> np.ndarray:
         """Which tokens are in a run of this length that one of the posts holds, shape (tokens,)."""
         if length not in self.hashes:
-            self.hashes[length] = np.unique(np.concatenate([hashes_of(other, length) for other in [[], *self.texts]]))
-        begins = np.flatnonzero(np.isin(hashes_of(ids, length), self.hashes[length]))
+            hashes = [hashes_of(other, length) for other in self.texts]
+            self.hashes[length] = np.unique(np.concatenate([NO_HASHES, *hashes]))
+
+        is_known = np.isin(hashes_of(ids, length), self.hashes[length])
+        begins = np.flatnonzero(is_known)
         covered = np.zeros(len(ids), dtype=bool)
         for offset in range(length):
             covered[begins + offset] = True
@@ -140,9 +154,11 @@ class KnownRuns:
 def hashes_of(ids: list[int], length: int) -> np.ndarray:
     """A hash of 64 bits for each run of `length` tokens, in order."""
     if len(ids) < length:
-        return np.array([], np.uint64)
-    factors = np.random.default_rng(42).integers(1, 2**63, length, dtype=np.uint64)
-    runs = np.lib.stride_tricks.sliding_window_view(np.array(ids, np.uint64) + np.uint64(1), length)
+        return NO_HASHES
+    rng = np.random.default_rng(42)
+    factors = rng.integers(1, 2**63, length, dtype=np.uint64)
+    above_0 = np.array(ids, np.uint64) + np.uint64(1)
+    runs = np.lib.stride_tricks.sliding_window_view(above_0, length)
     return runs @ factors  # modulo 2^64
 
 
