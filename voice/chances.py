@@ -41,8 +41,8 @@ def pick_texts(evidence: Evidence, public: int) -> list[Text]:
     """All private texts, `public` public ones, and all held-out ones."""
     others = [post for post in evidence.blog.train if visibility_of(post) == "public"]
     # The same ones every time, so that two reports compare.
-    order = np.random.default_rng(42).permutation(len(others))
-    chosen = sorted(order[:public])
+    rng = np.random.default_rng(42)
+    chosen = sorted(rng.permutation(len(others))[:public])
     trained = evidence.private_posts() + [others[place] for place in chosen]
 
     texts = [text_of(evidence, post, is_held_out=False) for post in trained]
@@ -169,10 +169,13 @@ def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig) -> To
 
     The first token, which nothing predicts, counts as given.
     """
-    models = [model for model in (tuned, base) if model is not None]
-    size, overlap = window_of(min(map(positions_of, models)))
-    parts = [(*np.zeros((5, 1)), np.ones(1, dtype=bool))]  # of the first token
-    for start in range(0, max(len(ids) - overlap, 1), size - overlap):
+    models = [tuned] if base is None else [tuned, base]
+    positions = min(positions_of(model) for model in models)
+    size, overlap = window_of(positions)
+    given = np.zeros(1)
+    parts = [(given, given, given, given, given, np.ones(1, dtype=bool))]  # of the first token
+    last = max(len(ids) - overlap, 1)
+    for start in range(0, last, size - overlap):
         window = ids[start : start + size]
         logits = []  # of each model: (tokens of the window, vocabulary)
         for model in models:
@@ -184,13 +187,19 @@ def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig) -> To
         for place in range(fresh, len(window), ROWS_AT_ONCE):
             targets = torch.tensor(window[place : place + ROWS_AT_ONCE], device=tuned.device)
             # The logits that predict a token are those of the token before it.
-            rows = [each[place - 1 : place - 1 + len(targets)].to(tuned.device).float() for each in logits]
+            first = place - 1
+            last_row = first + len(targets)
+            rows = [each[first:last_row].to(tuned.device).float() for each in logits]
             seen = seen_before(window, place, rows[0])
-            parts.append(chances_of(*rows, targets=targets, seen=seen, sampling=sampling))
-    columns = list(map(np.concatenate, zip(*parts, strict=True)))
+            part = chances_of(*rows, targets=targets, seen=seen, sampling=sampling)
+            parts.append(part)
+
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    chances = TokenChances(*columns)
     if base is None:
-        columns[2:4] = None, None
-    return TokenChances(*columns)
+        chances.contrasted = None
+        chances.base = None
+    return chances
 
 
 def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
@@ -258,11 +267,13 @@ def largest_chance(
     """
     target = logits.gather(1, targets[:, None])  # (rows, 1)
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-    above = torch.where(seen, lowered, logits) - target
+    least = torch.where(seen, lowered, logits)
+    above = least - target
 
     exponents = (above / hottest).masked_fill(above <= 0, -math.inf)
     itself = torch.zeros_like(target)
-    return -torch.cat([exponents, itself], 1).logsumexp(-1)
+    together = torch.cat([exponents, itself], 1)
+    return -together.logsumexp(-1)
 
 
 def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Tensor, hottest: float) -> torch.Tensor:
@@ -273,18 +284,23 @@ def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Te
     """
     wanted = targets[:, None]
     target = tuned.gather(1, wanted)
-    least = tuned.max(-1, keepdim=True).values + math.log(PLAUSIBLE)
+    likeliest = tuned.max(-1, keepdim=True).values
+    least = likeliest + math.log(PLAUSIBLE)
 
     # Only the plausible tokens are computed with, some hundred of 50,000. They are the likeliest ones of the row.
-    most = int((tuned >= least).sum(-1).max())
-    kept = tuned.topk(most)
+    plausible = (tuned >= least).sum(-1)
+    kept = tuned.topk(int(plausible.max()))
     is_ruled_out = kept.values < least
     difference = kept.values - base.gather(1, kept.indices)
-    place = (kept.indices == wanted).int().argmax(-1)
+    is_target = kept.indices == wanted
+    place = is_target.int().argmax(-1)
 
     unseen = torch.zeros_like(is_ruled_out)
     best = torch.full(targets.shape, -math.inf, device=tuned.device)
     for factor in CONTRASTS:
-        logits = (kept.values + factor * difference).masked_fill(is_ruled_out, -math.inf)
-        best = torch.maximum(best, largest_chance(logits, place, unseen, hottest, 1.0))
-    return best.masked_fill((target < least)[:, 0], -math.inf)
+        exaggerated = kept.values + factor * difference
+        logits = exaggerated.masked_fill(is_ruled_out, -math.inf)
+        chance = largest_chance(logits, place, unseen, hottest, 1.0)
+        best = torch.maximum(best, chance)
+    is_implausible = target < least
+    return best.masked_fill(is_implausible[:, 0], -math.inf)

@@ -84,23 +84,28 @@ def attribute(
     one_half = [names[place] for place in order[::2]]
     other_half = [names[place] for place in order[1::2]]
 
-    taken = {whose: np.zeros(len(frequencies)) for whose, (frequencies, _) in tested.items()}
+    votes = dict.fromkeys(tested, 0.0)  # each becomes an array of shape (chunks,)
     strangers_taken = {}
     for rivals, judges in ((one_half, other_half), (other_half, one_half)):
         rival_chunks = [strangers[name][0] for name in rivals]
-        judge_scores = {name: impostor_scores(strangers[name][0], profile, rival_chunks) for name in judges}
-        threshold = even_quantile(list(judge_scores.values()), 1 - MISTAKEN)
-        for name, scores in judge_scores.items():
-            strangers_taken[name] = (scores > threshold).astype(float)
+        scores = {name: impostor_scores(strangers[name][0], profile, rival_chunks) for name in judges}
+        threshold = even_quantile(list(scores.values()), 1 - MISTAKEN)
+        for name in judges:
+            strangers_taken[name] = (scores[name] > threshold).astype(float)
 
         # Each half of the strangers has half a vote on text that is none of theirs.
         for whose, (frequencies, _) in tested.items():
-            scores = impostor_scores(frequencies, profile, rival_chunks)
-            taken[whose] += (scores > threshold) / 2
+            of_tested = impostor_scores(frequencies, profile, rival_chunks)
+            votes[whose] = votes[whose] + (of_tested > threshold) / 2
 
-    shares = {whose: share_over_sources(taken[whose], source) for whose, (_, source) in tested.items()}
-    sources = [strangers[name][1] + NEXT_BLOG * names.index(name) for name in strangers_taken]
-    shares["strangers"] = share_over_sources(np.concatenate(list(strangers_taken.values())), np.concatenate(sources))
+    shares = {}
+    for whose, (_, source) in tested.items():
+        shares[whose] = share_over_sources(votes[whose], source)
+
+    # All strangers together; posts of two blogs are two sources.
+    all_taken = np.concatenate([strangers_taken[name] for name in names])
+    sources = [strangers[name][1] + NEXT_BLOG * number for number, name in enumerate(names)]
+    shares["strangers"] = share_over_sources(all_taken, np.concatenate(sources))
     return shares, {name: float(strangers_taken[name].mean()) for name in names}
 
 
@@ -134,11 +139,11 @@ def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
     means = np.array([group.mean(0) for group in groups])
     variances = np.array([group.var(0) for group in groups])
+    middle = means.mean(0)
 
     # Of everything together: what varies within the groups, and between them.
     within = variances.mean(0)
     between = means.var(0)
-    middle = means.mean(0)
     spread = np.sqrt(within + between)
     # A feature that never varies says nothing: divided by infinity its score is 0.
     return middle, np.where(spread == 0, np.inf, spread)
@@ -164,7 +169,8 @@ def even_quantile(groups: list[np.ndarray], share: float) -> float:
     order = np.argsort(values, kind="stable")
     values = values[order]
     weights = weights[order]
-    below = np.cumsum(weights) / weights.sum()
+    total = weights.sum()
+    below = np.cumsum(weights) / total
 
     # Rounding may leave the last sum a little below 1.
     place = np.searchsorted(below, share)
@@ -193,10 +199,12 @@ def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
 
 def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, strangers: dict[str, Chunks]) -> tuple[float, str]:
     """(share of unseen chunks that are nearer to a stranger than to the author, the stranger who gets the most)."""
-    groups = [profile, *(frequencies for frequencies, _ in strangers.values())]
+    others = [frequencies for frequencies, _ in strangers.values()]
+    groups = [profile, *others]
     middle, spread = common_scale(groups)
     scores = (unseen - middle) / spread
-    nearest = cosines(scores, profiles_of(groups, middle, spread)).argmax(1)
+    profiles = profiles_of(groups, middle, spread)
+    nearest = cosines(scores, profiles).argmax(1)
 
     # The first group is the author.
     lost = nearest[nearest > 0] - 1

@@ -326,8 +326,12 @@ def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
 def begun_tokens(tokenizer, messages: list[dict], words: str) -> list[int]:
     """Token ids of an answer to `messages` that begins with `words`, as training has it, up to the end of the words."""
     words = training.break_control_tokens(words, tokenizer).strip()
-    said = [*messages, {"role": "assistant", "content": words}]
-    _, answer = training.split_at_answer(tokenizer, said, training.render(tokenizer, said))
+    turn = {"role": "assistant", "content": words}
+    said = [*messages, turn]
+    rendered = training.render(tokenizer, said)
+    _, answer = training.split_at_answer(tokenizer, said, rendered)
+
     # What the template puts before an answer, a space perhaps, belongs to it.
     before, found, _ = answer.partition(words)
-    return tokenizer.encode(before + words if found else words, add_special_tokens=False)
+    begun = before + words if found else words
+    return tokenizer.encode(begun, add_special_tokens=False)

@@ -50,10 +50,12 @@ class Stretches:
         """Every `size` stretches in a row; a chunk's source is that of its first stretch."""
         first = []
         for _, begin, end in runs_of(self.run.tolist()):
-            first += range(begin, end - size + 1, size)
+            last = end - size
+            first += range(begin, last + 1, size)
 
         begins = np.array(first, int)
-        members = begins[:, None] + np.arange(size)  # (chunks, size)
+        offsets = np.arange(size)
+        members = begins[:, None] + offsets  # (chunks, size)
         counts = self.counts[members].sum(1)
         totals = self.totals[members].sum(1)
         return counts / totals, self.source[begins]
