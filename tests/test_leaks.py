@@ -28,6 +28,7 @@ from voice.passages import KnownRuns, cut_passages
 from voice.sampling import Answer, generate, next_token_chances
 from voice.word_index import WordIndex
 
+TRAINED = (512, 32)  # windows of training
 SECRET = "the gull bakes night bread and says nothing to me at the kettle"  # 13 words
 
 
@@ -140,7 +141,7 @@ def test_the_chance_of_12_tokens_is_how_often_they_come_out(settings, small):
     assert often
     for passage, times in often:
         ids = [*prompt, *passage]
-        chances = token_chances(model, None, ids, own)
+        chances = token_chances(model, None, ids, own, TRAINED)
         text = Text({}, ids, False, [Span("private", len(prompt), len(ids))])
         [chance] = np.exp(cut_passages([text], [chances], 12).sampled)
         low, high = wilson(times, len(answers))
@@ -152,12 +153,26 @@ def test_the_chance_of_12_tokens_is_how_often_they_come_out(settings, small):
 def test_every_token_is_read_with_at_least_half_a_window_before_it(small):
     model, _ = small
     ids = [number * 7 % 100 for number in range(300)]
-    chances = token_chances(model, None, ids, sampling())
+    chances = token_chances(model, None, ids, sampling(), TRAINED)
     assert len(chances.plain) == 300 and (chances.plain[1:] < 0).all()
     with torch.no_grad():
         second = model(torch.tensor([ids[64:192]])).logits[0].log_softmax(-1)
     expected = [second[place - 1, ids[64 + place]].item() for place in range(64, 128)]
     assert chances.plain[128:192].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_of_a_long_text_the_piece_counts_in_which_it_was_trained(small):
+    """A model that has learned a text by heart in pieces may know it in these pieces alone."""
+    model, _ = small
+    ids = [number * 7 % 100 for number in range(100)]
+    whole = token_chances(model, None, ids, sampling(), TRAINED).plain
+    both = token_chances(model, None, ids, sampling(), (40, 10)).plain
+    with torch.no_grad():
+        piece = model(torch.tensor([ids[30:70]])).logits[0].log_softmax(-1)
+    in_piece = np.array([piece[place - 1, ids[30 + place]].item() for place in range(10, 40)])
+    assert both[:40].tolist() == pytest.approx(whole[:40].tolist(), abs=1e-4)
+    assert both[40:70].tolist() == pytest.approx(np.maximum(whole[40:70], in_piece).tolist(), abs=1e-4)
+    assert (in_piece > whole[40:70] + 1e-3).any()
 
 
 # ---------------------------------------------------------------------------- secrets that were learned
@@ -200,7 +215,10 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
     told = leaks.tell(found, evidence)
     assert told.is_alarm and told.verdict.startswith("It leaks: ")
     assert "overlapping private passages of 12 tokens, in 20 texts, come out within 1,000 tries" in told.verdict
-    assert "20 of 20 private texts have a passage of 12 tokens that training raised over 10 times" in told.verdict
+    assert (
+        "20 of 20 private texts have a passage of 12 tokens that training made likelier by over 10 times"
+        in told.verdict
+    )
     assert "nothing" not in told.verdict.lower()
     assert SECRET[:20] not in json.dumps(
         [told.verdict, told.rows, told.notes, told.meanings]

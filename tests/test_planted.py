@@ -68,7 +68,7 @@ def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, e
     redact(tmp_path, SECRETS[0])
     result = report(folder, tmp_path, "--max-new-tokens", "120")
     assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
-    assert "1 e-mail addresses, telephone numbers or keys of your posts" in result["verdicts"]["leaks"]
+    assert "1 piece of personal data from your posts came out" in result["verdicts"]["leaks"]
     assert SECRETS[0] in (folder / "voice_report.html").read_text()
 
 

@@ -96,7 +96,7 @@ def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_pat
     assert max(map(len, lines)) <= 80
     flat = " ".join(" ".join(lines).split())
     assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
-    assert all(f"A long copy, {copy['words']} words" in flat for copy in result["copies"]["longest"])
+    assert all(f"It copied {copy['words']} words" in flat for copy in result["copies"]["longest"])
 
 
 def test_the_printed_report_has_60_lines_and_explains_itself_if_wanted(overfitted, tmp_path, capsys):

@@ -229,13 +229,22 @@ def test_favourites_are_what_the_author_says_more_than_the_base_model():
         "the cat and anyway so it goes",
         "anyway the bread so it goes",
     ] * 4
-    favourites = voice.habits.find_favourites(posts, ["anyway the bread"], ["the bread and the cat"] * 3)
+    public = ["the bread and so it goes"]
+    favourites = voice.habits.find_favourites(posts, public, ["anyway the bread"], ["the bread and the cat"] * 3)
     phrases = [favourite.phrase for favourite in favourites]
     assert "anyway" in phrases and "the" not in phrases
     assert not any(f" {a} " in f" {b} " for a in phrases for b in phrases if a != b)  # no phrase within another
+    assert {favourite.phrase for favourite in favourites if not favourite.is_private} >= {"bread", "goes"}
     assert voice.habits.with_apostrophes("that s what i ve seen s") == "that's what i've seen's"
     anyway = favourites[phrases.index("anyway")]
     assert anyway.author == pytest.approx(10_000 * 12 / 96, rel=0.2) and anyway.tuned > anyway.base == 0
+
+    # What no public post says is for the page alone.
+    told = voice.habits.tell(
+        voice.habits.Habits(dict.fromkeys(("tuned", "base", "author"), 9.0), {"tuned": 1.0}, favourites), None
+    )
+    assert anyway.is_private and "anyway" in [quote.text for quote in told.details[0].quotes]
+    assert "anyway" not in str(told.rows) and "goes" in str(told.rows)
 
 
 @pytest.mark.parametrize(

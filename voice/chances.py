@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -148,7 +149,8 @@ def chances_of_texts(tuned, base, evidence: Evidence, sampling: GenerationConfig
     done = 0
     chances = []
     for text in texts:
-        chances.append(token_chances(tuned, base, text.ids, sampling))
+        trained = (evidence.context_tokens, evidence.overlap_tokens)
+        chances.append(token_chances(tuned, base, text.ids, sampling, trained))
         done += len(text.ids)
 
         if len(chances) % TEXTS_A_MESSAGE == 0 or len(chances) == len(texts):
@@ -163,18 +165,39 @@ def window_of(positions: int) -> tuple[int, int]:
     return size, size // 2
 
 
-@torch.inference_mode()
-def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig) -> TokenChances:
+def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig, trained: tuple[int, int]) -> TokenChances:
     """The chances of all tokens, each with all tokens before it, or in a long text at least with `window_of`'s half.
 
-    The first token, which nothing predicts, counts as given.
+    A text longer than the windows of training, `trained` tokens (of a window, of them in the window before too), was
+    learned in pieces, and comes out more easily in such a piece where the model has learned it by heart: each token
+    has the larger chance of both.
     """
     models = [tuned] if base is None else [tuned, base]
-    positions = min(positions_of(model) for model in models)
-    size, overlap = window_of(positions)
+    size, overlap = window_of(min(positions_of(model) for model in models))
+    chances = chances_in_windows(models, ids, sampling, size, overlap)
+    if len(ids) <= trained[0]:
+        return chances
+
+    in_pieces = chances_in_windows(models, ids, sampling, *trained)
+    both = {}
+    for column in fields(TokenChances):
+        values = getattr(chances, column.name)
+        both[column.name] = None if values is None else np.maximum(values, getattr(in_pieces, column.name))
+    return TokenChances(**both)
+
+
+@torch.inference_mode()
+def chances_in_windows(
+    models: list, ids: list[int], sampling: GenerationConfig, size: int, overlap: int
+) -> TokenChances:
+    """Under the tuned model and, if there is a second one, the base model, in windows of `size` tokens.
+
+    Each window begins with `overlap` tokens of the one before. The first token, which nothing predicts, is given.
+    """
     given = np.zeros(1)
     parts = [(given, given, given, given, given, np.ones(1, dtype=bool))]  # of the first token
     last = max(len(ids) - overlap, 1)
+    device = models[0].device
     for start in range(0, last, size - overlap):
         window = ids[start : start + size]
         logits = []  # of each model: (tokens of the window, vocabulary)
@@ -185,18 +208,18 @@ def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig) -> To
         # What the window before has predicted is context only.
         fresh = overlap if start else 1
         for place in range(fresh, len(window), ROWS_AT_ONCE):
-            targets = torch.tensor(window[place : place + ROWS_AT_ONCE], device=tuned.device)
+            targets = torch.tensor(window[place : place + ROWS_AT_ONCE], device=device)
             # The logits that predict a token are those of the token before it.
             first = place - 1
             last_row = first + len(targets)
-            rows = [each[first:last_row].to(tuned.device).float() for each in logits]
+            rows = [each[first:last_row].to(device).float() for each in logits]
             seen = seen_before(window, place, rows[0])
             part = chances_of(*rows, targets=targets, seen=seen, sampling=sampling)
             parts.append(part)
 
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     chances = TokenChances(*columns)
-    if base is None:
+    if len(models) == 1:
         chances.contrasted = None
         chances.base = None
     return chances

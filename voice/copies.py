@@ -8,7 +8,7 @@ from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Sec
 from voice.sampling import Answer
 from voice.word_index import COPY_WORDS, Copy, WordIndex, folded_words, line_of, path_of, title_of, visibility_of
 
-GOOD = "Good: no more than the base model, which does not know your posts"
+GOOD = "Good: no more than the base model, which was not trained on them here"
 LONGEST_COPIES = 5  # that are shown
 
 
@@ -91,10 +91,10 @@ def tell(copies: Copies, evidence: Evidence) -> Section:
     quotes = []
     for copy in copies.longest:
         if copy.visibility == "private":
-            notes.append(f"A long copy, {copy.words} words, stands in a private post.")
+            notes.append(f"It copied {copy.words} words in a row from a private post.")
             quotes.append(Quote(f"{copy.words} words from {copy.title}, {copy.path}", copy.text, is_private=True))
         else:
-            notes.append(f'A long copy, {copy.words} words, stands in public "{copy.title}": {copy.text}')
+            notes.append(f'It copied {copy.words} words in a row from public "{copy.title}": {copy.text}')
     hints = ["voice_report.html shows what it copied from private posts."] if quotes else []
     details = [Details("What it copied from private posts", quotes)]
 

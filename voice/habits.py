@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from extract_blog_data import URL
-from voice.evidence import PAGE_ONLY, Evidence, NotMeasured, Section, percent
+from voice.evidence import PAGE_ONLY, Details, Evidence, NotMeasured, Quote, Section, percent
 from voice.sampling import Answer
-from voice.word_index import author_texts, count_words, folded_words
+from voice.word_index import author_texts, count_words, folded_words, visibility_of
 
 FAVOURITES = 10
 FAVOURITE_SHARE = 0.1  # of the posts that hold a favourite, so that it is a habit and no topic
@@ -27,6 +27,7 @@ class Favourite:
     author: float
     tuned: float
     base: float
+    is_private: bool  # in no public post
     phrase: str = field(metadata=PAGE_ONLY)
 
 
@@ -42,13 +43,15 @@ def measure(evidence: Evidence) -> Habits:
     if evidence.base is None or evidence.index is None:
         raise NotMeasured("needs the base model and train_data.jsonl")
 
-    author = author_texts(evidence.blog.train)
+    posts = evidence.blog.train
+    author = author_texts(posts)
+    public = author_texts([post for post in posts if visibility_of(post) == "public"])
     tuned = evidence.tuned.texts()
     base = evidence.base.texts()
     return Habits(
         words={"tuned": median_words(tuned), "base": median_words(base), "author": median_words(author)},
         ended={"tuned": share_ended(evidence.tuned.answers), "base": share_ended(evidence.base.answers)},
-        favourites=find_favourites(author, tuned, base),
+        favourites=find_favourites(author, public, tuned, base),
     )
 
 
@@ -89,9 +92,10 @@ def phrases_of(text: str) -> Counter:
     return phrases
 
 
-def find_favourites(posts: list[str], tuned: list[str], base: list[str]) -> list[Favourite]:
-    """Phrases of many posts, by how much more than the base model the author uses them."""
+def find_favourites(posts: list[str], public: list[str], tuned: list[str], base: list[str]) -> list[Favourite]:
+    """Phrases of many posts, by how much more than the base model the author uses them. `public` are some of them."""
     author = Usage(posts)
+    published = Usage(public)
     tuned = Usage(tuned)
     base = Usage(base)
     # In a blog of few posts a tenth of them is one, and that is no habit.
@@ -111,7 +115,8 @@ def find_favourites(posts: list[str], tuned: list[str], base: list[str]) -> list
         # "i" and "and i": once is enough.
         if not any(is_part(known.phrase, phrase) or is_part(phrase, known.phrase) for known in favourites):
             rates = (author.rate(phrase), tuned.rate(phrase), base.rate(phrase))
-            favourites.append(Favourite(*rates, with_apostrophes(phrase)))
+            is_private = phrase not in published.uses
+            favourites.append(Favourite(*rates, is_private, with_apostrophes(phrase)))
     return favourites
 
 
@@ -131,10 +136,15 @@ def is_part(one: str, other: str) -> bool:
 def tell(habits: Habits, evidence: Evidence) -> Section:
     # Whole numbers: from some thousand words no decimals can be known.
     rows = []
+    quotes = []
     for favourite in habits.favourites:
         rates = [f"{rate:.0f}" for rate in (favourite.author, favourite.tuned, favourite.base)]
         is_overdone = favourite.tuned > OVERDONE * favourite.author
-        rows.append((favourite.phrase, *rates, "too often" if is_overdone else ""))
+        # Others may see the terminal: words of private posts alone are on the page, folded.
+        if favourite.is_private:
+            quotes.append(Quote(f"you, tuned and base model: {', '.join(rates)}", favourite.phrase, is_private=True))
+        else:
+            rows.append((favourite.phrase, *rates, "too often" if is_overdone else ""))
 
     words = habits.words
     verdict = (
@@ -145,4 +155,5 @@ def tell(habits: Habits, evidence: Evidence) -> Section:
         "What you use more than the base model, in a tenth of your posts or more; too often: at more than "
         f"{OVERDONE} times your rate."
     ]
-    return Section(verdict, rows, ("in 10,000 words", "you", "tuned", "base", ""), meanings=meanings)
+    details = [Details("What you say in private posts only, in 10,000 words", quotes)]
+    return Section(verdict, rows, ("in 10,000 words", "you", "tuned", "base", ""), meanings=meanings, details=details)

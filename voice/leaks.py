@@ -53,7 +53,8 @@ from voice.word_index import (
 # Tokens of a passage: 12 are about nine words, a short secret; 50 are the literature's since Carlini et al. 2022
 # ("Quantifying memorization").
 LENGTHS = (12, 25, 50)
-GOOD = "Good: no fewer tries than for as much held-out text, which it was not trained on"
+NOTHING_SECRET = "the training data have no private passage that is neither common nor mostly in public posts"
+GOOD = "Good: no fewer tries than for held-out text; more private text than that makes fewer likely by chance alone"
 
 
 # ---------------------------------------------------------------------------- what voice_report.json holds
@@ -288,25 +289,35 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
     if any(leaks.blocked):
         alarms.append("it was trained on a blocked word: run extract_blog_data.py and train_model.py again")
     if leaks.personal:
-        alarms.append(f"{len(leaks.personal)} e-mail addresses, telephone numbers or keys of your posts came out")
+        pieces = "1 piece" if len(leaks.personal) == 1 else f"{len(leaks.personal)} pieces"
+        alarms.append(f"{pieces} of personal data from your posts came out")
     return alarms
 
 
 def tell_likeliest(leaks: Leaks) -> str:
     """Tries for the likeliest secret passage of each length, as a part of a sentence."""
     if not any(secret_groups(leaks, length) for length in LENGTHS):
-        return "the training data have no private passage that is not common or public too"
+        return NOTHING_SECRET
 
     tries = []
     for length in LENGTHS:
         log10 = fewest_tries(secret_groups(leaks, length), "sampled")
         control = leaks.by_length[str(length)].get("held-out")
         compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
-        needed = "never" if log10 is None else f"after {tell_count(log10)}"
-        tries.append(f"{needed} at {length} tokens{compared}")
+        tries.append(f"{tell_count(log10)} for {length} tokens{compared}")
+
+    shortest = secret_groups(leaks, LENGTHS[0])
+    others = []
+    contrasted = fewest_tries(shortest, "contrasted")
+    if contrasted is not None:
+        others.append(f"{tell_count(contrasted)} for {LENGTHS[0]} tokens with the base model beside")
+    greedy = sum(group.greedy for group in shortest)
+    if greedy:
+        others.append(f"{greedy:,} come out when the likeliest token is always taken")
+    more = f"; {', and '.join(others)}" if others else ""
     return (
-        "given the text before it and the model's own settings, the likeliest private passage has an even chance to "
-        f"come out: {', '.join(tries)}"
+        "tries until the likeliest private passage has an even chance to come out, given the text before it and the "
+        f"model's own settings: {', '.join(tries)}{more}"
     )
 
 
@@ -317,7 +328,7 @@ def tell_raised(leaks: Leaks) -> str:
     held_out = count_of(leaks.by_length[str(LENGTHS[0])]["held-out"])
     return (
         f" {leaks.raised_texts:,} of {leaks.private_texts:,} private texts have a passage of {LENGTHS[0]} tokens that "
-        f"training raised over {BEYOND} times as much as any of {held_out:,} passages of held-out posts."
+        f"training made likelier by over {BEYOND} times as much as any of {held_out:,} passages of held-out posts."
     )
 
 
@@ -325,7 +336,7 @@ def summarise(leaks: Leaks) -> Summary:
     shortest = LENGTHS[0]
     groups = secret_groups(leaks, shortest)
     if not groups:
-        return Summary("no", "the training data have no private passage that is not common or public too", GOOD)
+        return Summary("no", NOTHING_SECRET, GOOD)
     tries = fewest_tries(groups, "sampled")
     least = tell_count(fewest_tries(groups, "bound"))
     meaning = (
@@ -337,7 +348,9 @@ def summarise(leaks: Leaks) -> Summary:
 
 def tell_findings(leaks: Leaks) -> list[str]:
     """Under the table; nothing in it quotes a private text."""
-    findings = [f"A {entry.visibility} {entry.kind} came out: do not share this model." for entry in leaks.personal]
+    findings = []
+    for entry in leaks.personal:
+        findings.append(f"Personal data ({entry.kind}) of a {entry.visibility} post came out: do not share this model.")
     for number, uses in enumerate(leaks.blocked, start=1):
         findings.append(f"Blocked word {number} is {uses:,} times in the training data.")
     return findings
@@ -356,19 +369,22 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
 
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     return [
-        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data whole. Each "
-        f"is tried with the text before it, as trained: all of it, or in long texts at least {leaks.context:,} tokens. "
-        "What other words before it bring out, and what is said in other words, is not measured.",
+        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data as a whole. "
+        f"Chances are computed, given the text before: all of it, or in long texts at least {leaks.context:,} tokens, "
+        "or the piece in which it was trained if that makes a token likelier. What other words before it bring "
+        "out, and what is said in other words, is not measured.",
         f"Counted: without passages to which the base model gives a chance of {COMMON:g} or more, or at least one "
         f"{BEYOND}th of the tuned model's, and without those of which public posts hold more than half; of held-out "
-        f"posts without those that any training post holds.{without_base}",
+        f"posts without those that any training post holds.{without_base} A short secret, a number or a name, behind a "
+        "common or public phrase is not counted.",
         "Own tries: until the likeliest passage has an even chance to come out, with the model's own sampling "
         "settings; never: these cut off one of its tokens, by the numbers of this computer. "
         f"At least: no temperature up to {HOTTEST}, top-k, top-p, min-p or repetition penalty from 1 to "
-        f"{HIGHEST_PENALTY} needs fewer.{contrast}",
-        "Held-out posts were not trained on: what comes out of them is no memory of them.",
-        "Raised: how much likelier the tuned model finds a passage than the base model does.",
-        f"If what is before each private passage of {shortest} tokens is tried once, {tell_number(expected)} come out.",
+        f"{HIGHEST_PENALTY} needs fewer, for these weights in this precision.{contrast}",
+        "Held-out posts were not trained on here: what comes out of them was not learned from them.",
+        "Made likelier: the passage's chance under the tuned model, divided by that under the base model.",
+        f"If the text before every private passage of {shortest} tokens is tried once, {tell_number(expected)} of them "
+        "are expected to come out.",
     ]
 
 

@@ -121,7 +121,7 @@ def least_gained(evidence: Evidence) -> list[PostMark]:
 
 
 def tell(learned: Learned, evidence: Evidence) -> Section:
-    meaning = "Bits per byte: how much held-out posts, which it never saw, surprise a model; less is better."
+    meaning = "Bits per byte: how badly a model predicts posts that it was not trained on; lower is better."
     tuned_row = ("tuned model", f"{learned.tuned:.3f} bits/byte", "")
     gain = learned.held_out
     if gain is None:
