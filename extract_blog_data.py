@@ -63,7 +63,6 @@ import re
 import reprlib
 import secrets
 import stat
-import string
 import sys
 import threading
 import tomllib
@@ -132,6 +131,9 @@ REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to ad
 
 
 # ---------------------------------------------------------------- the run
+CHUNK = 8  # files that a process is given at once; a guess
+
+
 def extract(settings: Settings):
     """Reads the repositories and writes the data folder. Exits with a sentence if no post can be used."""
     sites = read_sites(settings)
@@ -194,7 +196,7 @@ def read_all(posts: list[Post], settings: Settings) -> Iterator[Post]:
         # All workers start here, with signals blocked until start_worker has set their handlers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            filled = pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+            filled = pool.map(read, posts, chunksize=CHUNK)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from filled
@@ -212,11 +214,6 @@ def start_worker():
 def end_with_run():
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def chunk_size(posts: int, cores: int) -> int:
-    """Posts passed to a process at once: four chunks a process, so that none ends long after the others."""
-    return min(64, max(1, posts // (4 * cores)))
 
 
 def read_post(post: Post, settings: Settings) -> Post:
@@ -270,7 +267,7 @@ def fill_post(post: Post, settings: Settings) -> str:
     own, body = parts
     meta = overlay(post.defaults, own)
     comments = read_comments(meta.get("comments"))
-    comments |= read_comments(comments_in_files(post, settings))
+    comments |= comments_in_files(post, settings)
     words = count_words(body) + sum(count_words(comment.content) for comment in comments.values())
     post.found += words
     post.left_out[UNUSED] = words
@@ -295,9 +292,12 @@ def fill_post(post: Post, settings: Settings) -> str:
     # A post with only a picture may have replies, which stay.
     words = words_of(post.text)
     if len(words) < settings.min_words:
-        post.detail = f"{len(words)} words" if words else tell_most(post.left_out)
+        most = [f"{kind} {number:,}" for kind, number in post.left_out.most_common(3) if number > 0]
+        post.detail = f"{len(words)} words" if words else ", ".join(most)
         leave_out(post, "too short")
-        return why_without_text(post, words)
+        if post.replies:
+            return ""
+        return "too short" if words else "empty after cleaning"
 
     post.request = make_request(post, read_tags(meta, post, settings), settings)
     post.shingles = shingle_hashes(words)
@@ -310,9 +310,8 @@ def read_text(post: Post, body: str, meta: dict, settings: Settings):
     title = clean_title(meta.get("title"))
     post.title = clean_for_training(title, post, settings)
 
-    chats: list[list[Said]] = []
     source = strip_markup(body, meta, post.left_out)
-    text = to_text(source, is_html, title, settings.line_breaks, post.left_out, chats)
+    text, chats = to_text(source, is_html, title, settings.line_breaks, post.left_out)
     post.text = clean_words(text, post, settings)
     post.words = count_words(post.text)
     for chat in chats:
@@ -325,17 +324,6 @@ def is_unpublished(meta: dict) -> bool:
 
 def authors_of(meta: dict) -> list[str]:
     return [name.casefold() for name in strings(meta.get("author")) + strings(meta.get("authors"))]
-
-
-def why_without_text(post: Post, words: list[str]) -> str:
-    """Why a post of too few words is skipped; "" if its replies are kept."""
-    if post.replies:
-        return ""
-    return "too short" if words else "empty after cleaning"
-
-
-def tell_most(left_out: Counter) -> str:
-    return ", ".join(f"{kind} {number:,}" for kind, number in left_out.most_common(3) if number > 0)
 
 
 # ---------------------------------------------------------------- words
@@ -698,6 +686,11 @@ def strings(value: object) -> list[str]:
     return [name.strip() for name in names if isinstance(name, str) and name.strip()]
 
 
+def mappings_in(value: object) -> list[dict]:
+    """The mappings of a list; none of anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 # ---------------------------------------------------------------- finding posts
 MARKDOWN_SUFFIXES = {".md", ".markdown", ".mkd", ".mkdn", ".mkdown"}
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
@@ -817,16 +810,9 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
         loaded = parse(data.decode("utf-8-sig"))
     except OSError as error:
         return {}, error.strerror or type(error).__name__
-    except (RecursionError, MemoryError):
-        return {}, "nested too deep"
-    except UnicodeDecodeError:
-        return {}, "not UTF-8"
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = str(error).split("\n")[0]
-        return {}, f"line {mark.line + 1}: {error.problem}" if mark else what
-    except ValueError as error:  # a mistake in TOML, or a number of 5,000 digits
-        return {}, str(error).split(";")[0]
+    except (ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
+        # A parser's message may have several lines, with the place of the mistake in the last one.
+        return {}, " ".join(str(error).split()) or type(error).__name__
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
     if isinstance(loaded, dict):
@@ -838,9 +824,7 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
 def read_defaults(entries: object) -> tuple[Defaults, ...]:
     """The valid entries, in their order."""
     found = []
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict):
-            continue
+    for entry in mappings_in(entries):
         values = entry.get("values")
         scope = entry.get("scope", {})
         if isinstance(values, dict) and isinstance(scope, dict):
@@ -1085,12 +1069,15 @@ def why_no_file(path: Path) -> str:
 # The value is the kind of words in the report.
 LIQUID = "Liquid and shortcodes"
 PUT_IN = "put in from the front matter"  # a negative number
-DROPPED_TAGS = dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes")  # somebody else's words
-DROPPED_TAGS |= dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code")
-DROPPED_TAGS |= dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code")
-DROPPED_TAGS |= dict.fromkeys(("schema", "comment", "doc", "button"), LIQUID)
-DROPPED_TAGS |= dict.fromkeys(("for", "tablerow", "capture"), LIQUID)  # template code, not text
-DROPPED_TAGS |= {"table": "tables"} | dict.fromkeys(("gallery", "figure", "caption"), "captions")
+DROPPED_TAGS = {
+    **dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes"),  # somebody else's words
+    **dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code"),
+    **dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code"),
+    **dict.fromkeys(("schema", "comment", "doc", "button"), LIQUID),
+    **dict.fromkeys(("for", "tablerow", "capture"), LIQUID),  # template code, not text
+    **dict.fromkeys(("gallery", "figure", "caption"), "captions"),
+    "table": "tables",
+}
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
@@ -1150,11 +1137,10 @@ class Markup(NamedTuple):
     result: str  # what strip_markup makes of the example
 
 
-def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
+def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
     """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown.
 
     The words that go are added to left_out, by their kind."""
-    left_out = Counter() if left_out is None else left_out
     separator = meta.get("excerpt_separator")
     if isinstance(separator, str) and separator.strip():
         line = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
@@ -1226,10 +1212,6 @@ def inline_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """Inline code stays, unless it is a block with its fences on the same lines."""
     is_block = len(found["ticks"]) > 2 and "\n" in found[0]
     return "" if is_block else found[0], found.end()
-
-
-def inline_maths(text: str, found: re.Match, page: Page) -> tuple[str, int]:
-    return found["formula"], found.end()
 
 
 def mended_definition(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -1339,7 +1321,7 @@ SAME_PARAGRAPH = r"(?:(?!\n[ \t]*\n).)"
 # row has, and the character with which new markup begins must be among those of BEGINS and of strip_markup.
 NOT_PROSE = [
     Markup(
-        "fenced",  # perhaps in a list item
+        "fenced",
         rf"^(?P<lead>[ \t]*(?:{LIST_MARK}[ \t]*)?)"
         r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}(?=[ \t]*[\w+#.-]*[ \t]*$))(?P<info>[^\n]*)$"
         r"(?P<closed>.*?^[ \t]*(?P=fence)[`~]*[ \t]*$)?",
@@ -1357,11 +1339,7 @@ NOT_PROSE = [
     Markup("more", r"<!--\s*(?:more|excerpt|break).*?-->", "\n\n", "Hello.<!--more-->Bye.", "Hello.\n\nBye."),
     Markup("remark", r"<!--.*?-->", "", "Hello.<!-- {{ x }} -->", "Hello."),
     Markup(
-        "title",  # a line that repeats it
-        r"^[# \t]*\{\{-?\s*page\.title\b[^}\n]*\}\}[ \t]*$",
-        "",
-        "# {{ page.title }}\n\nHello.",
-        "\n\nHello.",
+        "title", r"^[# \t]*\{\{-?\s*page\.title\b[^}\n]*\}\}[ \t]*$", "", "# {{ page.title }}\n\nHello.", "\n\nHello."
     ),
     Markup("tag", r"\{%-?\s*(?P<name>#|[\w-]+).*?%\}", liquid_tag, "{% quote Ann %}hers{% endquote %} I", f"{HOLE} I"),
     Markup(
@@ -1371,19 +1349,20 @@ NOT_PROSE = [
         "{{ page.title }} {{avec}} {{ page.x }}.",
         f"My cat avec {HOLE}.",
     ),
-    Markup("kramdown_comment", r"\{::comment\}.*?\{:/(?:comment)?\}", "", "{::comment}no{:/comment}Hello.", "Hello."),
-    Markup("kramdown_option", r"\{::[^}\n]*\}|\{:/\w*\}", "", "{::nomarkdown}Hello.{:/}", "Hello."),
+    Markup(
+        "kramdown_option",
+        r"\{::comment\}.*?\{:/(?:comment)?\}|\{::[^}\n]*\}|\{:/\w*\}",
+        "",
+        "{::comment}no{:/comment}Hello. {::nomarkdown}Bye.{:/}",
+        "Hello. Bye.",
+    ),
     Markup("heading_id", r"[ \t]*\{#[\w:.-]+\}[ \t]*$", "", "## Head {#head-1}", "## Head"),
     Markup(
-        "contents",
-        rf"^[ \t]*{LIST_MARK}[^\n]*\n[ \t]*\{{:\s*toc\s*\}}",
-        "",
-        "1. Contents\n{:toc}\nHello.",
-        "\nHello.",
+        "contents", rf"^[ \t]*{LIST_MARK}[^\n]*\n[ \t]*\{{:\s*toc\s*\}}", "", "1. Contents\n{:toc}\nHello.", "\nHello."
     ),
     Markup("contents_mark", r"^[ \t]*\[TOC\][ \t]*$", "", "[TOC]\n\nHello.", "\n\nHello."),
     Markup(
-        "definition",  # of a link, with blanks in its target
+        "definition",
         r"^(?P<label> {0,3}\[[^\]\n^][^\]\n]*\]:)[ \t]+"
         r"""(?P<target>(?:https?://|mailto:|/)[^\s<>]*(?: +[^\s<>"'(]+)+)[ \t]*$""",
         mended_definition,
@@ -1391,25 +1370,17 @@ NOT_PROSE = [
         "[x]: <http://example.org/my%20cat.png>",
     ),
     Markup(
-        "button",  # a link that is one
+        "button",
         r"\[[^\[\]\n]*\]\([^()\n]*\)\s*\{:[^}\n]*\.(?:btn|button)\b[^}\n]*\}",
         "",
         "Hello. [Press me](/x){: .btn }",
         "Hello. ",
     ),
     Markup(
-        "attributes",
-        rf"\{{:\s*{IAL_ITEM}(?:\s+{IAL_ITEM})*\s*\}}",
-        "",
-        'Hello.\n{: .x #y key="v" z=b }',
-        "Hello.\n",
+        "attributes", rf"\{{:\s*{IAL_ITEM}(?:\s+{IAL_ITEM})*\s*\}}", "", 'Hello.\n{: .x #y key="v" z=b }', "Hello.\n"
     ),
     Markup(
-        "display_maths",
-        rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$",
-        "",
-        "Hello.\n$$\nx = 1\n$$",
-        "Hello.\n",
+        "display_maths", rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$", "", "Hello.\n$$\nx = 1\n$$", "Hello.\n"
     ),
     Markup(
         "latex",
@@ -1419,14 +1390,7 @@ NOT_PROSE = [
         "Hello.\n",
     ),
     Markup(
-        "maths",
-        r"(?<!\$)\$\$(?P<formula>[^$\n]+)\$\$(?!\$)",
-        inline_maths,
-        "There are $$N$$ of them.",
-        "There are N of them.",
-    ),
-    Markup(
-        "shortcode",  # WordPress's, with its content
+        "shortcode",
         rf"\[(?P<short>{SHORTCODE})\b[^\]\n]*\](?![(\[:]).*?\[/(?P=short)\]",
         "",
         "[caption id='a']<img src='x'> A caption[/caption] Mine.",
@@ -1454,7 +1418,7 @@ ANY_KIND = "|".join(f"(?P<{rule.kind}>{rule.pattern})" for rule in NOT_PROSE)
 SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
 BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
 # What the report calls the words of these rows; those of the others are markup.
-KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths", "maths"), "code")
+KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths"), "code")
 KINDS_OF_WORDS |= dict.fromkeys(("title", "output"), LIQUID)
 KINDS_OF_WORDS |= {"remark": "comments in the source", "shortcode": "captions", "shortcode_alone": LIQUID}
 KINDS_OF_WORDS |= {"contents": "menus", "button": "menus"}
@@ -1893,11 +1857,10 @@ def is_full(line: str, next_word: str, width: int) -> bool:
     return len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
 
 
-def clean_lines(text: str, left_out: Counter | None = None) -> str:
+def clean_lines(text: str, left_out: Counter) -> str:
     """The text without bare URLs, table rows and importers' footers; no two blank lines in a row.
 
     The words that go are added to left_out, by their kind."""
-    left_out = Counter() if left_out is None else left_out
     lines = []
     for line in text.split("\n"):
         if TOOL_LINE.fullmatch(line):
@@ -1998,16 +1961,11 @@ LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
 
 def to_text(
-    source: str,
-    is_html: bool,
-    title: str = "",
-    line_breaks: str = "keep",
-    left_out: Counter | None = None,
-    chats: list[list[Said]] | None = None,
-) -> str:
+    source: str, is_html: bool, title: str, line_breaks: str, left_out: Counter
+) -> tuple[str, list[list[Said]]]:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
-    Pasted chats are taken out, and added to `chats`; the words that go are added to `left_out`, by their kind."""
+    The second value is the pasted chats, which are taken out; the words that go are added to left_out by their kind."""
     source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
     if ">" in markup and ANGLED.search(markup):
@@ -2021,13 +1979,9 @@ def to_text(
     tree = BeautifulSoup(markup, "html.parser")
     if "<dt" in markup:
         mark_speakers(tree)
-    reader = PlainText()
+    reader = PlainText(left_out)
     blocks = reader.read(tree)
-    if left_out is None:
-        left_out = Counter()
-    else:
-        left_out.update(reader.left_out)
-        count_markup(source, tree, reader.texts, left_out)
+    count_markup(source, tree, reader.texts, left_out)
 
     # The request contains the title; as the first heading it would be repeated.
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
@@ -2044,10 +1998,8 @@ def to_text(
     typed = "".join(out)
     if "  " in typed:
         typed = re.sub(r"(?<=\S) {2,}", " ", typed)
-    text, found = take_chats(typed)
-    if chats is not None:
-        chats += found
-    return clean_lines(text, left_out)
+    text, chats = take_chats(typed)
+    return clean_lines(text, left_out), chats
 
 
 def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
@@ -2096,8 +2048,8 @@ class Block(NamedTuple):
 class PlainText:
     """Collects the text of an HTML tree, block by block, as the author would type it."""
 
-    def __init__(self):
-        self.left_out = Counter()
+    def __init__(self, left_out: Counter):
+        self.left_out = left_out
         self.texts: list[str] = []  # all that are in the tree
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
@@ -2302,79 +2254,18 @@ def clean_title(title: object) -> str:
 class PersonalData(NamedTuple):
     """A way to write something that nobody else should read."""
 
-    kind: str  # the word that replaces it: "secret", "email", "card", "iban", "ip" or "phone"
+    kind: str  # a key of AROUND; the word that replaces it
     what: str
     pattern: str
     example: str  # the tests look for it
-    real: Callable[[re.Match], str] | None = None  # what of a match is really one, from its start on; "" if nothing
     in_links: bool = True  # False: in a link it may be the id of a video or a ticket
-
-
-class Found(NamedTuple):
-    """Something in a text that is to be replaced."""
-
-    kind: str  # of PersonalData, or "private"
-    start: int
-    end: int
-    normalised: str  # one spelling for all of the same address or number
-
-
-def real_card(found: re.Match) -> str:
-    from stdnum import luhn  # here: it needs 0.1 s to load, and hardly any blog has such a number
-
-    return longest_valid(found[0], lambda number: len(number) > 13 and luhn.is_valid(number))
-
-
-def real_iban(found: re.Match) -> str:
-    from stdnum import iban  # the same
-
-    return longest_valid(found[0], functools.partial(iban.is_valid, check_country=False))
-
-
-def longest_valid(typed: str, is_valid: Callable[[str], bool]) -> str:
-    """The longest start of it, up to the end of a word, that is valid: a security code or a name may follow."""
-    ends = [end.start() for end in re.finditer(r"(?<=\w)\b", typed)]
-    starts = [typed[:end] for end in reversed(ends)]
-    return next((start for start in starts if is_valid(re.sub("[ -]", "", start))), "")
-
-
-def is_id_in_link(found: re.Match) -> bool:
-    """Whether it is a parameter of a link whose name does not suggest a key: the id of a video or a ticket."""
-    link = BEFORE_ID.search(found.string[max(0, found.start() - 500) : found.start()])
-    return bool(link) and not NAME_OF_A_KEY.search(link["name"])
-
-
-def real_ip(found: re.Match) -> str:
-    """An IP address that may lead to a person. 127.0.0.1, 192.168.1.1 and 2001:db8::1 lead nowhere."""
-    try:
-        address = ipaddress.ip_address(found[0])
-    except ValueError:
-        return ""
-    if not address.is_global or address.is_multicast or found[0].startswith(KNOWN_SERVERS):
-        return ""
-
-    # Four numbers may also be a version. Small ones are taken for one unless the text calls them an address.
-    before = found.string[max(0, found.start() - 20) : found.start()]
-    if address.version == 6 or CALLED_ADDRESS.search(before):
-        return found[0]
-    first, second, *_ = address.packed
-    has_small_numbers = first < 30 and (second < 10 or max(address.packed) < 100)
-    return "" if has_small_numbers or CALLED_VERSION.search(before) else found[0]
 
 
 AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
 DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
-# Public name servers, and example.com.
-KNOWN_SERVERS = ("1.1.1.", "1.0.0.", "8.8.8.", "8.8.4.", "9.9.9.", "149.112.112.", "208.67.22", "93.184.216.34")
-CALLED_ADDRESS = re.compile(r"(?i)\bip(?:v4)?\b(?:[ -]?address(?:es)?)?\W*(?:(?:is|was|of|at)\W*)?$|://$")
-CALLED_VERSION = re.compile(r"(?i)\b(?:v|ver|vers|version|versions|release|build|firmware)\W*$")
-BEFORE_ID = re.compile(r"(?i)(?:https?://|www\.)[^\s?#]*[?#](?:\S*[?&;#])?(?P<name>[^\s?&;#=]*)=?$")
-NAME_OF_A_KEY = re.compile(r"(?i)key|token|secret|sig|pass|pwd|auth|session|sid|credential|code")
-
 # To add a telephone format that phonenumbers does not know, or the keys of another service: write a row with an
 # example. The tests look for every example; they also fail if it contains none of the signs of PERSONAL_SIGN, which
-# then needs one more. Of the rows of a kind the first that matches wins; a match that is not real is not tried as
-# another kind from the same position. The order of the kinds, and what may not be around them: AROUND.
+# then needs one more. Of the rows of a kind the first that matches wins.
 PERSONAL_DATA = [
     PersonalData(
         "secret",
@@ -2384,7 +2275,7 @@ PERSONAL_DATA = [
     ),
     PersonalData(
         "secret",
-        "a social security number of the United States",
+        "a US social security number",
         r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
         "123-45-6789",
     ),
@@ -2398,7 +2289,7 @@ PERSONAL_DATA = [
     ),
     PersonalData(
         "secret",
-        "a key or a digest in hexadecimal, but not in a path; digits alone are a large number, letters alone a scream",
+        "a key or digest in hexadecimal: digits alone are a large number, letters alone a scream",
         r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
         "0123456789abcdef" * 2,
         in_links=False,
@@ -2427,25 +2318,20 @@ PERSONAL_DATA = [
         "in groups of four",
         r"(?:[45]\d|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?: \d{3}|\d{0,3})",
         "4111 1111 1111 1111",
-        real_card,
     ),
-    PersonalData(
-        "card", "American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005", real_card
-    ),
+    PersonalData("card", "American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005"),
     PersonalData(
         "iban",
         "a bank account",
         r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
         "DE89 3704 0044 0532 0130 00",
-        real_iban,
     ),
-    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8", real_ip),
+    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8"),
     PersonalData(
         "ip",
         "version 6; all of those in use begin with 2 or 3",
         r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
         "2620:0:2d0:200::8",
-        real_ip,
     ),
     PersonalData(
         "phone",
@@ -2505,6 +2391,70 @@ BEFORE_PHONE = re.compile(rf"(?<![^\W{CJK}]){AROUND['phone'][0]}")
 BEHIND_PHONE = re.compile(AROUND["phone"][1])
 
 
+class Found(NamedTuple):
+    """Something in a text that is to be replaced."""
+
+    kind: str  # of PersonalData, or "private"
+    start: int
+    end: int
+    normalised: str  # one spelling for all of the same address or number
+
+
+# Public name servers, and example.com.
+KNOWN_SERVERS = ("1.1.1.", "1.0.0.", "8.8.8.", "8.8.4.", "9.9.9.", "149.112.112.", "208.67.22", "93.184.216.34")
+CALLED_ADDRESS = re.compile(r"(?i)\bip(?:v4)?\b(?:[ -]?address(?:es)?)?\W*(?:(?:is|was|of|at)\W*)?$|://$")
+CALLED_VERSION = re.compile(r"(?i)\b(?:v|ver|vers|version|versions|release|build|firmware)\W*$")
+BEFORE_ID = re.compile(r"(?i)(?:https?://|www\.)[^\s?#]*[?#](?:\S*[?&;#])?(?P<name>[^\s?&;#=]*)=?$")
+NAME_OF_A_KEY = re.compile(r"(?i)key|token|secret|sig|pass|pwd|auth|session|sid|credential|code")
+
+
+def real_card(found: re.Match) -> str:
+    from stdnum import luhn  # here: it needs 0.1 s to load, and hardly any blog has such a number
+
+    return longest_valid(found[0], lambda number: len(number) > 13 and luhn.is_valid(number))
+
+
+def real_iban(found: re.Match) -> str:
+    from stdnum import iban  # the same
+
+    return longest_valid(found[0], functools.partial(iban.is_valid, check_country=False))
+
+
+def longest_valid(typed: str, is_valid: Callable[[str], bool]) -> str:
+    """The longest start of it, up to the end of a word, that is valid: a security code or a name may follow."""
+    ends = [end.start() for end in re.finditer(r"(?<=\w)\b", typed)]
+    starts = [typed[:end] for end in reversed(ends)]
+    return next((start for start in starts if is_valid(re.sub("[ -]", "", start))), "")
+
+
+def is_id_in_link(found: re.Match) -> bool:
+    """Whether it is a parameter of a link whose name does not suggest a key: the id of a video or a ticket."""
+    link = BEFORE_ID.search(found.string[max(0, found.start() - 500) : found.start()])
+    return bool(link) and not NAME_OF_A_KEY.search(link["name"])
+
+
+def real_ip(found: re.Match) -> str:
+    """An IP address that may lead to a person. 127.0.0.1, 192.168.1.1 and 2001:db8::1 lead nowhere."""
+    try:
+        address = ipaddress.ip_address(found[0])
+    except ValueError:
+        return ""
+    if not address.is_global or address.is_multicast or found[0].startswith(KNOWN_SERVERS):
+        return ""
+
+    # Four numbers may also be a version. Small ones are taken for one unless the text calls them an address.
+    before = found.string[max(0, found.start() - 20) : found.start()]
+    if address.version == 6 or CALLED_ADDRESS.search(before):
+        return found[0]
+    first, second, *_ = address.packed
+    has_small_numbers = first < 30 and (second < 10 or max(address.packed) < 100)
+    return "" if has_small_numbers or CALLED_VERSION.search(before) else found[0]
+
+
+# Kind: what of a match is really one, from its start on; "" if nothing is.
+REAL = {"card": real_card, "iban": real_iban, "ip": real_ip}
+
+
 def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:
     """Every e-mail address, number and key, in order, not overlapping; in public an id in a link is no key.
 
@@ -2515,7 +2465,7 @@ def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> 
     # A match that is not real may contain something else, further on.
     while match := PERSONAL.search(text, position):
         rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
-        real = rule.real(match) if rule.real else match[0]
+        real = REAL[rule.kind](match) if rule.kind in REAL else match[0]
         if is_public and not rule.in_links and is_id_in_link(match):
             real = ""
 
@@ -2587,23 +2537,14 @@ def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
 @functools.cache
 def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
     """A group "word3" for blocked[3]; where two begin at the same position, the longer one is found."""
-    groups = []
-    first_letters = set()
-    for index, phrase in sorted(enumerate(blocked), key=lambda entry: -len(entry[1])):
-        groups.append(f"(?P<word{index}>{phrase_pattern(phrase)})")
-        first_word = words_in(phrase)[0]
-        first_letters.update(spelling[0] for spelling in spellings(first_word))
-
-    # Testing for the first letter before anything else takes a third of the time.
-    letters = map(re.escape, sorted(first_letters))
-    begins = "".join(letters).replace("'", "'\u2019")
-    either = "|".join(groups)
-    return re.compile(f"(?=[{begins}])(?:{either})", re.IGNORECASE)
+    longest_first = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
+    groups = [f"(?P<word{index}>{phrase_pattern(phrase)})" for index, phrase in longest_first]
+    return re.compile("|".join(groups), re.IGNORECASE)
 
 
 def phrase_pattern(phrase: str) -> str:
     """For a phrase in any case, with any white space, either apostrophe, and ss or \u00df."""
-    words = words_in(phrase)
+    words = [word for word in re.split(r"[\s_-]+", phrase) if word]
     patterns = []
     for word in words:
         either = "|".join(map(re.escape, spellings(word)))
@@ -2618,10 +2559,6 @@ def phrase_pattern(phrase: str) -> str:
     before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE
     behind = "" if re.search(f"[{CJK}]$", words[-1]) else NO_WORD_BEHIND
     return before + inner + behind
-
-
-def words_in(phrase: str) -> list[str]:
-    return [word for word in re.split(r"[\s_-]+", phrase) if word]
 
 
 def spellings(word: str) -> list[str]:
@@ -2797,8 +2734,12 @@ def is_topic(tag: str) -> bool:
 
 # ---------------------------------------------------------------- replies
 OPENING = 200  # characters of a post that a reader quotes
-CONTENT = ("content", "message", "body", "text", "comment")  # names of the text; each program has its own
 MOST_COMMENTS = 5000  # of a post; an alias in YAML can unfold to millions
+# Names of the text of a comment; each program has its own.
+CONTENT = ("content", "message", "body", "text", "comment")
+# What names the comment that one answers; a number may count the comments that answer none.
+LINKS = ("replying_to_uid", "replyToId", "replying_to", "reply_to", "replyTo", "in_reply_to", "parent_id", "parent")
+PAGE_LINK = "_parent"  # the same, but mostly of the page
 
 
 class Comment(NamedTuple):
@@ -2813,10 +2754,7 @@ def read_comments(comments: object) -> dict[str, Comment]:
     waiting = [(comments, "")]  # (list of comments, key of the comment that contains it)
     while waiting and len(found) < MOST_COMMENTS:
         items, above = waiting.pop()
-        for item in items if isinstance(items, list) else []:
-            if not isinstance(item, dict):
-                continue
-
+        for item in mappings_in(items):
             # Without an id, or with another comment's, it can still be answered by comments nested in it.
             key = first_of(item, "id", "_id")
             if not key or key in found:
@@ -2832,13 +2770,8 @@ def read_comments(comments: object) -> dict[str, Comment]:
     return found
 
 
-# What names the comment that one answers; a number may count the comments that answer none.
-LINKS = ("replying_to_uid", "replyToId", "replying_to", "reply_to", "replyTo", "in_reply_to", "parent_id", "parent")
-LINKS += ("_parent",)  # mostly the page
-
-
-def comments_in_files(post: Post, settings: Settings) -> list[dict]:
-    """The comments of Staticman's files in read_comments' form, in order of time; what is hidden is left out.
+def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
+    """The comments of Staticman's files by their keys, in order of time; what is hidden is left out.
 
     A comment of the author's that names none answers the one before it."""
     items: dict[str, dict] = {}
@@ -2850,20 +2783,18 @@ def comments_in_files(post: Post, settings: Settings) -> list[dict]:
                 post.left_out[HIDDEN] += words
                 continue
 
-            key = first_of(item, "_id", "id", "uid")
-            if not key or key in items:
-                key = f"{file.stem} {number}"
-            items[key] = item
+            # No key is that of a comment in the front matter.
+            key = f"in files: {first_of(item, '_id', 'id', 'uid')}"
+            items[f"{key}{file.stem} {number}" if key == "in files: " or key in items else key] = item
 
-    tops = [key for key, item in items.items() if not first_of(item, *LINKS[:-1])]
-    found: list[dict] = []
-    for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
-        parent = parent_of(item, items.keys() - {key}, tops)
-        author = first_of(item, "author", "name")
-        if not parent and found and author.casefold() in settings.authors:
-            parent = found[-1]["id"]
-        content = first_of(item, *CONTENT)
-        found.append({"id": f"in files: {key}", "parent": parent, "author": author, "content": content})
+    tops = [key for key, item in items.items() if not first_of(item, *LINKS)]
+    found: dict[str, Comment] = {}
+    for key in sorted(items, key=lambda key: time_of(items[key])):
+        author = first_of(items[key], "author", "name").casefold()
+        parent = parent_of(items[key], items.keys() - {key}, tops)
+        if not parent and author in settings.authors:
+            parent = next(reversed(found), "")
+        found[key] = Comment(parent, author, first_of(items[key], *CONTENT))
     return found
 
 
@@ -2881,30 +2812,28 @@ def load_comments(file: Path, repairs: Counter, max_bytes: int) -> list[dict]:
 
     if isinstance(loaded, dict) and any(isinstance(value, dict) for value in loaded.values()):
         loaded = list(loaded.values())
-    items = loaded if isinstance(loaded, list) else [loaded]
-    return [item for item in items if isinstance(item, dict)]
+    return mappings_in(loaded if isinstance(loaded, list) else [loaded])
 
 
 def parent_of(item: dict, keys: Set[str], tops: list[str]) -> str:
-    for name in LINKS:
+    """The key of the comment that a comment names; "" if it names none of these."""
+    for name in (*LINKS, PAGE_LINK):
         link = first_of(item, name)
-        if link in keys:
+        if f"in files: {link}" in keys:
             return f"in files: {link}"
-        if name != "_parent" and link.isdecimal() and 0 < int(link[:9]) <= len(tops):
-            return f"in files: {tops[int(link) - 1]}"
+        if name != PAGE_LINK and link.isdecimal() and 0 < int(link[:9]) <= len(tops):
+            return tops[int(link) - 1]
     return ""
 
 
 def time_of(item: dict) -> float:
     """Seconds since 1970 of "1554242400", "1554242400000" or "2019-04-02T22:00:00Z"; 0 if there is no such date."""
     text = first_of(item, "date", "timestamp", "created_at", "published")
-    with contextlib.suppress(ValueError, OverflowError):
-        if text.isdecimal():
-            return int(text[:10])
-        moment = datetime.fromisoformat(text)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    day = parse_date(text)
-    return 86400.0 * (day.toordinal() - date(1970, 1, 1).toordinal()) if day else 0
+    try:
+        moment = datetime.fromtimestamp(int(text[:10]), UTC) if text.isdecimal() else datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        return 0
+    return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
 
 
 def is_yes(value: object) -> bool:
@@ -2925,9 +2854,9 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         if key not in comments:
             return ""
         is_own = comments[key].author in settings.authors
-        left_out = post.left_out if is_own else None
+        left_out = post.left_out if is_own else Counter()
         source = strip_markup(comments[key].content, {}, left_out)
-        text = to_text(source, bool(PARAGRAPH_TAG.search(source)), left_out=left_out)
+        text, _ = to_text(source, bool(PARAGRAPH_TAG.search(source)), "", "keep", left_out)
         return (clean_words if is_own else clean_for_training)(text, post, settings)
 
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
@@ -2999,25 +2928,23 @@ def chain_of(
 def add_chat(post: Post, chat: list[Said], settings: Settings):
     """A conversation of a chat in which the author speaks; of any other only who spoke is noted."""
     authors = {plain_speaker(name) for name in settings.authors}
-    is_own = [plain_speaker(said.speaker) in authors for said in chat]
-    for said, own in zip(chat, is_own, strict=True):
-        words = count_words(said.words)
-        post.left_out[SIGNS_OF_CHATS] += count_words(said.lines) - words
-        if not own:
-            post.left_out[OTHERS_LINES] += words
-    if not any(is_own):
+    own_names = {said.speaker for said in chat if plain_speaker(said.speaker) in authors}
+    others = [said.words for said in chat if said.speaker not in own_names]
+    post.left_out[SIGNS_OF_CHATS] += sum(count_words(said.lines) - count_words(said.words) for said in chat)
+    post.left_out[OTHERS_LINES] += sum(map(count_words, others))
+    if not own_names:
         post.speakers.append(Counter(said.speaker for said in chat if said.speaker))
         return
 
-    # What is said behind the author's last line is answered by nobody.
     turns = []
-    for said, own in zip(chat, is_own, strict=True):
-        if own:
-            words = clean_words(clean_lines(said.words, post.left_out), post, settings)
+    for said in chat:
+        if said.speaker in own_names:
+            turns.append(("assistant", clean_words(clean_lines(said.words, post.left_out), post, settings)))
         else:
-            words = clean_for_training(clean_lines(said.words), post, settings)
-        if words:
-            turns.append(("assistant" if own else "user", words))
+            turns.append(("user", clean_for_training(clean_lines(said.words, Counter()), post, settings)))
+
+    # What is said behind the author's last line is answered by nobody.
+    turns = [turn for turn in turns if turn[1]]
     while turns and turns[-1][0] == "user":
         turns.pop()
     if not turns:
@@ -3493,7 +3420,7 @@ def count_page(file: Path, settings: Settings) -> int:
         return 0
 
     body = text[3:].partition(f"\n{fence}")[2]
-    beginning = strip_markup(body[:MOST_LOOKED_AT], {})
+    beginning = strip_markup(body[:MOST_LOOKED_AT], {}, Counter())
     return count_words(body) if count_words(beginning) >= settings.min_words else 0
 
 
@@ -3661,12 +3588,8 @@ def template(places: int) -> Kind:
     def allows(value: object) -> bool:
         if not is_filled(value):
             return False
-        try:
-            parts = list(string.Formatter().parse(value))
-        except ValueError:
-            return False
-        fields = [part[1:] for part in parts if part[1] is not None]
-        return fields == [("", "", None)] * places
+        without_escaped = re.sub(r"\{\{|\}\}", "", value)
+        return re.findall(r"\{\}|[{}]", without_escaped) == ["{}"] * places
 
     return Kind(f"a sentence with {'exactly one' if places == 1 else places} {{}} in it", allows)
 
