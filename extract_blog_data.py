@@ -699,9 +699,7 @@ CONFIG_NAMES = ("_config.yml", "_config.yaml", "_config.toml")  # Jekyll reads t
 IGNORED = re.compile(r"[._#].*|.*~")
 # Made by tools: large, and full of other people's posts.
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
-NOTHING = "(?!)"  # a pattern that never matches
-DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-.")
-DATE_OF_NAME = re.compile(r"^\d{2,4}-\d{1,2}-\d{1,2}-")
+DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-(?=.)")
 COMMENT_SUFFIXES = {".yml", ".yaml", ".json"}
 TEMPLATES = {"_includes", "_layouts", "_data", "_sass", "_plugins"}  # Markdown in these is no page
 OUTSIDE = "outside of FOLDERS"
@@ -789,12 +787,9 @@ def is_folder_of(repository: Path, path: Path) -> bool:
 
 def excluded_paths(names: list[str]) -> re.Pattern:
     """A pattern for what "old", "old/" or "*.bak" means to Jekyll: that path itself, and everything below it."""
-    patterns = []
-    for name in names:
-        plain = name.strip("/")
-        if plain:
-            patterns += [translate(plain), re.escape(plain) + "/"]
-    return re.compile("|".join(patterns) or NOTHING)
+    plain = [name.strip("/") for name in names if name.strip("/")]
+    patterns = [f"{translate(name)}|{re.escape(name)}/" for name in plain]
+    return re.compile("|".join(patterns) or "(?!)")
 
 
 def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
@@ -815,10 +810,9 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
         return {}, " ".join(str(error).split()) or type(error).__name__
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
-    if isinstance(loaded, dict):
-        return loaded, ""
-    is_empty = loaded in (None, "")
-    return {}, "" if is_empty else "it holds no settings"
+    if loaded in (None, ""):
+        return {}, ""
+    return (loaded, "") if isinstance(loaded, dict) else ({}, "it holds no settings")
 
 
 def read_defaults(entries: object) -> tuple[Defaults, ...]:
@@ -838,23 +832,18 @@ def read_defaults(entries: object) -> tuple[Defaults, ...]:
 
 
 def defaults_of(inside: Path, kind: str, site: Site) -> dict:
-    """The front matter that _config.yml gives to a file."""
+    """The front matter that _config.yml gives to a file; of two entries the one with the longer path wins."""
     path = without_folder(inside.as_posix(), site.collections_dir)
-    values: dict = {}
-    strongest = (0, False)
+    fitting = []
     for entry in site.defaults:
         scope = without_folder(entry.path, site.collections_dir)
         is_within = glob_pattern(scope).match(path) if "*" in scope else path.startswith(scope)
-        if not is_within or entry.kind not in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
-            continue
+        if is_within and entry.kind in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
+            fitting.append(entry)
 
-        # Jekyll compares with the entry that won last, by the length of its path, then by whether it names a type.
-        strength = (len(entry.path), bool(entry.kind))
-        if strength >= strongest:
-            values = overlay(values, entry.values)
-            strongest = strength
-        else:
-            values = overlay(entry.values, values)
+    values: dict = {}
+    for entry in sorted(fitting, key=lambda entry: (len(entry.path), bool(entry.kind))):
+        values = overlay(values, entry.values)
     return values
 
 
@@ -890,12 +879,11 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
         blog = site.repository.name
         here = []
         for file, reason in walk_posts(site, settings.include_drafts):
-            # A file name need not be UTF-8, but the report must be.
             inside = file.relative_to(site.root)
-            path = file.relative_to(site.repository).as_posix().encode("utf-8", "replace").decode()
             if reason == OUTSIDE:
                 unread.append(Unread(blog, *source_of(inside, site), file))
                 continue
+            path = in_utf8(file.relative_to(site.repository))
             defaults = defaults_of(inside, kind_of(inside, site), site)
             here.append(Post(blog, site.visibility, path, file, reason, defaults))
 
@@ -911,13 +899,18 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
     return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path)), unread
 
 
+def in_utf8(path: Path) -> str:
+    """A file name need not be UTF-8, but the report must be."""
+    return path.as_posix().encode("utf-8", "replace").decode()
+
+
 def source_of(inside: Path, site: Site) -> tuple[str, str]:
     """(the folder of a file that is not read, the setting that reads it)."""
-    parts = inside.parts
-    if len(parts) == 1:
+    above = inside.parts[:-1]
+    if not above:
         return "pages in the top folder", "add their names to FOLDERS"
-    folder = "/".join(parts[:2] if parts[0] == site.collections_dir and len(parts) > 2 else parts[:1])
-    folder = folder.encode("utf-8", "replace").decode()
+    depth = 2 if above[0] == site.collections_dir else 1
+    folder = in_utf8(Path(*above[:depth]))
     return f"Markdown in {folder}", f'add "{folder}" to FOLDERS'
 
 
@@ -934,7 +927,7 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
     """Gives the posts of a site the files of their comments; returns those of no post."""
     # A full name with its date wins over a slug that several posts may have.
     usable = [post for post in reversed(posts) if not post.reason]
-    named = {plain_name(DATE_OF_NAME.sub("", slug_of(post.file))): post for post in usable}
+    named = {plain_name(DATED_NAME.sub("", slug_of(post.file), count=1)): post for post in usable}
     named |= {plain_name(slug_of(post.file)): post for post in usable}
 
     # _data/comments/SLUG/ANY.yml, _data/comments/YEAR/MONTH/DAY/SLUG/ANY.yml, _data/comments/SLUG.yml
@@ -958,14 +951,10 @@ def is_within(file: Path, site: Site) -> bool:
 
 def folder_end(inside: Path, site: Site) -> int:
     """How many parts of a path lead to the end of its folder of posts; 0 if it is in none."""
-    parts = inside.parts
-    ends = [
-        start + len(folder)
-        for folder in site.folders
-        for start in range(len(parts))
-        if parts[start : start + len(folder)] == folder
-    ]
-    return min(ends, default=0)
+    for end in range(1, len(inside.parts) + 1):
+        if any(inside.parts[:end][-len(folder) :] == folder for folder in site.folders):
+            return end
+    return 0
 
 
 def kind_of(inside: Path, site: Site) -> str:
@@ -989,15 +978,15 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         # in a folder where names may be listed but nothing else.
         found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
-            folders[:] = [name for name in folders if is_entered(name, site)]
+            is_hidden = {name for name in folders if name.startswith(".")} - site.included
+            folders[:] = [name for name in folders if name not in NEVER_ENTERED | is_hidden]
             found = [name for name in found if folder_end(inside / name, site) or name in folders]
 
         # A folder that is left out is left out with everything below it, whatever the config says of that.
         reason = left_out.get(Path(parent), "")
         for name in folders:
-            why = reason if reason or is_below_posts else why_folder_is_left_out(inside / name, site)
-            if why:
-                left_out[Path(parent, name)] = why
+            is_judged = not reason and not is_below_posts
+            left_out[Path(parent, name)] = why_folder_is_left_out(inside / name, site) if is_judged else reason
 
         for name in found:
             path = Path(parent, name)
@@ -1012,10 +1001,6 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     # An unknown number of posts may be in there.
     for error in unreadable:
         yield Path(error.filename), "unreadable folder"
-
-
-def is_entered(folder: str, site: Site) -> bool:
-    return folder not in NEVER_ENTERED and (folder in site.included or not folder.startswith("."))
 
 
 def why_folder_is_left_out(inside: Path, site: Site) -> str:
@@ -1056,10 +1041,11 @@ def why_no_file(path: Path) -> str:
     except PermissionError:
         return "unreadable"
     except OSError:  # a link to nothing, or to itself
-        return "not a regular file"
+        mode = 0
 
+    # Only links to folders get here, folders do not.
     if stat.S_ISDIR(mode):
-        return "link to a folder"  # only links to folders get here
+        return "link to a folder"
     return "" if stat.S_ISREG(mode) else "not a regular file"
 
 
@@ -3036,6 +3022,9 @@ def is_by(post: Post, authors: frozenset[str]) -> bool:
 
 
 # ---------------------------------------------------------------- near-duplicates
+SHINGLE = 5  # words
+
+
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
 
@@ -3081,77 +3070,52 @@ def without_known(turns: list[dict], known: set[str]) -> list[dict]:
     return turns
 
 
-def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
+def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
-    encoded = [word.encode("utf-8", "replace") for word in words]
-    codes = np.array([zlib.crc32(word) for word in encoded], dtype=np.uint64)
-
-    # A polynomial hash of every window at once, one of its words in each round.
-    size = min(size, len(codes))
-    windows = len(codes) - size + 1
-    hashes = np.zeros(windows, dtype=np.uint64)
-    for offset in range(size):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += codes[offset : offset + windows]
-
-    # The last steps of splitmix64 spread sums of 32-bit codes evenly over 64 bits.
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique(hashes)
+    windows = max(1, len(words) - SHINGLE + 1)
+    shingles = {" ".join(words[start : start + SHINGLE]) for start in range(windows)}
+    encoded = (shingle.encode("utf-8", "replace") for shingle in shingles)
+    digests = (hashlib.blake2b(each, digest_size=8).digest() for each in encoded)
+    return np.unique(np.frombuffer(b"".join(digests), np.uint64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
-    """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly."""
-    sizes = np.array([hashes.size for hashes in sets], dtype=np.int64)
-    own, texts = index_shared(sets)
+    """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly.
+
+    Two sets that have so much in common share one of the rarest shingles of either, so that only texts with such a
+    shingle are compared: prefix filtering, https://doi.org/10.1109/ICDE.2006.9"""
+    values, times = np.unique(np.concatenate([np.array([], np.uint64), *sets]), return_counts=True)
+    kept: dict[int, list[int]] = defaultdict(list)  # rare shingle: texts that are kept
     near: dict[int, int] = {}
-    is_kept = np.ones(len(sets), dtype=bool)
-    for number, shingles in enumerate(own):
-        if not shingles:
-            continue
+    for number, hashes in enumerate(sets):
+        counts = times[np.searchsorted(values, hashes)]
+        rarest = np.argsort(counts, kind="stable")[: len(hashes) - int(threshold * len(hashes)) + 1]
+        shared = hashes[rarest[counts[rarest] > 1]].tolist()
 
         # Of the earlier texts only kept ones count: a text that is near a dropped one alone stays.
-        members = np.concatenate([texts[shingle] for shingle in shingles])
-        common = np.bincount(members[members < number], minlength=number)
-        is_near = common >= threshold * (sizes[number] + sizes[:number] - common)
-        matches = np.flatnonzero(is_near & is_kept[:number])
-        if matches.size:
-            near[number] = int(matches[0])
-            is_kept[number] = False
+        candidates = sorted({text for shingle in shared for text in kept[shingle]})
+        match = next((text for text in candidates if is_near(hashes, sets[text], threshold)), None)
+        if match is not None:
+            near[number] = match
+            continue
+        for shingle in shared:
+            kept[shingle].append(number)
     return near
 
 
-def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.ndarray]]:
-    """(for each text the shingles that another text has too, for each of these shingles its texts)."""
-    if not sets:
-        return [], {}
-    sizes = [hashes.size for hashes in sets]
-    texts = np.repeat(np.arange(len(sets)), sizes)
-    everything = np.concatenate(sets)
-    _, shingles, times = np.unique(everything, return_inverse=True, return_counts=True)
-
-    # Most shingles are in one text only; an index of them would need most of the time and memory.
-    is_shared = times[shingles] > 1
-    shared = shingles[is_shared].tolist()
-    owners = texts[is_shared].tolist()
-    own: list[list[int]] = [[] for _ in sets]
-    index: dict[int, list[int]] = defaultdict(list)
-    for shingle, text in zip(shared, owners, strict=True):
-        own[text].append(shingle)
-        index[shingle].append(text)
-
-    arrays = {shingle: np.array(members) for shingle, members in index.items()}
-    return own, arrays
+def is_near(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
+    common = np.intersect1d(one, other, assume_unique=True).size
+    return common >= threshold * (one.size + other.size - common)
 
 
 # ---------------------------------------------------------------- split
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
     """The posts as train and validation, each in their order."""
     chosen = choose_validation(posts, share)
-    return {
-        "train": [post for number, post in enumerate(posts) if number not in chosen],
-        "validation": [post for number, post in enumerate(posts) if number in chosen],
-    }
+    splits: dict[str, list[Post]] = {"train": [], "validation": []}
+    for number, post in enumerate(posts):
+        splits["validation" if number in chosen else "train"].append(post)
+    return splits
 
 
 def choose_validation(posts: list[Post], share: float) -> set[int]:
@@ -3162,16 +3126,15 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
     groups: dict[str, list[int]] = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
-    chances = {}
-    for group, members in groups.items():
-        chances[group] = chance_of([posts[number] for number in members])
+    in_order = sorted((chance_of([posts[n] for n in members]), members) for members in groups.values())
 
     most = max(1, int(2 * share * len(posts)))
     chosen: set[int] = set()
-    for group in sorted(groups, key=chances.__getitem__):
-        is_needed = not chosen and len(posts) > len(groups[group])
-        if is_needed or (chances[group] < share and len(chosen) + len(groups[group]) <= most):
-            chosen.update(groups[group])
+    for chance, members in in_order:
+        is_needed = not chosen and len(posts) > len(members)
+        has_room = len(chosen) + len(members) <= most
+        if is_needed or (chance < share and has_room):
+            chosen.update(members)
     return chosen
 
 
