@@ -273,7 +273,7 @@ def fill_post(post: Post, settings: Settings) -> str:
     post.left_out[UNUSED] = words
     if post.reason:
         return post.reason
-    if is_unpublished(meta):
+    if str(meta.get("published", "")).lower() in ("false", "no", "off", "n"):
         return "unpublished"
 
     # One day of tolerance for time zones.
@@ -316,10 +316,6 @@ def read_text(post: Post, body: str, meta: dict, settings: Settings):
     post.words = count_words(post.text)
     for chat in chats:
         add_chat(post, chat, settings)
-
-
-def is_unpublished(meta: dict) -> bool:
-    return str(meta.get("published", "")).lower() in ("false", "no", "off", "n")
 
 
 def authors_of(meta: dict) -> list[str]:
@@ -568,31 +564,28 @@ def is_folder(path: Path) -> bool:
 
 def decode(data: bytes, repairs: Counter) -> str | None:
     """The text of a file with \\n as line end and without our own marks; None if it is not text."""
-    text = undo_mojibake(decode_bytes(data, repairs), repairs)
-    if "\0" in text:
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_MARKS)
+    text = decode_bytes(data)
+    if text is None:
+        text = data.decode("cp1252", "replace")
+        if "\ufffd" in text:
+            return None
+        repairs["read as cp1252"] += 1
+
+    if MOJIBAKE.search(text):
+        # By line: one correct line proves nothing for others.
+        fixed = "\n".join(map(ftfy.fix_encoding, text.split("\n")))
+        repairs["encoding repaired"] += fixed != text
+        text = fixed
+    return None if "\0" in text else text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_MARKS)
 
 
-def decode_bytes(data: bytes, repairs: Counter) -> str:
-    """UTF-8, UTF-16 with a byte order mark, or cp1252; bytes that are none of these become NUL."""
+def decode_bytes(data: bytes) -> str | None:
+    """UTF-8, or UTF-16 with a byte order mark; None if it is neither."""
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         return data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace").replace("\ufffd", "\0")
-    if "\0" not in text:
-        repairs["read as cp1252"] += 1
-    return text
-
-
-def undo_mojibake(text: str, repairs: Counter) -> str:
-    if not MOJIBAKE.search(text):
-        return text
-    fixed = "\n".join(map(ftfy.fix_encoding, text.split("\n")))  # by line: one correct line proves nothing for others
-    if fixed != text:
-        repairs["encoding repaired"] += 1
-    return fixed
+        return None
 
 
 # ---------------------------------------------------------------- front matter
@@ -1077,6 +1070,7 @@ NOT_OWN_INCLUDE = re.compile(
 )
 NOT_OWN_ARGUMENT = re.compile(r"(?i).*(?:alt|caption|title|quote|description|code|class|style|link|ur[li])")
 NAMES_ANOTHER = re.compile(r"(?i)\b(?:author|by|cite|source|credit|attribution)\s*=")  # an include about their work
+BRACED = re.compile(r"\{(?=[{%])")
 ANY_LIQUID = re.compile(r"\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 RAW_BLOCK = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
 FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
@@ -1121,6 +1115,7 @@ class Markup(NamedTuple):
     becomes: str | Callable[[str, re.Match, Page], tuple[str, int]]  # a text, or (text, where reading continues)
     example: str
     result: str  # what strip_markup makes of the example
+    words: str = "markup"  # what the report calls the words that go
 
 
 def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
@@ -1134,7 +1129,7 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
     if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[", "\\begin")):
         return text
     if "endraw" in text:
-        text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(hide_braces, text))
+        text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(lambda raw: BRACED.sub(BRACE, raw[1]), text))
     if ">" in text:
         text = counted_as("markup", left_out, text, BLOCK_QUOTE.sub(open_box, text))
 
@@ -1152,24 +1147,13 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
         typed = text[start:position]
         if kept != typed:
             gone = count_words(typed) - count_words(kept)
-            left_out[kind_of_words(found) if gone >= 0 else PUT_IN] += gone
+            words = DROPPED_TAGS.get(found["name"], LIQUID) if found["name"] else WORDS[found.lastgroup]
+            left_out[words if gone >= 0 else PUT_IN] += gone
     whole = "".join(out) + text[position:]
 
     # A line with nothing but Liquid is dropped; otherwise it would end or begin a paragraph.
     whole = re.sub(f"^[ \t{HOLE}]+$", "", whole, flags=re.MULTILINE)
     return whole.replace(BRACE, "{")
-
-
-def kind_of_words(found: re.Match) -> str:
-    """What the report calls the words that go with a match of SCANNER."""
-    if found.lastgroup == "tag":
-        return DROPPED_TAGS.get(found["name"], LIQUID)
-    return KINDS_OF_WORDS.get(found.lastgroup, "markup")
-
-
-def hide_braces(raw: re.Match) -> str:
-    """The text between {% raw %} and {% endraw %}, with its braces hidden from the scanner."""
-    return re.sub(r"\{(?=[{%])", BRACE, raw[1])
 
 
 def open_box(found: re.Match) -> str:
@@ -1314,6 +1298,7 @@ NOT_PROSE = [
         fenced_code,
         "- one\n\n    ```sh\n    ls -l | wc\n    ```",
         "- one\n\n\n",
+        words="code",
     ),
     Markup(
         "code",
@@ -1321,11 +1306,17 @@ NOT_PROSE = [
         inline_code,
         "`{: .code }` and <div>```js\nx = 1;```</div>",
         "`{: .code }` and <div></div>",
+        words="code",
     ),
     Markup("more", r"<!--\s*(?:more|excerpt|break).*?-->", "\n\n", "Hello.<!--more-->Bye.", "Hello.\n\nBye."),
-    Markup("remark", r"<!--.*?-->", "", "Hello.<!-- {{ x }} -->", "Hello."),
+    Markup("remark", r"<!--.*?-->", "", "Hello.<!-- {{ x }} -->", "Hello.", words="comments in the source"),
     Markup(
-        "title", r"^[# \t]*\{\{-?\s*page\.title\b[^}\n]*\}\}[ \t]*$", "", "# {{ page.title }}\n\nHello.", "\n\nHello."
+        "title",
+        r"^[# \t]*\{\{-?\s*page\.title\b[^}\n]*\}\}[ \t]*$",
+        "",
+        "# {{ page.title }}\n\nHello.",
+        "\n\nHello.",
+        words=LIQUID,
     ),
     Markup("tag", r"\{%-?\s*(?P<name>#|[\w-]+).*?%\}", liquid_tag, "{% quote Ann %}hers{% endquote %} I", f"{HOLE} I"),
     Markup(
@@ -1334,6 +1325,7 @@ NOT_PROSE = [
         liquid_output,
         "{{ page.title }} {{avec}} {{ page.x }}.",
         f"My cat avec {HOLE}.",
+        words=LIQUID,
     ),
     Markup(
         "kramdown_option",
@@ -1344,7 +1336,12 @@ NOT_PROSE = [
     ),
     Markup("heading_id", r"[ \t]*\{#[\w:.-]+\}[ \t]*$", "", "## Head {#head-1}", "## Head"),
     Markup(
-        "contents", rf"^[ \t]*{LIST_MARK}[^\n]*\n[ \t]*\{{:\s*toc\s*\}}", "", "1. Contents\n{:toc}\nHello.", "\nHello."
+        "contents",
+        rf"^[ \t]*{LIST_MARK}[^\n]*\n[ \t]*\{{:\s*toc\s*\}}",
+        "",
+        "1. Contents\n{:toc}\nHello.",
+        "\nHello.",
+        words="menus",
     ),
     Markup("contents_mark", r"^[ \t]*\[TOC\][ \t]*$", "", "[TOC]\n\nHello.", "\n\nHello."),
     Markup(
@@ -1361,12 +1358,18 @@ NOT_PROSE = [
         "",
         "Hello. [Press me](/x){: .btn }",
         "Hello. ",
+        words="menus",
     ),
     Markup(
         "attributes", rf"\{{:\s*{IAL_ITEM}(?:\s+{IAL_ITEM})*\s*\}}", "", 'Hello.\n{: .x #y key="v" z=b }', "Hello.\n"
     ),
     Markup(
-        "display_maths", rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$", "", "Hello.\n$$\nx = 1\n$$", "Hello.\n"
+        "display_maths",
+        rf"^[ \t]*\$\$(?!\$){SAME_PARAGRAPH}+?\$\$[ \t]*$",
+        "",
+        "Hello.\n$$\nx = 1\n$$",
+        "Hello.\n",
+        words="code",
     ),
     Markup(
         "latex",
@@ -1374,6 +1377,7 @@ NOT_PROSE = [
         "",
         "Hello.\n\\begin{align*}\nx = 1\n\\end{align*}",
         "Hello.\n",
+        words="code",
     ),
     Markup(
         "shortcode",
@@ -1381,6 +1385,7 @@ NOT_PROSE = [
         "",
         "[caption id='a']<img src='x'> A caption[/caption] Mine.",
         " Mine.",
+        words="captions",
     ),
     Markup(
         "shortcode_alone",
@@ -1388,6 +1393,7 @@ NOT_PROSE = [
         "",
         '[gallery] Mine. [youtube id="x"]',
         " Mine. ",
+        words=LIQUID,
     ),
     Markup(
         "footnote_mark",
@@ -1403,11 +1409,7 @@ BEGINS = r"(?:^|(?=[`<{$\[]|[ \t]+\{#))"
 ANY_KIND = "|".join(f"(?P<{rule.kind}>{rule.pattern})" for rule in NOT_PROSE)
 SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
 BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
-# What the report calls the words of these rows; those of the others are markup.
-KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths"), "code")
-KINDS_OF_WORDS |= dict.fromkeys(("title", "output"), LIQUID)
-KINDS_OF_WORDS |= {"remark": "comments in the source", "shortcode": "captions", "shortcode_alone": LIQUID}
-KINDS_OF_WORDS |= {"contents": "menus", "button": "menus"}
+WORDS = {rule.kind: rule.words for rule in NOT_PROSE}
 
 
 # ---------------------------------------------------------------- Markdown
@@ -1479,19 +1481,15 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
                 element.tag = "p"
                 element[0].tag = "span"
             elif element.get("class") == "footnote":
-                self.unlist(element)
+                # As a list the notes would get numbers, and the marks in the text are gone.
+                for part in [*element.iter("ol"), *element.iter("li")]:
+                    part.tag = "div"
 
             # The text of an element comes before its children, its tail after it.
             if element.text:
                 element.text = element.text.replace("\n", SOFT)
             if element.tail:
                 element.tail = element.tail.replace("\n", SOFT)
-
-    def unlist(self, footnotes):
-        """The notes as paragraphs: as a list they would get numbers, and the marks in the text are gone."""
-        for part in footnotes.iter():
-            if part.tag in ("ol", "li"):
-                part.tag = "div"
 
 
 # ---------------------------------------------------------------- chats
@@ -1601,20 +1599,13 @@ def take_chats(text: str) -> tuple[str, list[list[Said]]]:
     gone = timed | spoken_chat(lines)
 
     # Two chats have words of the author's between them.
-    chats: list[list[int]] = []
-    for number in sorted(gone):
-        is_next = chats and not any(lines[n] for n in range(chats[-1][-1] + 1, number))
-        if is_next:
-            chats[-1].append(number)
-        else:
-            chats.append([number])
-
-    said = []
-    for chat in chats:
-        is_timed = not timed.isdisjoint(chat)
-        said.append(read_chat([lines[n] for n in chat], is_timed))
+    chats = []
+    for is_chat, numbers in groupby((n for n, line in enumerate(lines) if line), gone.__contains__):
+        chat = list(numbers)
+        if is_chat:
+            chats.append(read_chat([lines[n] for n in chat], is_timed=not timed.isdisjoint(chat)))
     kept = ["" if n in gone else line for n, line in enumerate(lines)]
-    return "\n".join(kept), said
+    return "\n".join(kept), chats
 
 
 def timed_chat(lines: list[str]) -> set[int]:
@@ -1734,15 +1725,13 @@ def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
         is_presence = is_timed and not speaker and is_system(line)
 
         # A line without a name goes on with what was said, unless a program says it.
-        if is_automatic or is_presence or BY_PROGRAM.match(line):
+        if is_automatic or is_presence or BY_PROGRAM.match(line) or not (speaker or last.speaker):
             said.append(Said("", "", line))
         elif speaker:
             said.append(Said(speaker, words, line))
-        elif last.speaker:
+        else:
             longer = f"{last.words}\n{words}".strip()
             said[-1] = Said(last.speaker, longer, f"{last.lines}\n{line}")
-        else:
-            said.append(Said("", "", line))
     return said
 
 
@@ -1818,7 +1807,8 @@ def is_hard_wrapped(source: str) -> bool:
     # The third quartile: some lines are shorter because a paragraph ends there, hardly any are longer.
     lengths = sorted(len(line) for line, _ in broken)
     width = lengths[len(lengths) * 3 // 4]
-    full = sum(1 for line, word in broken if is_full(line, word, width))
+    reach = [(len(line), len(line) + 1 + len(word)) for line, word in broken]
+    full = sum(1 for length, longer in reach if length <= LONGEST_LINE * width and longer > SHORTEST_REACH * width)
     return NARROWEST <= width <= WIDEST and full >= (FULL_LINES_OF_FEW if few else FULL_LINES) * len(broken)
 
 
@@ -1836,11 +1826,6 @@ def broken_lines(source: str) -> list[tuple[str, str]]:
         if not is_markup and not has_link:
             broken.append((line, word))
     return broken
-
-
-def is_full(line: str, next_word: str, width: int) -> bool:
-    reach = len(line) + 1 + len(next_word)
-    return len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
 
 
 def clean_lines(text: str, left_out: Counter) -> str:
