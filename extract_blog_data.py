@@ -84,6 +84,7 @@ import ftfy
 import markdown
 import numpy as np
 import phonenumbers
+import psutil
 import yaml
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
@@ -2621,20 +2622,17 @@ def fingerprint(normalised: str, key: bytes) -> str:
 def read_key(data_dir: Path) -> bytes | None:
     """The key of the data folder's fingerprints; None if there is none or it cannot be read."""
     try:
-        data = read_regular(data_dir / KEY_FILE, 100)
-        key = bytes.fromhex(data.decode("ascii"))
+        key = bytes.fromhex(read_regular(data_dir / KEY_FILE, 100).decode("ascii"))
     except (OSError, ValueError):
         return None
     return key if len(key) == 32 else None
 
 
 def read_or_make_key(data_dir: Path) -> bytes:
-    """The key is kept, so that the same blog gives the same bytes. Exits if it is broken."""
+    """The key is kept, so that the same blog gives the same bytes. Exits if it is broken, or a link."""
     file = data_dir / KEY_FILE
-    if not os.path.lexists(file):
-        return secrets.token_bytes(32)
-    key = read_key(data_dir)
-    if key is None or file.is_symlink():  # a link would be replaced
+    key = read_key(data_dir) if os.path.lexists(file) else secrets.token_bytes(32)
+    if key is None or file.is_symlink():
         sys.exit(f"{file} cannot be read or is no key of this script: move it away, and a new one will be made.")
     return key
 
@@ -2960,20 +2958,18 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     lines = Counter()
     chats = Counter()
     typed: dict[str, str] = {}
-    for post in posts:
-        for speakers in post.speakers:
-            for name, number in speakers.items():
-                plain = plain_speaker(name)
-                lines[plain] += number
-                typed.setdefault(plain, name)
-            chats.update(set(map(plain_speaker, speakers)))
+    for speakers in (chat for post in posts for chat in post.speakers):
+        for name, number in speakers.items():
+            lines[plain_speaker(name)] += number
+            typed.setdefault(plain_speaker(name), name)
+        chats.update(set(map(plain_speaker, speakers)))
 
-    found = []
-    for plain, number in sorted(chats.items(), key=lambda entry: (-entry[1], entry[0])):
-        if number >= LEAST_CHATS:
-            name = without_blocked(typed[plain], settings.blocked_words)
-            found.append({"name": name, "lines": lines[plain], "chats": number})
-    return found
+    found = [(-number, plain) for plain, number in chats.items() if number >= LEAST_CHATS]
+    rows = []
+    for _, plain in sorted(found):
+        name = without_blocked(typed[plain], settings.blocked_words)
+        rows.append({"name": name, "lines": lines[plain], "chats": chats[plain]})
+    return rows
 
 
 def say_who_speaks(speakers: list[dict]):
@@ -2984,9 +2980,10 @@ def say_who_speaks(speakers: list[dict]):
 
 def drop_other_authors(posts: list[Post], settings: Settings):
     """Leaves out what others wrote; if nobody has one of the names in the settings, says so and leaves out nothing."""
-    # A name that nobody has is probably the settings' example; with it every signed post would be left out.
+    # A name that nobody has is probably the settings' example; with it every signed post would be left out. The cases
+    # of a post are of comments that the author has written.
     authors = settings.authors
-    if not settings.author_is_given and not any(is_by(post, authors) for post in posts):
+    if not settings.author_is_given and not any(post.cases or authors.intersection(post.authors) for post in posts):
         names = " or ".join(f'"{name}"' for name in sorted(authors))
         remedy = "Use --author NAME if you sign differently."
         say(f"No post or comment is by {names}, so every post is treated as yours. {remedy}")
@@ -2999,11 +2996,6 @@ def drop_other_authors(posts: list[Post], settings: Settings):
             leave_out(post, "other authors")
             post.detail = ", ".join(post.authors)
             post.reason = "" if post.replies else "other author"
-
-
-def is_by(post: Post, authors: frozenset[str]) -> bool:
-    """Whether one of the names is on the post or on one of its comments."""
-    return bool(post.cases or authors.intersection(post.authors))
 
 
 # ---------------------------------------------------------------- near-duplicates
@@ -3202,22 +3194,11 @@ def sweep(folder: Path):
     """Deletes what killed runs left beside the data: files with a name of ours whose process is gone."""
     for path in folder.iterdir():
         name = TEMPORARY.fullmatch(path.name)
-        if not name or is_running(int(name[1])):
+        if not name or (psutil.pid_exists(int(name[1])) and int(name[1]) != os.getpid()):
             continue
         with contextlib.suppress(FileNotFoundError):  # a second run may delete it at the same time
             if stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
-
-
-def is_running(process: int) -> bool:
-    """Whether there is such a process, apart from this one."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return process != os.getpid()
 
 
 def conversations(post: Post) -> Iterator[dict]:
@@ -3245,7 +3226,9 @@ def write_files(folder: Path, files: dict[str, bytes]):
 
     An error before the first move changes nothing, and each file is always complete, old or new. A kill between two
     moves leaves some of each: then the digests in the report, which is moved last, are not those of the data."""
-    make_folder(folder)
+    if not folder.is_dir():
+        folder.mkdir(0o700, parents=True)
+        folder.chmod(0o700)  # whatever the umask is
     sweep(folder)
     beside: dict[Path, Path] = {}  # where a file is written: its place
     with signals_wait():
@@ -3263,13 +3246,6 @@ def write_files(folder: Path, files: dict[str, bytes]):
         finally:
             for path in beside:
                 path.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path):
-    """A new folder is its owner's alone; an existing one keeps its mode."""
-    if not folder.is_dir():
-        folder.mkdir(0o700, parents=True)
-        folder.chmod(0o700)  # whatever the umask is
 
 
 def write_to_disk(handle: int, data: bytes):
@@ -3302,7 +3278,6 @@ def make_report(
     """Numbers of the run, then every skipped file; of what was redacted fingerprints, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
     skipped = [post for post in posts if post.reason]
-    words, conversation_rows = count_conversations(splits)
     redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
     blocked = sum((post.blocked for post in kept), Counter())
     redactions = Counter(kind for post in kept for kind, _ in post.redacted)
@@ -3320,8 +3295,8 @@ def make_report(
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "validation_share": settings.validation_share,
-        "words": words,
-        "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
+        "words": {split: sum(map(kept_words, members)) for split, members in splits.items()},
+        "conversations": table(("split", "kind", "visibility", "count"), count_conversations(splits)),
         "replies": counted(case for post in kept for case in post.cases.elements()),
         "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
         "redactions": counted(redactions.elements()),
@@ -3345,36 +3320,34 @@ def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
     """A row for each source that is not read, the one with most words first."""
     rows: dict[tuple, list[int]] = defaultdict(list)
-    hide = functools.partial(without_blocked, blocked=settings.blocked_words)
     for one in unread:
-        is_page = one.file.suffix.lower() in MARKDOWN_SUFFIXES
-        words = (count_page if is_page else count_comments)(one.file, settings)
+        words = count_file(one.file, settings)
         if words:
-            rows[hide(one.blog), hide(one.source), hide(one.remedy)].append(words)
+            names = (one.blog, one.source, one.remedy)
+            rows[tuple(without_blocked(name, settings.blocked_words) for name in names)].append(words)
 
-    found = [(*source, len(words), sum(words)) for source, words in rows.items()]
+    found = [(*names, len(words), sum(words)) for names, words in rows.items()]
     found.sort(key=lambda row: -row[-1])
     return table(("blog", "source", "remedy", "files", "words"), found)
 
 
-def count_page(file: Path, settings: Settings) -> int:
-    """The words of a page with front matter; none if it only lists other pages, in Liquid."""
+def count_file(file: Path, settings: Settings) -> int:
+    """The words of a file of comments, or of a page with front matter; none if it only lists other pages, in Liquid."""
+    if file.suffix.lower() not in MARKDOWN_SUFFIXES:
+        comments = load_comments(file, Counter(), settings.max_bytes)
+        return sum(count_words(first_of(comment, *CONTENT)) for comment in comments)
     try:
         text = read_regular(file, settings.max_bytes).decode("utf-8", "replace").lstrip("\ufeff")
     except OSError:
         return 0
+
+    # Hugo's front matter in TOML counts, too.
     fence = text[:3]
     if fence not in ("---", "+++"):
         return 0
-
     body = text[3:].partition(f"\n{fence}")[2]
     beginning = strip_markup(body[:MOST_LOOKED_AT], {}, Counter())
     return count_words(body) if count_words(beginning) >= settings.min_words else 0
-
-
-def count_comments(file: Path, settings: Settings) -> int:
-    comments = load_comments(file, Counter(), settings.max_bytes)
-    return sum(count_words(first_of(comment, *CONTENT)) for comment in comments)
 
 
 def make_ledger(posts: list[Post], not_read: list[dict]) -> dict:
@@ -3416,18 +3389,13 @@ def ledger_rows(ledger: dict) -> dict[str, int]:
     return rows
 
 
-def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], list[tuple]]:
-    """(the author's words in each split, rows of split, kind, visibility and number of conversations)."""
-    words = {}
+def count_conversations(splits: dict[str, list[Post]]) -> list[tuple]:
+    """Rows of split, kind, visibility and number of conversations."""
     numbers = Counter()
     for split, members in splits.items():
-        words[split] = sum(map(kept_words, members))
         for post in members:
-            numbers[split, "post", post.visibility] += bool(post.text)
-            numbers[split, "reply", post.visibility] += len(post.replies)
-
-    rows = [(*key, number) for key, number in sorted(numbers.items()) if number]
-    return words, rows
+            numbers.update((split, line["kind"], post.visibility) for line in conversations(post))
+    return [(*key, number) for key, number in sorted(numbers.items())]
 
 
 def counted(items: Iterable[str]) -> dict[str, int]:
@@ -3459,9 +3427,8 @@ def print_report(report: dict, data_dir: Path):
     for key, label in {"replies": "replies", "repairs": "files", "redactions": "redacted"}.items():
         for name, number in report[key].items():
             rows[f"{label}: {name}"] = number
-    for number, row in enumerate(report["not_read"]):
-        if number < MOST_ROWS:
-            rows[f"not read: {row['source']} ({row['remedy']})"] = row["files"]
+    for row in report["not_read"][:MOST_ROWS]:
+        rows[f"not read: {row['source']} ({row['remedy']})"] = row["files"]
     if others := sum(row["files"] for row in report["not_read"][MOST_ROWS:]):
         rows["not read: other folders (see the report)"] = others
     if 0 in report["blocked_words"]:
@@ -3493,19 +3460,18 @@ class Setting(NamedTuple):
     flag: str = ""  # the flag for the same value
 
 
-def whole(low: int, high: int) -> Kind:
-    def allows(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return Kind(f"a whole number from {low:,} to {high:,}", allows, int)
-
-
 def number(low: float, high: float) -> Kind:
     # NaN is in no range.
     def allows(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
     return Kind(f"a number from {low:,} to {high:,}", allows, float)
+
+
+def whole(low: int, high: int) -> Kind:
+    within = number(low, high)
+    words = f"a whole number from {low:,} to {high:,}"
+    return Kind(words, lambda value: isinstance(value, int) and within.allows(value), int)
 
 
 def above(low: float, high: float) -> Kind:
@@ -3567,17 +3533,17 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
     for name, value in values.items():
         setting = rows[name]
         example = f"{name} = {setting.example}"
-        if setting.least is None:
-            if not setting.kind.allows(value):
-                sys.exit(f"{name} in {script} must be {setting.kind.words}: {example}.")
-            continue
+        entries = {name: value}
 
-        if not isinstance(value, list | tuple) or len(value) < setting.least:
-            at_least = " with something in it" if setting.least else ""
-            sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
-        for place, entry in enumerate(value, 1):
+        # A list is checked first, and then each of its entries.
+        if setting.least is not None:
+            if not isinstance(value, list | tuple) or len(value) < setting.least:
+                at_least = " with something in it" if setting.least else ""
+                sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
+            entries = {f"Number {place} of {name}": entry for place, entry in enumerate(value, 1)}
+        for what, entry in entries.items():
             if not setting.kind.allows(entry):
-                sys.exit(f"Number {place} of {name} in {script} must be {setting.kind.words}: {example}.")
+                sys.exit(f"{what} in {script} must be {setting.kind.words}: {example}.")
 
 
 def flag_type(setting: Setting) -> Callable[[str], object]:
@@ -3642,23 +3608,26 @@ def parse_arguments(argv: list[str] | None) -> Settings:
     # A setting whose line is gone is wrong, too.
     block = {name: globals().get(name) for name in SETTINGS}
     check_settings(block, SETTINGS, "extract_blog_data.py")
-    fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
     here = Path(__file__).resolve().parent
     args = make_parser(here).parse_args(argv)
 
     # A repository in a flag replaces all those in the settings, also of the other kind.
+    public = [here / name for name in PUBLIC_BLOGS]
+    private = [here / name for name in PRIVATE_BLOGS]
     if args.public + args.private:
-        fields["public_blogs"] = tuple(map(Path, args.public))
-        fields["private_blogs"] = tuple(map(Path, args.private))
-    else:
-        fields["public_blogs"] = tuple(here / name for name in PUBLIC_BLOGS)
-        fields["private_blogs"] = tuple(here / name for name in PRIVATE_BLOGS)
+        public = map(Path, args.public)
+        private = map(Path, args.private)
 
-    fields["authors"] = frozenset(name.strip().casefold() for name in args.author or AUTHORS)
-    fields["data_dir"] = Path(args.data_dir)
-    fields["folders"] = tuple(name.strip().strip("/") for name in FOLDERS)
-    fields["include_drafts"] = args.drafts
-    fields["blocked_words"] = tuple(word.strip() for word in BLOCKED_WORDS)
+    fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
+    fields |= {
+        "public_blogs": tuple(public),
+        "private_blogs": tuple(private),
+        "authors": frozenset(name.strip().casefold() for name in args.author or AUTHORS),
+        "data_dir": Path(args.data_dir),
+        "folders": tuple(name.strip().strip("/") for name in FOLDERS),
+        "include_drafts": args.drafts,
+        "blocked_words": tuple(word.strip() for word in BLOCKED_WORDS),
+    }
     return Settings(**fields, author_is_given=bool(args.author), today=date.today())
 
 
