@@ -288,7 +288,9 @@ def fill_post(post: Post, settings: Settings) -> str:
     read_text(post, body, meta, settings)
     add_replies(post, comments, settings)
     post.group = split_group(post)
-    post.left_out[JOINED] = post.found - kept_words(post) - post.left_out.total()
+    post.left_out["joined or split where markup stood (the remainder)"] = (
+        post.found - kept_words(post) - post.left_out.total()
+    )
 
     # A post with only a picture may have replies, which stay.
     words = words_of(post.text)
@@ -455,16 +457,7 @@ def leave_out(post: Post, kind: str):
     post.words = 0
 
 
-# Kinds of words that are left out, apart from those that stand in the tables of markup and elements.
-UNUSED = "files that are not used"
-UNREAD = "sources that are not read"
-JOINED = "joined or split where markup stood (the remainder)"
-LOST = "lost by the parser"
-OTHERS_COMMENTS = "other people's comments"
-HIDDEN = "hidden comments"
-ANSWERS_NOTHING = "comments that answer nothing"
-OTHERS_LINES = "other people's lines in chats"
-SIGNS_OF_CHATS = "names and times in chats"
+UNUSED = "files that are not used"  # a kind of words that are left out; the others stand where the words go
 
 
 # ---------------------------------------------------------------- streams and signals
@@ -799,9 +792,13 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
         loaded = parse(data.decode("utf-8-sig"))
     except OSError as error:
         return {}, error.strerror or type(error).__name__
-    except (ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
-        # A parser's message may have several lines, with the place of the mistake in the last one.
-        return {}, " ".join(str(error).split()) or type(error).__name__
+    except (RecursionError, MemoryError):
+        return {}, "nested too deep"
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        return {}, f"line {mark.line + 1}: {error.problem}" if mark else str(error).split("\n")[0]
+    except ValueError as error:  # not UTF-8, a mistake in TOML, or a number of 5,000 digits
+        return {}, str(error).split(";")[0]
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
     if loaded in (None, ""):
@@ -1996,7 +1993,7 @@ def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
         in_captions = (bag_of(captions) & bag).total()
         lost = (bag - bag_of(captions) - bag_of(signs)).total()
     left_out["captions"] += in_captions
-    left_out[LOST] += lost
+    left_out["lost by the parser"] += lost
     left_out["markup"] += gone - in_captions - lost
 
 
@@ -2703,6 +2700,7 @@ def is_topic(tag: str) -> bool:
 
 # ---------------------------------------------------------------- replies
 OPENING = 200  # characters of a post that a reader quotes
+YES = ("true", "yes", "on", "y")
 MOST_COMMENTS = 5000  # of a post; an alias in YAML can unfold to millions
 # Names of the text of a comment; each program has its own.
 CONTENT = ("content", "message", "body", "text", "comment")
@@ -2746,10 +2744,10 @@ def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
     items: dict[str, dict] = {}
     for file in post.comment_files:
         for number, item in enumerate(load_comments(file, post.repairs, settings.max_bytes)):
-            if is_yes(item.get("hidden")) or len(items) == MOST_COMMENTS:
+            if str(item.get("hidden")).lower() in YES or len(items) == MOST_COMMENTS:
                 words = count_words(first_of(item, *CONTENT))
                 post.found += words
-                post.left_out[HIDDEN] += words
+                post.left_out["hidden comments"] += words
                 continue
 
             # No key is that of a comment in the front matter.
@@ -2805,10 +2803,6 @@ def time_of(item: dict) -> float:
     return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
 
 
-def is_yes(value: object) -> bool:
-    return str(value).lower() in ("true", "yes", "on", "y")
-
-
 def first_of(item: dict, *names: str) -> str:
     """The first of these values that is not empty."""
     return next((text for name in names for text in strings(item.get(name))), "")
@@ -2829,7 +2823,7 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         return (clean_words if is_own else clean_for_training)(text, post, settings)
 
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
-    post.left_out[OTHERS_COMMENTS] += sum(map(count_words, others))
+    post.left_out["other people's comments"] += sum(map(count_words, others))
     own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
     depths = depths_of(comments)
     found: dict[str, Reply] = {}  # by the key of the last comment
@@ -2856,7 +2850,7 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
             found[key] = Reply(merge_turns(turns), stand_in)
         else:
             case = "left out, answers nothing"
-            post.left_out[ANSWERS_NOTHING] += sum(count_words(said(one)) for one in chain if one in own)
+            post.left_out["comments that answer nothing"] += sum(count_words(said(one)) for one in chain if one in own)
         post.cases[case] += 1
     post.replies += [found[key] for key in comments if key in found]
 
@@ -2899,8 +2893,8 @@ def add_chat(post: Post, chat: list[Said], settings: Settings):
     authors = {plain_speaker(name) for name in settings.authors}
     own_names = {said.speaker for said in chat if plain_speaker(said.speaker) in authors}
     others = [said.words for said in chat if said.speaker not in own_names]
-    post.left_out[SIGNS_OF_CHATS] += sum(count_words(said.lines) - count_words(said.words) for said in chat)
-    post.left_out[OTHERS_LINES] += sum(map(count_words, others))
+    post.left_out["names and times in chats"] += sum(count_words(said.lines) - count_words(said.words) for said in chat)
+    post.left_out["other people's lines in chats"] += sum(map(count_words, others))
     if not own_names:
         post.speakers.append(Counter(said.speaker for said in chat if said.speaker))
         return
@@ -3006,11 +3000,8 @@ def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
 
     # Of two equal posts the public one comes first, so that no private copy stays without need.
-    def order(post: Post) -> tuple:
-        return post.visibility != "public", -len(post.text), post.blog, post.path
-
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=order)
+    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text), post.blog, post.path))
     duplicates = find_duplicates([post.shingles for post in texts], similarity)
     for number, earlier in duplicates.items():
         drop_duplicate(texts[number], texts[earlier])
@@ -3353,7 +3344,7 @@ def count_file(file: Path, settings: Settings) -> int:
 def make_ledger(posts: list[Post], not_read: list[dict]) -> dict:
     """Where the words are: found = kept in posts and replies + left out, by kind; a negative number was put in."""
     unread = sum(row["words"] for row in not_read)
-    left_out = Counter({UNREAD: unread})
+    left_out = Counter({"sources that are not read": unread})
     for post in posts:
         left_out.update(post.left_out)
 
