@@ -766,10 +766,9 @@ def read_site(repository: Path, visibility: str, settings: Settings) -> Site:
 
 
 def is_folder_of(repository: Path, path: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no permission, or a name that is too long or has a NUL
         return is_folder(path) and path.resolve(strict=True).is_relative_to(repository)
-    except (OSError, ValueError):  # no permission, or a name that is too long or has a NUL
-        return False
+    return False
 
 
 def excluded_paths(names: list[str]) -> re.Pattern:
@@ -1124,12 +1123,8 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
     if isinstance(separator, str) and separator.strip():
         line = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
         text = counted_as("markup", left_out, text, re.sub(line, "", text, flags=re.MULTILINE))
-    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[", "\\begin")):
-        return text
-    if "endraw" in text:
-        text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(lambda raw: BRACED.sub(BRACE, raw[1]), text))
-    if ">" in text:
-        text = counted_as("markup", left_out, text, BLOCK_QUOTE.sub(open_box, text))
+    text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(lambda raw: BRACED.sub(BRACE, raw[1]), text))
+    text = counted_as("markup", left_out, text, BLOCK_QUOTE.sub(open_box, text))
 
     page = Page(meta, set(ASSIGNED.findall(text)), set(SHOWN.findall(text)))
     out = []
@@ -1286,7 +1281,7 @@ SAME_PARAGRAPH = r"(?:(?!\n[ \t]*\n).)"
 
 # To add a rule: write a row with an example; the tests strip every example. At one position in the text the first row
 # that matches wins, so a special case comes before the general one. A group in a pattern needs a name that no other
-# row has, and the character with which new markup begins must be among those of BEGINS and of strip_markup.
+# row has, and the character with which new markup begins must be among those of BEGINS.
 NOT_PROSE = [
     Markup(
         "fenced",
@@ -1457,13 +1452,10 @@ class Quotes(BlockQuoteProcessor):
         return super().test(parent, self.unindent(parent, block))
 
     def run(self, parent, blocks):
-        block = self.unindent(parent, blocks[0])
-        begin = self.RE.search(block).start(2)
-        end = ENDS_QUOTE.search(block, begin)
-        if end:
-            blocks.insert(1, block[end.start() + 1 :])
-            block = block[: end.start()]
-        blocks[0] = block
+        blocks[0] = self.unindent(parent, blocks[0])
+        begin = self.RE.search(blocks[0]).start(2)
+        if end := ENDS_QUOTE.search(blocks[0], begin):
+            blocks[:1] = [blocks[0][: end.start()], blocks[0][end.start() + 1 :]]
         super().run(parent, blocks)
 
     def unindent(self, parent, block: str) -> str:
@@ -1654,16 +1646,12 @@ def is_system(line: str) -> bool:
     )
 
 
-def escape_names(markup: str) -> str:
+def escape_name(found: re.Match) -> str:
     """<wren_83> as text; <b> at the start of a line stays an element."""
-
-    def escape(found: re.Match) -> str:
-        if found[0] == AUTO_REPLY:
-            return html.escape(AUTO_REPLY)
-        is_name = found[1] or re.fullmatch(r"(?=.*[\d_|])[\w|`^.-]{3,}", found[2])
-        return f"{found[1] or ''}&lt;{found[2]}&gt;" if is_name else found[0]
-
-    return ANGLED.sub(escape, markup)
+    if found[0] == AUTO_REPLY:
+        return html.escape(AUTO_REPLY)
+    is_name = found[1] or re.fullmatch(r"(?=.*[\d_|])[\w|`^.-]{3,}", found[2])
+    return f"{found[1] or ''}&lt;{found[2]}&gt;" if is_name else found[0]
 
 
 def spoken_chat(lines: list[str]) -> set[int]:
@@ -1842,16 +1830,14 @@ def clean_lines(text: str, left_out: Counter) -> str:
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
-    if "](" in text or "][" in text or "] (" in text:
-        text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
-    if "/" in text or "www." in text:
-        text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
+    text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
+    text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
 
+    # Tools add one line or several at the end.
     head = text
-    while head and TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
+    while TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
         head = head[: head.rfind("\n") + 1].rstrip()
-    if head != text:
-        text = counted_as("tails", left_out, text, head)
+    text = counted_as("tails", left_out, text, head)
     text = counted_as("markup", left_out, text, INVISIBLE.sub("", text))
     return text.strip()
 
@@ -1937,8 +1923,7 @@ def to_text(
     The second value is the pasted chats, which are taken out; the words that go are added to left_out by their kind."""
     source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
-    if ">" in markup and ANGLED.search(markup):
-        markup = escape_names(markup)
+    markup = ANGLED.sub(escape_name, markup)
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
 
     if not is_html:
@@ -1964,10 +1949,7 @@ def to_text(
         out.append("\n" if kind == last == "list" else "\n\n")
         out.append(join_lines(text) if join else text.replace(SOFT, "\n"))
         last = kind
-    typed = "".join(out)
-    if "  " in typed:
-        typed = re.sub(r"(?<=\S) {2,}", " ", typed)
-    text, chats = take_chats(typed)
+    text, chats = take_chats(re.sub(r"(?<=\S) {2,}", " ", "".join(out)))
     return clean_lines(text, left_out), chats
 
 
@@ -2159,8 +2141,7 @@ class PlainText:
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
-        if "\n" in text or SOFT in text:
-            text = LINE_END.sub(r"\1\2", text)
+        text = LINE_END.sub(r"\1\2", text)
         if text == QUOTED:
             self.pass_quote()
             text = ""
@@ -2681,9 +2662,8 @@ def choose(requests: Sequence[str], number: int) -> str:
 
 
 def is_telling(title: str) -> bool:
-    if len(title) > LONGEST_TITLE or not words_of(title):
-        return False
-    return not any(useless.fullmatch(title) for useless in (PLACEHOLDER, REDACTED, URL, HANDLE))
+    is_useless = any(useless.fullmatch(title) for useless in (PLACEHOLDER, REDACTED, URL, HANDLE))
+    return len(title) <= LONGEST_TITLE and bool(words_of(title)) and not is_useless
 
 
 def repeats_title(post: Post) -> bool:
@@ -3365,19 +3345,15 @@ def nonzero(counts: Counter) -> dict[str, int]:
 
 def ledger_rows(ledger: dict) -> dict[str, int]:
     """The ledger as it is printed: what is above a hundredth by its kind, the rest as one row."""
-    rows = {
+    most = {kind: words for kind, words in ledger["left_out"].items() if words > ledger["found"] / 100}
+    others = sum(ledger["left_out"].values()) - sum(most.values())
+    return {
         "words found": ledger["found"],
         "  kept in posts": ledger["kept_in_posts"],
         "  kept in replies and chats": ledger["kept_in_replies"],
+        **{f"  left out: {kind}": words for kind, words in most.items()},
+        "  left out: other kinds (see the report)": others,
     }
-    others = 0
-    for kind, words in ledger["left_out"].items():
-        if words > ledger["found"] / 100:
-            rows[f"  left out: {kind}"] = words
-        else:
-            others += words
-    rows["  left out: other kinds (see the report)"] = others
-    return rows
 
 
 def count_conversations(splits: dict[str, list[Post]]) -> list[tuple]:
