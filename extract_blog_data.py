@@ -361,6 +361,11 @@ def counted_as(kind: str, left_out: Counter, before: str, after: str) -> str:
     return after
 
 
+def encode(text: str) -> bytes:
+    """In UTF-8, also where the name of a file or folder has half a character."""
+    return text.encode("utf-8", "replace")
+
+
 def unescape(text: str) -> str:
     return ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
 
@@ -686,7 +691,7 @@ CONFIG_NAMES = ("_config.yml", "_config.yaml", "_config.toml")  # Jekyll reads t
 IGNORED = re.compile(r"[._#].*|.*~")
 # Made by tools: large, and full of other people's posts.
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
-DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-(?=.)")
+DATED_NAME = re.compile(r"^\d{2,4}-\d{1,2}-\d{1,2}-(?=.)")
 COMMENT_SUFFIXES = {".yml", ".yaml", ".json"}
 TEMPLATES = {"_includes", "_layouts", "_data", "_sass", "_plugins"}  # Markdown in these is no page
 OUTSIDE = "outside of FOLDERS"
@@ -873,7 +878,7 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
             if reason == OUTSIDE:
                 unread.append(Unread(blog, *source_of(inside, site), file))
                 continue
-            path = in_utf8(file.relative_to(site.repository))
+            path = encode(file.relative_to(site.repository).as_posix()).decode()
             defaults = defaults_of(inside, kind_of(inside, site), site)
             here.append(Post(blog, site.visibility, path, file, reason, defaults))
 
@@ -889,18 +894,13 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
     return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path)), unread
 
 
-def in_utf8(path: Path) -> str:
-    """A file name need not be UTF-8, but the report must be."""
-    return path.as_posix().encode("utf-8", "replace").decode()
-
-
 def source_of(inside: Path, site: Site) -> tuple[str, str]:
     """(the folder of a file that is not read, the setting that reads it)."""
     above = inside.parts[:-1]
     if not above:
         return "pages in the top folder", "add their names to FOLDERS"
     depth = 2 if above[0] == site.collections_dir else 1
-    folder = in_utf8(Path(*above[:depth]))
+    folder = encode("/".join(above[:depth])).decode()
     return f"Markdown in {folder}", f'add "{folder}" to FOLDERS'
 
 
@@ -917,7 +917,7 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
     """Gives the posts of a site the files of their comments; returns those of no post."""
     # A full name with its date wins over a slug that several posts may have.
     usable = [post for post in reversed(posts) if not post.reason]
-    named = {plain_name(DATED_NAME.sub("", slug_of(post.file), count=1)): post for post in usable}
+    named = {plain_name(DATED_NAME.sub("", slug_of(post.file))): post for post in usable}
     named |= {plain_name(slug_of(post.file)): post for post in usable}
 
     # _data/comments/SLUG/ANY.yml, _data/comments/YEAR/MONTH/DAY/SLUG/ANY.yml, _data/comments/SLUG.yml
@@ -928,9 +928,11 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
         for file in (Path(parent, name) for name in sorted(files)):
             if file.suffix.lower() not in COMMENT_SUFFIXES or not is_within(file, site):
                 continue
+
+            # The longest name comes first.
             above = file.relative_to(folder).parts[:-1]
-            names = ["-".join(above), *reversed(above), file.stem]
-            post = next((named[name] for name in map(plain_name, names) if name in named), None)
+            names = map(plain_name, ["-".join(above), *reversed(above), file.stem])
+            post = next(filter(None, map(named.get, names)), None)
             (post.comment_files if post else lost).append(file)
     return lost
 
@@ -984,9 +986,9 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
 
         # A collection is hidden from Jekyll only as a folder of pages.
         is_of_pages = reason in ("", "hidden from Jekyll") and TEMPLATES.isdisjoint(inside.parts[:1])
-        for name in files if is_of_pages and not is_below_posts else ():
-            if Path(name).suffix.lower() in MARKDOWN_SUFFIXES and name not in found:
-                yield Path(parent, name), OUTSIDE
+        if is_of_pages and not is_below_posts:
+            pages = [name for name in files if Path(name).suffix.lower() in MARKDOWN_SUFFIXES]
+            yield from ((Path(parent, name), OUTSIDE) for name in pages if name not in found)
 
     # An unknown number of posts may be in there.
     for error in unreadable:
@@ -2141,7 +2143,8 @@ class PlainText:
     def flush(self, kind: str = "text"):
         """Ends a block; a row of links alone is navigation."""
         text = "".join(self.parts).strip(" \n\xa0" + SOFT + HOLE)
-        text = LINE_END.sub(r"\1\2", text)
+        if "\n" in text or SOFT in text:
+            text = LINE_END.sub(r"\1\2", text)
         if text == QUOTED:
             self.pass_quote()
             text = ""
@@ -2593,8 +2596,7 @@ def fingerprint(normalised: str, key: bytes) -> str:
     There are so few telephone numbers that a plain hash can be undone by trying them all. Without the key none can be
     tried. With the key and the report each try needs 16 ms of a processor core and 4 MiB: a million numbers, those of
     one area code, take four to five hours. So the key is as private as the numbers."""
-    typed = normalised.encode("utf-8", "replace")
-    return hashlib.scrypt(typed, salt=key, n=2**12, r=8, p=1, dklen=32).hex()
+    return hashlib.scrypt(encode(normalised), salt=key, n=2**12, r=8, p=1, dklen=32).hex()
 
 
 def read_key(data_dir: Path) -> bytes | None:
@@ -2645,7 +2647,7 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
     """The user's message that the post answers: made of a title that gives nothing away, of the tags, or general."""
     # By the path and not by chance: the same blog gives the same bytes.
     origin = f"{post.blog}/{post.path}"
-    number = zlib.crc32(origin.encode("utf-8", "replace"))
+    number = zlib.crc32(encode(origin))
     if is_telling(post.title) and not repeats_title(post):
         return choose(settings.title_requests, number).format(post.title)
 
@@ -2731,17 +2733,21 @@ def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
                 continue
 
             # No key is that of a comment in the front matter.
-            key = f"in files: {first_of(item, '_id', 'id', 'uid')}"
-            items[f"{key}{file.stem} {number}" if key == "in files: " or key in items else key] = item
+            name = first_of(item, "_id", "id", "uid")
+            key = f"in files: {name}"
+            if not name or key in items:
+                key = f"in files: {name}{file.stem} {number}"
+            items[key] = item
 
+    # In the order of time, so that the one before the author's is known.
     tops = [key for key, item in items.items() if not first_of(item, *LINKS)]
     found: dict[str, Comment] = {}
-    for key in sorted(items, key=lambda key: time_of(items[key])):
-        author = first_of(items[key], "author", "name").casefold()
-        parent = parent_of(items[key], items.keys() - {key}, tops)
+    for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
+        author = first_of(item, "author", "name").casefold()
+        parent = parent_of(item, items.keys() - {key}, tops)
         if not parent and author in settings.authors:
             parent = next(reversed(found), "")
-        found[key] = Comment(parent, author, first_of(items[key], *CONTENT))
+        found[key] = Comment(parent, author, first_of(item, *CONTENT))
     return found
 
 
@@ -2894,7 +2900,7 @@ def add_chat(post: Post, chat: list[Said], settings: Settings):
         return
 
     if turns[0][0] == "assistant":
-        number = zlib.crc32(turns[0][1].encode("utf-8", "replace"))
+        number = zlib.crc32(encode(turns[0][1]))
         turns.insert(0, ("user", choose(settings.general_requests, number)))
     post.replies.append(Reply(merge_turns(turns, "\n"), stand_in=False))
     post.cases["speaks in a chat"] += 1
@@ -3020,11 +3026,12 @@ def without_known(turns: list[dict], known: set[str]) -> list[dict]:
 
 def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
-    windows = max(1, len(words) - SHINGLE + 1)
-    shingles = {" ".join(words[start : start + SHINGLE]) for start in range(windows)}
-    encoded = (shingle.encode("utf-8", "replace") for shingle in shingles)
-    digests = (hashlib.blake2b(each, digest_size=8).digest() for each in encoded)
-    return np.unique(np.frombuffer(b"".join(digests), np.uint64))
+    digests = set()
+    for start in range(max(1, len(words) - SHINGLE + 1)):
+        shingle = " ".join(words[start : start + SHINGLE])
+        digest = hashlib.blake2b(encode(shingle), digest_size=8)
+        digests.add(digest.digest())
+    return np.sort(np.frombuffer(b"".join(digests), np.uint64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
@@ -3032,12 +3039,15 @@ def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
 
     Two sets that have so much in common share one of the rarest shingles of either, so that only texts with such a
     shingle are compared: prefix filtering, https://doi.org/10.1109/ICDE.2006.9"""
-    values, times = np.unique(np.concatenate([np.array([], np.uint64), *sets]), return_counts=True)
+    everything = np.concatenate([np.array([], np.uint64), *sets])
+    values, times = np.unique(everything, return_counts=True)
     kept: dict[int, list[int]] = defaultdict(list)  # rare shingle: texts that are kept
     near: dict[int, int] = {}
     for number, hashes in enumerate(sets):
+        # Rare ones first; what stands in this text alone is near to nothing.
         counts = times[np.searchsorted(values, hashes)]
-        rarest = np.argsort(counts, kind="stable")[: len(hashes) - int(threshold * len(hashes)) + 1]
+        most = len(hashes) - int(threshold * len(hashes)) + 1
+        rarest = np.argsort(counts, kind="stable")[:most]
         shared = hashes[rarest[counts[rarest] > 1]].tolist()
 
         # Of the earlier texts only kept ones count: a text that is near a dropped one alone stays.
@@ -3074,11 +3084,15 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
     groups: dict[str, list[int]] = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
-    in_order = sorted((chance_of([posts[n] for n in members]), members) for members in groups.values())
+    chances = []
+    for members in groups.values():
+        chance = chance_of([posts[number] for number in members])
+        chances.append((chance, members))
 
     most = max(1, int(2 * share * len(posts)))
     chosen: set[int] = set()
-    for chance, members in in_order:
+    for chance, members in sorted(chances):
+        # With all of the posts in one group none can be held out.
         is_needed = not chosen and len(posts) > len(members)
         has_room = len(chosen) + len(members) <= most
         if is_needed or (chance < share and has_room):
@@ -3089,7 +3103,7 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 def chance_of(members: list[Post]) -> float:
     """From 0 to 1, by the first name of a group: names begin with a date, so that a later copy changes nothing."""
     first = min(slug_of(Path(path)) for post in members for path in (post.path, *post.copies))
-    digest = hashlib.sha256(first.encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(encode(first)).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
@@ -3188,10 +3202,6 @@ def json_lines(posts: list[Post]) -> bytes:
     return encode("".join(lines))
 
 
-def encode(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # a name of a file or folder may have half a character
-
-
 def write_files(folder: Path, files: dict[str, bytes]):
     """Writes all files beside their places and moves them when every one is complete. Raises OSError.
 
@@ -3248,7 +3258,9 @@ def make_report(
 ) -> dict:
     """Numbers of the run, then every skipped file; of what was redacted fingerprints, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
-    skipped = [post for post in posts if post.reason]
+    skipped = [(post.blog, post.path, post.reason, post.detail) for post in posts if post.reason]
+
+    # Of an address that stands in several posts one fingerprint is enough; private words are told by their numbers.
     redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
     blocked = sum((post.blocked for post in kept), Counter())
     redactions = Counter(kind for post in kept for kind, _ in post.redacted)
@@ -3262,7 +3274,7 @@ def make_report(
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
-        "files_skipped": counted(post.reason for post in skipped),
+        "files_skipped": counted(reason for _, _, reason, _ in skipped),
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "validation_share": settings.validation_share,
@@ -3274,7 +3286,7 @@ def make_report(
         "blocked_words": [blocked[str(index)] for index in range(len(settings.blocked_words))],
         "redacted": table(("fingerprint", "kind", "visibility"), sorted(redacted)),
         "authors": [hide(author) for author in sorted(settings.authors)],
-        "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
+        "skipped": table(("blog", "path", "reason", "detail"), skipped),
     }
 
 
@@ -3290,16 +3302,18 @@ def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
 
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
     """A row for each source that is not read, the one with most words first."""
-    rows: dict[tuple, list[int]] = defaultdict(list)
+    files = Counter()
+    words = Counter()
     for one in unread:
-        words = count_file(one.file, settings)
-        if words:
-            names = (one.blog, one.source, one.remedy)
-            rows[tuple(without_blocked(name, settings.blocked_words) for name in names)].append(words)
+        # Names of folders may contain private words.
+        names = (one.blog, one.source, one.remedy)
+        source = tuple(without_blocked(name, settings.blocked_words) for name in names)
+        number = count_file(one.file, settings)
+        files[source] += number > 0
+        words[source] += number
 
-    found = [(*names, len(words), sum(words)) for names, words in rows.items()]
-    found.sort(key=lambda row: -row[-1])
-    return table(("blog", "source", "remedy", "files", "words"), found)
+    rows = [(*source, files[source], number) for source, number in words.most_common() if number]
+    return table(("blog", "source", "remedy", "files", "words"), rows)
 
 
 def count_file(file: Path, settings: Settings) -> int:
