@@ -836,7 +836,7 @@ def defaults_of(inside: Path, kind: str, site: Site) -> dict:
         if is_within and entry.kind in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
             fitting.append(entry)
 
-    values: dict = {}
+    values = {}
     for entry in sorted(fitting, key=lambda entry: (len(entry.path), bool(entry.kind))):
         values = overlay(values, entry.values)
     return values
@@ -868,8 +868,8 @@ def overlay(below: dict, above: dict) -> dict:
 
 def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[Unread]]:
     """Every file that might be a post, not read yet, and what else looks like writing. Exits if there is no post."""
-    posts: list[Post] = []
-    unread: list[Unread] = []
+    posts = []
+    unread = []
     for site in sites:
         blog = site.repository.name
         here = []
@@ -886,10 +886,12 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
         unread += [Unread(blog, "comments in _data", "no post has the name of their folder", file) for file in lost]
         posts += here
 
+    # Where the writing is elsewhere, the setting that reads most of it is the remedy.
     if not posts:
         where = ", ".join(str(site.repository) for site in sites)
-        others = Counter(one.remedy for one in unread).most_common(1)
-        remedy = f"{others[0][1]} files are elsewhere: {others[0][0]}" if others else REMEDY
+        remedy = REMEDY
+        for setting, number in Counter(one.remedy for one in unread).most_common(1):
+            remedy = f"{number} files are elsewhere: {setting}"
         sys.exit(f"No post found in {where}, that is, no file like _posts/2006-08-25-title.md: {remedy}.")
     return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path)), unread
 
@@ -931,9 +933,12 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
 
             # The longest name comes first.
             above = file.relative_to(folder).parts[:-1]
-            names = map(plain_name, ["-".join(above), *reversed(above), file.stem])
-            post = next(filter(None, map(named.get, names)), None)
-            (post.comment_files if post else lost).append(file)
+            names = ["-".join(above), *reversed(above), file.stem]
+            known = [named[name] for name in map(plain_name, names) if name in named]
+            if known:
+                known[0].comment_files.append(file)
+            else:
+                lost.append(file)
     return lost
 
 
@@ -960,8 +965,8 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
 
     Folders that Jekyll leaves out are walked too: what looks like a post in them is counted, with the folder's reason.
     Only folders made by tools and those that begin with a dot are not entered, since they can be huge."""
-    left_out: dict[Path, str] = {}  # folder: reason
-    unreadable: list[OSError] = []
+    left_out = {}  # folder: reason
+    unreadable = []
     for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
         inside = Path(parent).relative_to(site.root)
         is_below_posts = folder_end(inside, site) > 0
@@ -970,8 +975,8 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         # in a folder where names may be listed but nothing else.
         found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
-            is_hidden = {name for name in folders if name.startswith(".")} - site.included
-            folders[:] = [name for name in folders if name not in NEVER_ENTERED | is_hidden]
+            hidden = {name for name in folders if name.startswith(".")} - site.included
+            folders[:] = [name for name in folders if name not in NEVER_ENTERED | hidden]
             found = [name for name in found if folder_end(inside / name, site) or name in folders]
 
         # A folder that is left out is left out with everything below it, whatever the config says of that.
@@ -987,8 +992,9 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         # A collection is hidden from Jekyll only as a folder of pages.
         is_of_pages = reason in ("", "hidden from Jekyll") and TEMPLATES.isdisjoint(inside.parts[:1])
         if is_of_pages and not is_below_posts:
-            pages = [name for name in files if Path(name).suffix.lower() in MARKDOWN_SUFFIXES]
-            yield from ((Path(parent, name), OUTSIDE) for name in pages if name not in found)
+            for name in files:
+                if name not in found and Path(name).suffix.lower() in MARKDOWN_SUFFIXES:
+                    yield Path(parent, name), OUTSIDE
 
     # An unknown number of posts may be in there.
     for error in unreadable:
@@ -1135,14 +1141,20 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
         start = found.start()
         out.append(text[position:start])
         becomes = BECOMES[found.lastgroup]
-        kept, position = (becomes, found.end()) if isinstance(becomes, str) else becomes(text, found, page)
+        if isinstance(becomes, str):
+            kept = becomes
+            position = found.end()
+        else:
+            kept, position = becomes(text, found, page)
         out.append(kept)
 
         # Most matches are inline code, which stays.
         typed = text[start:position]
         if kept != typed:
             gone = count_words(typed) - count_words(kept)
-            words = DROPPED_TAGS.get(found["name"], LIQUID) if found["name"] else WORDS[found.lastgroup]
+            words = WORDS[found.lastgroup]
+            if found["name"]:
+                words = DROPPED_TAGS.get(found["name"], LIQUID)
             left_out[words if gone >= 0 else PUT_IN] += gone
     whole = "".join(out) + text[position:]
 
@@ -1469,12 +1481,14 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
 
     def run(self, root):
         for element in root.iter():
+            # Verse is often indented like code.
             if element.tag == "pre" and len(element) and looks_like_prose(element[0].text or ""):
                 element.tag = "p"
                 element[0].tag = "span"
             elif element.get("class") == "footnote":
                 # As a list the notes would get numbers, and the marks in the text are gone.
-                for part in [*element.iter("ol"), *element.iter("li")]:
+                parts = [*element.iter("ol"), *element.iter("li")]
+                for part in parts:
                     part.tag = "div"
 
             # The text of an element comes before its children, its tail after it.
@@ -1592,10 +1606,12 @@ def take_chats(text: str) -> tuple[str, list[list[Said]]]:
 
     # Two chats have words of the author's between them.
     chats = []
-    for is_chat, numbers in groupby((n for n, line in enumerate(lines) if line), gone.__contains__):
+    filled = [n for n, line in enumerate(lines) if line]
+    for is_gone, numbers in groupby(filled, gone.__contains__):
         chat = list(numbers)
-        if is_chat:
-            chats.append(read_chat([lines[n] for n in chat], is_timed=not timed.isdisjoint(chat)))
+        if is_gone:
+            is_timed = not timed.isdisjoint(chat)
+            chats.append(read_chat([lines[n] for n in chat], is_timed))
     kept = ["" if n in gone else line for n, line in enumerate(lines)]
     return "\n".join(kept), chats
 
@@ -1705,7 +1721,7 @@ def speaker_of(line: str, starts: list[re.Pattern]) -> tuple[str, str]:
 def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
     """Who says what, in order; a line without a name goes on with what was said before it."""
     starts = LINE_STARTS + HEADS if is_timed else [SAID]
-    said: list[Said] = []
+    said = []
     for line in filter(None, lines):
         speaker, words = speaker_of(line, starts)
         last = said[-1] if said else Said("", "", "")
@@ -1785,19 +1801,25 @@ def is_hard_wrapped(source: str) -> bool:
     broken = broken_lines(source)
     if not broken:
         return False
-    few = len(broken) < MANY_LINES  # then the evidence must be clear
+
+    # Few lines must be clear evidence.
+    is_few = len(broken) < MANY_LINES
+    most_closed = 0 if is_few else MOST_CLOSED * len(broken)
+    least_full = (FULL_LINES_OF_FEW if is_few else FULL_LINES) * len(broken)
 
     # An author who presses return ends lines where sentences end.
     closed = sum(1 for line, _ in broken if line[-1] in ENDS_OF_SENTENCE)
-    if closed > (0 if few else MOST_CLOSED * len(broken)):
+    if closed > most_closed:
         return False
 
     # The third quartile: some lines are shorter because a paragraph ends there, hardly any are longer.
     lengths = sorted(len(line) for line, _ in broken)
     width = lengths[len(lengths) * 3 // 4]
-    reach = [(len(line), len(line) + 1 + len(word)) for line, word in broken]
-    full = sum(1 for length, longer in reach if length <= LONGEST_LINE * width and longer > SHORTEST_REACH * width)
-    return NARROWEST <= width <= WIDEST and full >= (FULL_LINES_OF_FEW if few else FULL_LINES) * len(broken)
+    full = 0
+    for line, word in broken:
+        reach = len(line) + 1 + len(word)
+        full += len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
+    return NARROWEST <= width <= WIDEST and full >= least_full
 
 
 def broken_lines(source: str) -> list[tuple[str, str]]:
@@ -2039,10 +2061,12 @@ class PlainText:
 
     def is_dropped(self, tag: Tag) -> bool:
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
-        if any(map(CITED.fullmatch, labels)):  # a mere link to it may stand in a sentence
+        is_cited = any(map(CITED.fullmatch, labels))
+        if is_cited:  # a mere link to it may stand in a sentence
             return bool(BLOCK.fullmatch(tag.name) or tag.find(class_=CITED_TEXT))
+
+        is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
         if DROPPED.fullmatch(tag.name):
-            is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
             return not is_box
         return any(map(NOT_CONTENT.fullmatch, labels))
 
@@ -2059,7 +2083,7 @@ class PlainText:
         names = [tag.name, *tag.get("class", ()), tag.get("id", "")]
         kinds = (kind for kind, pattern in KINDS_OF_ELEMENTS.items() if any(map(pattern.fullmatch, names)))
         texts = (text for text in tag.descendants if isinstance(text, NavigableString))
-        shown = [text for text in texts if not isinstance(text, PreformattedString)]
+        shown = [text for text in texts if not isinstance(text, PreformattedString)]  # comments, declarations
         self.left_out[next(kinds, "themes and tools")] += count_words(" ".join(shown))
         self.texts += shown
 
@@ -2418,14 +2442,17 @@ def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> 
     # A match that is not real may contain something else, further on.
     while match := PERSONAL.search(text, position):
         rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
-        real = REAL[rule.kind](match) if rule.kind in REAL else match[0]
-        if is_public and not rule.in_links and is_id_in_link(match):
+        real = match[0]
+        if rule.kind in REAL:
+            real = REAL[rule.kind](match)
+        elif is_public and not rule.in_links and is_id_in_link(match):
             real = ""
 
-        end = match.start() + len(real)
+        start = match.start()
+        end = start + len(real)
         if real:
-            found.append(Found(rule.kind, match.start(), end, normalise(rule.kind, real)))
-        position = max(end, match.start() + 1)
+            found.append(Found(rule.kind, start, end, normalise(rule.kind, real)))
+        position = max(end, start + 1)
     return not_overlapping(text, found + find_phones(text, countries))
 
 
@@ -2652,10 +2679,10 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
         return choose(settings.title_requests, number).format(post.title)
 
     # Half of the posts with tags get a request with them, the others a general one, since people use both.
-    topics = [tag for tag in tags if is_topic(tag)]
-    by_topic = bool(topics) and number % 2 == 1
-    if by_topic:
-        return choose(settings.tag_requests, number // 2).format(" and ".join(topics[:2]))
+    topics = [tag for tag in tags if is_topic(tag)][:2]
+    if topics and number % 2:
+        request = choose(settings.tag_requests, number // 2)
+        return request.format(" and ".join(topics))
     return choose(settings.general_requests, number // 2)
 
 
@@ -2699,7 +2726,7 @@ class Comment(NamedTuple):
 
 def read_comments(comments: object) -> dict[str, Comment]:
     """Comments in their usual spellings, by their keys; nested replies become comments with a parent."""
-    found: dict[str, Comment] = {}
+    found = {}
     waiting = [(comments, "")]  # (list of comments, key of the comment that contains it)
     while waiting and len(found) < MOST_COMMENTS:
         items, above = waiting.pop()
@@ -2741,7 +2768,7 @@ def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
 
     # In the order of time, so that the one before the author's is known.
     tops = [key for key, item in items.items() if not first_of(item, *LINKS)]
-    found: dict[str, Comment] = {}
+    found = {}
     for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
         author = first_of(item, "author", "name").casefold()
         parent = parent_of(item, items.keys() - {key}, tops)
@@ -2811,12 +2838,12 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
     post.left_out["other people's comments"] += sum(map(count_words, others))
     own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
-    depths = depths_of(comments)
     found: dict[str, Reply] = {}  # by the key of the last comment
-    learnt: set[str] = set()
+    learnt = set()
 
     # The deepest first: its conversation holds most of the others, which would be learnt twice.
-    in_order = sorted(comments, key=depths.__getitem__, reverse=True)  # of a set the order would be another each time
+    # The own comments are taken from all of them: of a set the order would be another each time.
+    in_order = sorted(comments, key=lambda key: depth_of(key, comments), reverse=True)
     for key in filter(own.__contains__, in_order):
         if key in learnt:
             post.cases["within a longer conversation"] += 1
@@ -2841,18 +2868,13 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
     post.replies += [found[key] for key in comments if key in found]
 
 
-def depths_of(comments: dict[str, Comment]) -> dict[str, int]:
-    """How many comments a comment answers, one by way of the other; in a cycle any number."""
-    depths: dict[str, int] = {}
-    for key in comments:
-        path = []
-        while key in comments and key not in depths:
-            depths[key] = 0
-            path.append(key)
-            key = comments[key].parent
-        above = depths.get(key, -1)
-        depths |= {one: above + steps for steps, one in enumerate(reversed(path), 1)}
-    return depths
+def depth_of(key: str, comments: dict[str, Comment]) -> int:
+    """How many comments a comment answers, one by way of the other, itself included."""
+    seen = set()
+    while key in comments and key not in seen:
+        seen.add(key)
+        key = comments[key].parent
+    return len(seen)
 
 
 def chain_of(
@@ -2861,7 +2883,7 @@ def chain_of(
     """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment.
 
     Begins with a reader's comment if there is one, and holds nothing of the author's that is in another chain."""
-    chain: list[str] = []
+    chain = []
     seen = set()
     while key not in seen and said(key):
         is_whole = bool(chain) and chain[-1] not in own
@@ -2921,11 +2943,13 @@ def quote_post(post: Post, template: str) -> str:
     if len(opening) > OPENING:
         opening = opening[:OPENING].rpartition(" ")[0] + " ..."
 
-    has_title = bool(post.title) and not (PLACEHOLDER.fullmatch(post.title) or REDACTED.fullmatch(post.title))
-    if not has_title and not opening:
+    # A title that is only a name or a date says nothing of the post.
+    title = "" if PLACEHOLDER.fullmatch(post.title) or REDACTED.fullmatch(post.title) else post.title
+    if not title and not opening:
         return ""
-    title = f' "{post.title}".' if has_title else "."
-    return template.format(title, f" It begins:\n\n{opening}" if opening else "")
+    called = f' "{title}".' if title else "."
+    begins = f" It begins:\n\n{opening}" if opening else ""
+    return template.format(called, begins)
 
 
 # ---------------------------------------------------------------- other people's posts
@@ -2986,14 +3010,20 @@ def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
 
     # Of two equal posts the public one comes first, so that no private copy stays without need.
+    def order(post: Post) -> tuple:
+        return post.visibility != "public", -len(post.text), post.blog, post.path
+
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text), post.blog, post.path))
-    duplicates = find_duplicates([post.shingles for post in texts], similarity)
-    for number, earlier in duplicates.items():
+    texts.sort(key=order)
+    shingles = [post.shingles for post in texts]
+    for number, earlier in find_duplicates(shingles, similarity).items():
         drop_duplicate(texts[number], texts[earlier])
 
 
 def drop_duplicate(post: Post, kept: Post):
+    """Leaves of a post only the answers that its kept copy does not have."""
+    leave_out(post, "duplicates")
+    post.left_out["duplicates"] += kept_words(post)
     known = {turn["content"] for reply in kept.replies for turn in reply.messages[1::2]}
     replies = []
     for reply in post.replies:
@@ -3001,10 +3031,7 @@ def drop_duplicate(post: Post, kept: Post):
         if messages:
             stand_in = reply.stand_in and messages[0] is reply.messages[0]
             replies.append(Reply(messages, stand_in))
-    post.left_out["duplicates"] += kept_words(post)
     post.replies = replies
-    post.text = ""
-    post.words = 0
     post.left_out["duplicates"] -= kept_words(post)
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
@@ -3042,7 +3069,7 @@ def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
     everything = np.concatenate([np.array([], np.uint64), *sets])
     values, times = np.unique(everything, return_counts=True)
     kept: dict[int, list[int]] = defaultdict(list)  # rare shingle: texts that are kept
-    near: dict[int, int] = {}
+    near = {}
     for number, hashes in enumerate(sets):
         # Rare ones first; what stands in this text alone is near to nothing.
         counts = times[np.searchsorted(values, hashes)]
@@ -3070,10 +3097,9 @@ def is_near(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
     """The posts as train and validation, each in their order."""
     chosen = choose_validation(posts, share)
-    splits: dict[str, list[Post]] = {"train": [], "validation": []}
-    for number, post in enumerate(posts):
-        splits["validation" if number in chosen else "train"].append(post)
-    return splits
+    train = [post for number, post in enumerate(posts) if number not in chosen]
+    validation = [post for number, post in enumerate(posts) if number in chosen]
+    return {"train": train, "validation": validation}
 
 
 def choose_validation(posts: list[Post], share: float) -> set[int]:
@@ -3090,7 +3116,7 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
         chances.append((chance, members))
 
     most = max(1, int(2 * share * len(posts)))
-    chosen: set[int] = set()
+    chosen = set()
     for chance, members in sorted(chances):
         # With all of the posts in one group none can be held out.
         is_needed = not chosen and len(posts) > len(members)
@@ -3261,9 +3287,13 @@ def make_report(
     skipped = [(post.blog, post.path, post.reason, post.detail) for post in posts if post.reason]
 
     # Of an address that stands in several posts one fingerprint is enough; private words are told by their numbers.
-    redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
+    redacted = set()
+    redactions = Counter()
+    for post in kept:
+        for kind, typed in post.redacted:
+            redacted.add((fingerprint(typed, key), kind, post.visibility))
+            redactions[kind] += 1
     blocked = sum((post.blocked for post in kept), Counter())
-    redactions = Counter(kind for post in kept for kind, _ in post.redacted)
     redactions["private word"] = blocked.total()
 
     # Names and problems may contain private words, too.
@@ -3274,15 +3304,15 @@ def make_report(
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
-        "files_skipped": counted(reason for _, _, reason, _ in skipped),
+        "files_skipped": total([Counter(reason for _, _, reason, _ in skipped)]),
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "validation_share": settings.validation_share,
         "words": {split: sum(map(kept_words, members)) for split, members in splits.items()},
         "conversations": table(("split", "kind", "visibility", "count"), count_conversations(splits)),
-        "replies": counted(case for post in kept for case in post.cases.elements()),
-        "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
-        "redactions": counted(redactions.elements()),
+        "replies": total(post.cases for post in kept),
+        "repairs": total(post.repairs for post in kept),
+        "redactions": total([redactions]),
         "blocked_words": [blocked[str(index)] for index in range(len(settings.blocked_words))],
         "redacted": table(("fingerprint", "kind", "visibility"), sorted(redacted)),
         "authors": [hide(author) for author in sorted(settings.authors)],
@@ -3293,11 +3323,13 @@ def make_report(
 def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
     """A sentence where chance held out far more or fewer posts than the setting says."""
     total = sum(posts.values())
-    share = posts["validation"] / total
+    held_out = posts["validation"]
+    share = held_out / total
     if total == 1 or abs(share - wanted) <= FAR_OFF * wanted:
         return []
-    held = f"{posts['validation']:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
-    return [f"{held}: a hash of its name decides for each alone, so that a new one moves no other"]
+
+    said = f"{held_out:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
+    return [f"{said}: a hash of its name decides for each alone, so that a new one moves no other"]
 
 
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
@@ -3375,12 +3407,13 @@ def count_conversations(splits: dict[str, list[Post]]) -> list[tuple]:
     numbers = Counter()
     for split, members in splits.items():
         for post in members:
-            numbers.update((split, line["kind"], post.visibility) for line in conversations(post))
+            for line in conversations(post):
+                numbers[split, line["kind"], line["visibility"]] += 1
     return [(*key, number) for key, number in sorted(numbers.items())]
 
 
-def counted(items: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(items).items()))
+def total(counts: Iterable[Counter]) -> dict[str, int]:
+    return dict(sorted(sum(counts, Counter()).items()))
 
 
 def table(names: tuple[str, ...], rows: list[tuple]) -> list[dict]:
@@ -3518,10 +3551,13 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
 
         # A list is checked first, and then each of its entries.
         if setting.least is not None:
-            if not isinstance(value, list | tuple) or len(value) < setting.least:
+            is_list = isinstance(value, list | tuple)
+            if not is_list or len(value) < setting.least:
                 at_least = " with something in it" if setting.least else ""
                 sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
             entries = {f"Number {place} of {name}": entry for place, entry in enumerate(value, 1)}
+
+        # The sentence shows a right value.
         for what, entry in entries.items():
             if not setting.kind.allows(entry):
                 sys.exit(f"{what} in {script} must be {setting.kind.words}: {example}.")
