@@ -6,8 +6,8 @@
 Reads the repositories in the settings or flags. Writes data/train_data.jsonl and data/val_data.jsonl (one conversation
 a line) and data/extraction_report.json, and prints a table of what became of every file below a _posts or _drafts
 folder (FOLDERS names others): kept, or skipped with a reason. Comments in _data/comments belong to the post of their
-name. Other pages of Markdown are counted. Not searched: .git and other folders that begin with a dot (unless `include`
-in _config.yml names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
+name. Other pages of Markdown are counted. Not searched: folders that begin with a dot (unless `include` in _config.yml
+names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
 
 The sections of this file. The run uses all of them; every other section uses only itself and sections above it, so
 that it can be read without those below.
@@ -19,12 +19,12 @@ that it can be read without those below.
     files                 decode              bytes to text
     front matter          read_front_matter   text to values and body; broken YAML is repaired
     finding posts         walk_posts          where Jekyll looks for posts, and why a file is skipped
-    markup                strip_markup        Liquid, code, maths, shortcodes: a table, NOT_PROSE
+    markup                strip_markup        Liquid, code, maths, shortcodes; to add a kind: a row of NOT_PROSE
     Markdown              markdown_to_html    emphasis and line breaks stay as typed
-    chats                 take_chats          pasted chats: a table, CHAT_LINES, and who says what
+    chats                 take_chats          who says what in pasted chats; to add a program: a row of CHAT_LINES
     lines                 clean_lines         removes bare links and importers' footers
     plain text            to_text             paragraphs and list lines; no quotes, tables or captions
-    personal data         find_personal_data  addresses, numbers, keys: a table, PERSONAL_DATA
+    personal data         find_personal_data  to add a telephone format or a kind of key: a row of PERSONAL_DATA
     private words         find_blocked        what BLOCKED_WORDS lists
     redaction             clean_for_training  replaces both of these, also in file names; fingerprints
     requests              make_request        what a post answers
@@ -35,7 +35,7 @@ that it can be read without those below.
     data folder           write_files         each file is either the complete old or the complete new one
     report                make_report         counts, and why files were skipped
     checked settings      check_settings      what a setting may be; the other two scripts use it too
-    command line          main                this script's settings: a table, SETTINGS
+    command line          main                to add a setting: a row of SETTINGS
 """
 
 from __future__ import annotations  # so that the run can come before the classes that it uses
@@ -137,6 +137,7 @@ CHUNK = 8  # files that a process is given at once; a guess
 
 def extract(settings: Settings):
     """Reads the repositories and writes the data folder. Exits with a sentence if no post can be used."""
+    # All that can be wrong with settings and folders is said before any post is read.
     sites = read_sites(settings)
     check_data_folder(settings.data_dir, sites)
     key = read_or_make_key(settings.data_dir)
@@ -605,7 +606,8 @@ def parse_yaml(text: str) -> object:
     """YAML without types, tags or code. Raises YAMLError, also where nesting would overflow the C stack."""
     steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text)]
     depth = max(accumulate(steps), default=0)
-    if depth > DEEPEST_YAML or re.search(rf"(?:[-?] +){{{DEEPEST_YAML}}}", text):
+    in_a_row = re.search(rf"(?:[-?] +){{{DEEPEST_YAML}}}", text)
+    if depth > DEEPEST_YAML or in_a_row:
         raise yaml.YAMLError("nested too deep")
     return JekyllFrontMatter().load(text, Loader=BaseLoader)
 
@@ -816,6 +818,8 @@ def read_defaults(entries: object) -> tuple[Defaults, ...]:
     for entry in mappings_in(entries):
         values = entry.get("values")
         scope = entry.get("scope", {})
+
+        # Jekyll passes over an entry without values, or with another scope.
         if isinstance(values, dict) and isinstance(scope, dict):
             path = "".join(strings(scope.get("path")))
             kind = "".join(strings(scope.get("type")))
@@ -963,8 +967,8 @@ def kind_of(inside: Path, site: Site) -> str:
 def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     """Every file below a folder of posts or drafts, and why it is skipped ("" if it is not).
 
-    Folders that Jekyll leaves out are walked too: what looks like a post in them is counted, with the folder's reason.
-    Only folders made by tools and those that begin with a dot are not entered, since they can be huge."""
+    What looks like a post in a folder that Jekyll leaves out is counted, with the folder's reason. Only folders made by
+    tools and those that begin with a dot are not entered, since they can be huge."""
     left_out = {}  # folder: reason
     unreadable = []
     for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
@@ -1166,23 +1170,22 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
 def open_box(found: re.Match) -> str:
     """A block quote that is a box for the author's own words, as paragraphs; any other as it is."""
     labels = (found["above"] or "") + (found["below"] or "")
-    box = BOX_OF_GITHUB.match(found["quoted"])
-    if not box and not BOX.search(labels):
+    own = found["quoted"]
+    if box := BOX_OF_GITHUB.match(own):
+        own = own[box.end() :]
+    elif not BOX.search(labels):
         return found[0]
-    own = found["quoted"][box.end() if box else 0 :]
     return "\n" + re.sub(r"^([ \t]*)> ?", r"\1", own, flags=re.MULTILINE) + "\n"
 
 
 def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """A code block is removed. Prose between ornaments (~~~) stays, and so does text after an unclosed fence."""
+    lead = found["lead"]
     block = found["closed"]
-    if block is None:
-        return found["lead"], found.end("info")
-
     is_ornament = found["fence"][0] == "~" and not found["info"]
-    if is_ornament and looks_like_prose(block):
-        return found["lead"], found.end("info")
-    return found["lead"] + "\n", found.end()
+    if block is None or (is_ornament and looks_like_prose(block)):
+        return lead, found.end("info")
+    return lead + "\n", found.end()
 
 
 def inline_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -1482,9 +1485,10 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
     def run(self, root):
         for element in root.iter():
             # Verse is often indented like code.
-            if element.tag == "pre" and len(element) and looks_like_prose(element[0].text or ""):
+            code = element.find("code") if element.tag == "pre" else None
+            if code is not None and looks_like_prose(code.text or ""):
                 element.tag = "p"
-                element[0].tag = "span"
+                code.tag = "span"
             elif element.get("class") == "footnote":
                 # As a list the notes would get numbers, and the marks in the text are gone.
                 parts = [*element.iter("ol"), *element.iter("li")]
@@ -1619,6 +1623,8 @@ def take_chats(text: str) -> tuple[str, list[list[Said]]]:
 def timed_chat(lines: list[str]) -> set[int]:
     """Indexes of the lines of pasted chats whose lines begin with a name and the time."""
     timed = [n for n, line in enumerate(lines) if ":" in line and TIMED.match(line)]
+
+    # A line alone with a time is no chat.
     gone = set()
     for first, last in pairwise(timed):
         between = sum(1 for line in lines[first:last] if line)
@@ -1675,7 +1681,7 @@ def escape_name(found: re.Match) -> str:
 def spoken_chat(lines: list[str]) -> set[int]:
     """Indexes of the lines of pasted chats without times: short lines in a row by recurring speakers."""
     gone = set()
-    speakers: dict[int, str] = {}  # line: speaker, in the current row
+    speakers = {}  # line: speaker, in the current row
     for n, line in enumerate([*lines, "end"]):
         said = SAID.match(line)
         if said and line.count(" ") < LONGEST_SPOKEN:
@@ -1725,6 +1731,8 @@ def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
     for line in filter(None, lines):
         speaker, words = speaker_of(line, starts)
         last = said[-1] if said else Said("", "", "")
+
+        # Programs speak under a name, in place of one, or without.
         is_automatic = AUTO_REPLY in line or AUTOMATIC.match(words) or AUTOMATIC.match(speaker)
         is_presence = is_timed and not speaker and is_system(line)
 
@@ -1981,9 +1989,12 @@ def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
     """Adds to left_out the words of the source that are in no text of the tree: alternative texts, tags, addresses.
 
     A word that is in none of these is one that the parser has lost."""
-    plain = html.unescape(unescape(source)).replace("\\_", "_")  # what was escaped twice is resolved twice
+    # What was escaped twice is resolved twice, as in the texts.
+    plain = html.unescape(unescape(source)).replace("\\_", "_")
     if plain != source:
         left_out["markup"] += count_words(source) - count_words(plain)
+
+    # Words that are not shown are those of signs and of pictures.
     shown = " ".join(texts)
     signs = " ".join(MARKUP_SIGN.findall(plain))
     images = tree.find_all("img") if "![" in source or "<" in source else []
@@ -2240,10 +2251,32 @@ class PersonalData(NamedTuple):
 
 AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
 DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
-# To add a telephone format that phonenumbers does not know, or the keys of another service: write a row with an
-# example. The tests look for every example; they also fail if it contains none of the signs of PERSONAL_SIGN, which
+# To add a telephone format that phonenumbers does not know, or a kind of key: write a row with an example, "phone" or
+# "secret". The tests look for every example; they also fail if it contains none of the signs of PERSONAL_SIGN, which
 # then needs one more. Of the rows of a kind the first that matches wins.
 PERSONAL_DATA = [
+    PersonalData(
+        "phone",
+        "+NN in groups, also where the number is not valid",
+        r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
+        "+44 (0)20 7946 0958",
+    ),
+    PersonalData(
+        "phone",
+        "North America, also with an area code that does not exist",
+        r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
+        "(415) 555-0123",
+    ),
+    PersonalData(
+        "phone",
+        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
+        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
+        "030 1234 5678",
+    ),
+    PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
+    PersonalData(
+        "phone", "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
+    ),
     PersonalData(
         "secret",
         "a private key",
@@ -2309,28 +2342,6 @@ PERSONAL_DATA = [
         "version 6; all of those in use begin with 2 or 3",
         r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
         "2620:0:2d0:200::8",
-    ),
-    PersonalData(
-        "phone",
-        "+NN in groups, also where the number is not valid",
-        r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
-        "+44 (0)20 7946 0958",
-    ),
-    PersonalData(
-        "phone",
-        "North America, also with an area code that does not exist",
-        r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
-        "(415) 555-0123",
-    ),
-    PersonalData(
-        "phone",
-        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
-        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
-        "030 1234 5678",
-    ),
-    PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
-    PersonalData(
-        "phone", "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
     ),
 ]
 # Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
@@ -2620,9 +2631,8 @@ def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
 def fingerprint(normalised: str, key: bytes) -> str:
     """What the report has in place of an address, a number or a key that was replaced; 64 hexadecimal digits.
 
-    There are so few telephone numbers that a plain hash can be undone by trying them all. Without the key none can be
-    tried. With the key and the report each try needs 16 ms of a processor core and 4 MiB: a million numbers, those of
-    one area code, take four to five hours. So the key is as private as the numbers."""
+    There are so few telephone numbers that a plain hash can be undone by trying them all. With the key each try needs
+    16 ms of a core and 4 MiB, the million numbers of an area code four to five hours: the key is as private as they."""
     return hashlib.scrypt(encode(normalised), salt=key, n=2**12, r=8, p=1, dklen=32).hex()
 
 
@@ -2750,7 +2760,7 @@ def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
     """The comments of Staticman's files by their keys, in order of time; what is hidden is left out.
 
     A comment of the author's that names none answers the one before it."""
-    items: dict[str, dict] = {}
+    items = {}
     for file in post.comment_files:
         for number, item in enumerate(load_comments(file, post.repairs, settings.max_bytes)):
             if str(item.get("hidden")).lower() in YES or len(items) == MOST_COMMENTS:
@@ -2838,7 +2848,7 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
     post.left_out["other people's comments"] += sum(map(count_words, others))
     own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
-    found: dict[str, Reply] = {}  # by the key of the last comment
+    found = {}  # by the key of the last comment
     learnt = set()
 
     # The deepest first: its conversation holds most of the others, which would be learnt twice.
@@ -2961,7 +2971,7 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     """Who speaks in many chats in which no name of AUTHORS does; the one in most chats first."""
     lines = Counter()
     chats = Counter()
-    typed: dict[str, str] = {}
+    typed = {}
     for speakers in (chat for post in posts for chat in post.speakers):
         for name, number in speakers.items():
             lines[plain_speaker(name)] += number
@@ -3013,6 +3023,7 @@ def drop_duplicates(posts: list[Post], similarity: float):
     def order(post: Post) -> tuple:
         return post.visibility != "public", -len(post.text), post.blog, post.path
 
+    # Posts that are kept only for their replies have nothing to be compared.
     texts = [post for post in posts if not post.reason and post.text]
     texts.sort(key=order)
     shingles = [post.shingles for post in texts]
@@ -3068,7 +3079,7 @@ def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
     shingle are compared: prefix filtering, https://doi.org/10.1109/ICDE.2006.9"""
     everything = np.concatenate([np.array([], np.uint64), *sets])
     values, times = np.unique(everything, return_counts=True)
-    kept: dict[int, list[int]] = defaultdict(list)  # rare shingle: texts that are kept
+    kept = defaultdict(list)  # rare shingle: texts that are kept
     near = {}
     for number, hashes in enumerate(sets):
         # Rare ones first; what stands in this text alone is near to nothing.
@@ -3107,7 +3118,7 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 
     In a small blog chance could hold out none, or a third: at least one post is held out, and at most twice the share.
     Only there can a new post move another."""
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
     chances = []
@@ -3231,13 +3242,15 @@ def json_lines(posts: list[Post]) -> bytes:
 def write_files(folder: Path, files: dict[str, bytes]):
     """Writes all files beside their places and moves them when every one is complete. Raises OSError.
 
-    An error before the first move changes nothing, and each file is always complete, old or new. A kill between two
-    moves leaves some of each: then the digests in the report, which is moved last, are not those of the data."""
+    Each file is always complete, old or new. A kill between two moves leaves some of each: then the digests in the
+    report, which is moved last, are not those of the data."""
     if not folder.is_dir():
         folder.mkdir(0o700, parents=True)
         folder.chmod(0o700)  # whatever the umask is
     sweep(folder)
-    beside: dict[Path, Path] = {}  # where a file is written: its place
+
+    # A signal waits until all are moved.
+    beside = {}  # where a file is written: its place
     with signals_wait():
         try:
             for name, data in files.items():
@@ -3374,8 +3387,11 @@ def make_ledger(posts: list[Post], not_read: list[dict]) -> dict:
     for post in posts:
         left_out.update(post.left_out)
 
-    losers = sorted(posts, key=lambda post: post.left_out.total(), reverse=True)[:MOST_LOSERS]
-    rows = [(post.blog, post.path, post.found, kept_words(post), nonzero(post.left_out)) for post in losers]
+    # Where a rule takes too much, it shows in the posts that lose most.
+    losers = sorted(posts, key=lambda post: post.left_out.total(), reverse=True)
+    rows = []
+    for post in losers[:MOST_LOSERS]:
+        rows.append((post.blog, post.path, post.found, kept_words(post), nonzero(post.left_out)))
     return {
         "found": sum(post.found for post in posts) + unread,
         "kept_in_posts": sum(post.words for post in posts),
@@ -3557,7 +3573,7 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
                 sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
             entries = {f"Number {place} of {name}": entry for place, entry in enumerate(value, 1)}
 
-        # The sentence shows a right value.
+        # Each sentence shows a right value.
         for what, entry in entries.items():
             if not setting.kind.allows(entry):
                 sys.exit(f"{what} in {script} must be {setting.kind.words}: {example}.")
