@@ -2242,7 +2242,6 @@ def clean_title(title: object) -> str:
 class PersonalData(NamedTuple):
     """A way to write something that nobody else should read."""
 
-    kind: str  # a key of AROUND; the word that replaces it
     what: str
     pattern: str
     example: str  # the tests look for it
@@ -2251,99 +2250,99 @@ class PersonalData(NamedTuple):
 
 AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
 DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
-# To add a telephone format that phonenumbers does not know, or a kind of key: write a row with an example, "phone" or
-# "secret". The tests look for every example; they also fail if it contains none of the signs of PERSONAL_SIGN, which
-# then needs one more. Of the rows of a kind the first that matches wins.
-PERSONAL_DATA = [
-    PersonalData(
-        "phone",
-        "+NN in groups, also where the number is not valid",
-        r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
-        "+44 (0)20 7946 0958",
-    ),
-    PersonalData(
-        "phone",
-        "North America, also with an area code that does not exist",
-        r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
-        "(415) 555-0123",
-    ),
-    PersonalData(
-        "phone",
-        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
-        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
-        "030 1234 5678",
-    ),
-    PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
-    PersonalData(
-        "phone", "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
-    ),
-    PersonalData(
-        "secret",
-        "a private key",
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
-        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
-    ),
-    PersonalData(
-        "secret",
-        "a US social security number",
-        r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
-        "123-45-6789",
-    ),
-    PersonalData("secret", "Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
-    PersonalData("secret", "GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
-    PersonalData("secret", "OpenAI", r"sk-[\w-]{20,}", "sk-" + "a1B2" * 6),
-    PersonalData("secret", "Slack", r"xox[a-z]-[\w-]{10,}", "xoxb-" + "1234567890-ab"),
-    PersonalData("secret", "Google", r"AIza[\w-]{30,}", "AIza" + "a1B2" * 8),
-    PersonalData(
-        "secret", "a JSON web token", r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2ln"
-    ),
-    PersonalData(
-        "secret",
-        "a key or digest in hexadecimal: digits alone are a large number, letters alone a scream",
-        r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
-        "0123456789abcdef" * 2,
-        in_links=False,
-    ),
-    PersonalData(
-        "secret",
-        "letters of both cases with three digits or more",
-        r"(?=[A-Za-z0-9_-]{30})(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]+(?![\w-])",
-        "aB3" + "dE4fG5h" * 5,
-        in_links=False,
-    ),
-    PersonalData(
-        "email",
-        "name@host.com, name [at] host [dot] com",
-        rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
-        "ann [at] example [dot] com",
-    ),
-    PersonalData(
-        "email",
-        "name at host dot com",
-        r"[\w.+-]{1,64} at [\w-]{1,63}(?: dot [\w-]{1,63})* dot (?:com|org|net|edu|gov|io|co|uk|de|fr|us)\b",
-        "ann at example dot com",
-    ),
-    PersonalData(
-        "card",
-        "in groups of four",
-        r"(?:[45]\d|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?: \d{3}|\d{0,3})",
-        "4111 1111 1111 1111",
-    ),
-    PersonalData("card", "American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005"),
-    PersonalData(
-        "iban",
-        "a bank account",
-        r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
-        "DE89 3704 0044 0532 0130 00",
-    ),
-    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8"),
-    PersonalData(
-        "ip",
-        "version 6; all of those in use begin with 2 or 3",
-        r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
-        "2620:0:2d0:200::8",
-    ),
-]
+# Kind, which is the word that replaces it: how it is written. To add a telephone format that phonenumbers does not
+# know, or the keys of another service: write a row with an example. The tests look for every example; they also fail if
+# it contains none of the signs of PERSONAL_SIGN, which then needs one more. The first row of a kind that matches wins.
+PERSONAL_DATA = {
+    "phone": [
+        PersonalData(
+            "+NN in groups, also where the number is not valid",
+            r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
+            "+44 (0)20 7946 0958",
+        ),
+        PersonalData(
+            "North America, also with an area code that does not exist",
+            r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
+            "(415) 555-0123",
+        ),
+        PersonalData(
+            "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
+            r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
+            "030 1234 5678",
+        ),
+        PersonalData("local, in films and examples", r"555-\d{4}", "555-0123"),
+        PersonalData(
+            "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
+        ),
+    ],
+    "secret": [
+        PersonalData(
+            "a private key",
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+        ),
+        PersonalData(
+            "a US social security number",
+            r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
+            "123-45-6789",
+        ),
+        PersonalData("Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
+        PersonalData("GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
+        PersonalData("OpenAI", r"sk-[\w-]{20,}", "sk-" + "a1B2" * 6),
+        PersonalData("Slack", r"xox[a-z]-[\w-]{10,}", "xoxb-" + "1234567890-ab"),
+        PersonalData("Google", r"AIza[\w-]{30,}", "AIza" + "a1B2" * 8),
+        PersonalData(
+            "a JSON web token", r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2ln"
+        ),
+        PersonalData(
+            "a key or digest in hexadecimal: digits alone are a large number, letters alone a scream",
+            r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
+            "0123456789abcdef" * 2,
+            in_links=False,
+        ),
+        PersonalData(
+            "letters of both cases with three digits or more",
+            r"(?=[A-Za-z0-9_-]{30})(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]+(?![\w-])",
+            "aB3" + "dE4fG5h" * 5,
+            in_links=False,
+        ),
+    ],
+    "email": [
+        PersonalData(
+            "name@host.com, name [at] host [dot] com",
+            rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
+            "ann [at] example [dot] com",
+        ),
+        PersonalData(
+            "name at host dot com",
+            r"[\w.+-]{1,64} at [\w-]{1,63}(?: dot [\w-]{1,63})* dot (?:com|org|net|edu|gov|io|co|uk|de|fr|us)\b",
+            "ann at example dot com",
+        ),
+    ],
+    "card": [
+        PersonalData(
+            "in groups of four",
+            r"(?:[45]\d|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?: \d{3}|\d{0,3})",
+            "4111 1111 1111 1111",
+        ),
+        PersonalData("American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005"),
+    ],
+    "iban": [
+        PersonalData(
+            "a bank account",
+            r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
+            "DE89 3704 0044 0532 0130 00",
+        ),
+    ],
+    "ip": [
+        PersonalData("version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8"),
+        PersonalData(
+            "version 6; all of those in use begin with 2 or 3",
+            r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
+            "2620:0:2d0:200::8",
+        ),
+    ],
+}
 # Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
 # a path or a link. What a kind begins with is tested first, to save time.
 NO_DIGIT_BEHIND = rf"(?![^\W{CJK}]|/|[.-]\d)"  # a Korean or Japanese particle may follow
@@ -2365,11 +2364,10 @@ NO_PHONE = re.compile(r"[1-9]\d* [-\u2013] \d+|\d{1,3}(?:\.\d{1,3}){3}|.*[ -]\d"
 
 
 def any_of(kind: str) -> str:
-    """The pattern of a kind; each row is a group of its own, "row7" for PERSONAL_DATA[7]."""
+    """The pattern of a kind; each row is a group of its own, "phone2" for PERSONAL_DATA["phone"][2]."""
     before, behind = AROUND[kind]
-    rows = [(number, rule.pattern) for number, rule in enumerate(PERSONAL_DATA) if rule.kind == kind]
-    patterns = "|".join(f"(?P<row{number}>{pattern})" for number, pattern in rows)
-    return f"{before}(?:{patterns}){behind}"
+    rows = [f"(?P<{kind}{number}>{row.pattern})" for number, row in enumerate(PERSONAL_DATA[kind])]
+    return f"{before}(?:{'|'.join(rows)}){behind}"
 
 
 # A plain word begins nothing, unless it is the name of an address; testing for that first saves half of the time.
@@ -2382,7 +2380,7 @@ BEHIND_PHONE = re.compile(AROUND["phone"][1])
 class Found(NamedTuple):
     """Something in a text that is to be replaced."""
 
-    kind: str  # of PersonalData, or "private"
+    kind: str  # a key of PERSONAL_DATA, or "private"
     start: int
     end: int
     normalised: str  # one spelling for all of the same address or number
@@ -2452,17 +2450,18 @@ def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> 
 
     # A match that is not real may contain something else, further on.
     while match := PERSONAL.search(text, position):
-        rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
+        kind = match.lastgroup.rstrip("0123456789")
+        row = PERSONAL_DATA[kind][int(match.lastgroup.removeprefix(kind))]
         real = match[0]
-        if rule.kind in REAL:
-            real = REAL[rule.kind](match)
-        elif is_public and not rule.in_links and is_id_in_link(match):
+        if kind in REAL:
+            real = REAL[kind](match)
+        elif is_public and not row.in_links and is_id_in_link(match):
             real = ""
 
         start = match.start()
         end = start + len(real)
         if real:
-            found.append(Found(rule.kind, start, end, normalise(rule.kind, real)))
+            found.append(Found(kind, start, end, normalise(kind, real)))
         position = max(end, start + 1)
     return not_overlapping(text, found + find_phones(text, countries))
 
@@ -2477,7 +2476,10 @@ def find_phones(text: str, countries: Sequence[str]) -> list[Found]:
         for match in phonenumbers.PhoneNumberMatcher(text, country):
             typed = match.raw_string
             is_alone = BEFORE_PHONE.match(text, match.start) and BEHIND_PHONE.match(text, match.end)
-            if is_alone and len(re.sub(r"\D", "", typed)) > 7 and not NO_PHONE.fullmatch(typed):
+
+            # Seven digits without an area code may be any number.
+            digits = re.sub(r"\D", "", typed)
+            if is_alone and len(digits) > 7 and not NO_PHONE.fullmatch(typed):
                 found.append(Found("phone", match.start, match.end, normalise("phone", typed)))
     return found
 
@@ -2686,7 +2688,8 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
     origin = f"{post.blog}/{post.path}"
     number = zlib.crc32(encode(origin))
     if is_telling(post.title) and not repeats_title(post):
-        return choose(settings.title_requests, number).format(post.title)
+        request = choose(settings.title_requests, number)
+        return request.format(post.title)
 
     # Half of the posts with tags get a request with them, the others a general one, since people use both.
     topics = [tag for tag in tags if is_topic(tag)][:2]
@@ -3652,6 +3655,8 @@ def parse_arguments(argv: list[str] | None) -> Settings:
         private = map(Path, args.private)
 
     fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
+
+    # Values in the form in which they are used.
     fields |= {
         "public_blogs": tuple(public),
         "private_blogs": tuple(private),
@@ -3671,6 +3676,7 @@ def make_parser(here: Path) -> argparse.ArgumentParser:
     def add(flag: str, name: str, **how):
         parser.add_argument(flag, type=flag_type(SETTINGS[name]), **how)
 
+    # A flag that may be repeated replaces the list of its setting.
     several = {"action": "append", "default": []}
     add("--public", "PUBLIC_BLOGS", **several, metavar="DIR", help="a public repository (repeatable)")
     add("--private", "PRIVATE_BLOGS", **several, metavar="DIR", help="a private repository (repeatable)")
