@@ -2036,7 +2036,7 @@ class PlainText:
 
     def __init__(self, left_out: Counter):
         self.left_out = left_out
-        self.texts: list[str] = []  # all that are in the tree
+        self.texts = []  # all that are in the tree
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
@@ -2044,9 +2044,9 @@ class PlainText:
         self.begin_block()
 
     def begin_block(self):
-        self.parts: list[str] = []
-        self.marks: list[int] = []  # indexes in parts at which open emphases begin
-        self.targets: set[str] = set()  # of links
+        self.parts = []
+        self.marks = []  # indexes in parts at which open emphases begin
+        self.targets = set()  # of links
         self.in_link = 0  # links that are open
         self.is_outside = False  # whether a word stands outside links
         self.has_image = False  # before its first word

@@ -716,7 +716,7 @@ STOPS = [
     ("a post is read", 9, "zlib.crc32", "SIGTERM"),
     ("workers read posts", 70, "zlib.crc32", "SIGINT"),
     ("workers read posts", 70, "zlib.crc32", "SIGHUP SIGTERM SIGINT SIGINT"),
-    ("posts are compared", 9, "numpy.repeat", "SIGINT SIGINT SIGTERM SIGHUP"),
+    ("posts are compared", 9, "numpy.searchsorted", "SIGINT SIGINT SIGTERM SIGHUP"),
     ("files are written", 9, "os.fsync", "SIGINT SIGINT SIGTERM SIGHUP"),
 ]
 
