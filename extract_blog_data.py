@@ -162,7 +162,9 @@ def extract(settings: Settings):
     report["not_read"] = count_unread(unread, settings)
     report["ledger"] = make_ledger(posts, report["not_read"])
     report["speakers"] = count_speakers(posts, settings)
-    say_who_speaks(report["speakers"])
+    for row in report["speakers"][:MOST_NAMES]:
+        said = f"{row['name']} says {row['lines']:,} lines in {row['chats']:,} chats"
+        say(f"{said}: name it in AUTHORS if it is you.")
 
     # The report is written last and has the digests of the data, which shows files of two runs.
     files = {TRAIN_FILE: json_lines(splits["train"]), VALIDATION_FILE: json_lines(splits["validation"])}
@@ -2005,18 +2007,14 @@ def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
     in_captions = count_words(captions)
     lost = gone - count_words(signs)
     if lost:
-        bag = bag_of(plain) - bag_of(shown)
+        bag, of_captions, of_signs = (Counter(WORD.findall(text)) for text in (plain, captions, signs))
+        bag -= Counter(WORD.findall(shown))
         gone = bag.total()
-        in_captions = (bag_of(captions) & bag).total()
-        lost = (bag - bag_of(captions) - bag_of(signs)).total()
+        in_captions = (of_captions & bag).total()
+        lost = (bag - of_captions - of_signs).total()
     left_out["captions"] += in_captions
     left_out["lost by the parser"] += lost
     left_out["markup"] += gone - in_captions - lost
-
-
-def bag_of(text: str) -> Counter:
-    """Every word of a text as it is typed: its times."""
-    return Counter(WORD.findall(text))
 
 
 def join_lines(text: str) -> str:
@@ -2585,7 +2583,10 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     # Searched in the original text: a name in an e-mail address is counted, and the whole address is replaced.
     private = find_blocked(text, settings.blocked_words)
     post.blocked.update(one.normalised for one in private)
-    return break_control_tokens(redact(text, personal + private))
+    redacted = redact(text, personal + private)
+
+    # Those of any model; training also breaks those of its own tokenizer.
+    return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], redacted)
 
 
 def clean_words(text: str, post: Post, settings: Settings) -> str:
@@ -2602,11 +2603,6 @@ def redact(text: str, found: list[Found]) -> str:
             out += [text[position : one.start], f"[{one.kind}]"]
         position = max(position, one.end)
     return "".join(out) + text[position:]
-
-
-def break_control_tokens(text: str) -> str:
-    """For any model; training also breaks those of its own tokenizer."""
-    return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], text)
 
 
 def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
@@ -2692,10 +2688,11 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
         return request.format(post.title)
 
     # Half of the posts with tags get a request with them, the others a general one, since people use both.
-    topics = [tag for tag in tags if is_topic(tag)][:2]
+    useful = [tag for tag in tags if len(tag) in TAG_LENGTHS and tag.lower() not in DULL_TAGS]
+    topics = [tag for tag in useful if not (URL.fullmatch(tag) or REDACTED.fullmatch(tag))]
     if topics and number % 2:
         request = choose(settings.tag_requests, number // 2)
-        return request.format(" and ".join(topics))
+        return request.format(" and ".join(topics[:2]))
     return choose(settings.general_requests, number // 2)
 
 
@@ -2713,11 +2710,6 @@ def repeats_title(post: Post) -> bool:
     title_words = words_of(post.title)
     opening = post.text[: 8 * len(post.title) + 200]  # has as many words, however many signs are between them
     return words_of(opening)[: len(title_words)] == title_words
-
-
-def is_topic(tag: str) -> bool:
-    is_dull = tag.lower() in DULL_TAGS or URL.fullmatch(tag) or REDACTED.fullmatch(tag)
-    return len(tag) in TAG_LENGTHS and not is_dull
 
 
 # ---------------------------------------------------------------- replies
@@ -2989,12 +2981,6 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     return rows
 
 
-def say_who_speaks(speakers: list[dict]):
-    for row in speakers[:MOST_NAMES]:
-        said = f"{row['name']} says {row['lines']:,} lines in {row['chats']:,} chats"
-        say(f"{said}: name it in AUTHORS if it is you.")
-
-
 def drop_other_authors(posts: list[Post], settings: Settings):
     """Leaves out what others wrote; if nobody has one of the names in the settings, says so and leaves out nothing."""
     # A name that nobody has is probably the settings' example; with it every signed post would be left out. The cases
@@ -3109,7 +3095,6 @@ def is_near(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
 
 # ---------------------------------------------------------------- split
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
-    """The posts as train and validation, each in their order."""
     chosen = choose_validation(posts, share)
     train = [post for number, post in enumerate(posts) if number not in chosen]
     validation = [post for number, post in enumerate(posts) if number in chosen]
@@ -3550,14 +3535,13 @@ def is_filled(value: object) -> bool:
     return is_text(value) and bool(value.strip())
 
 
-def is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value)
-
-
 TEXT = Kind("a text in UTF-8", is_text)  # may be empty
 NAME = Kind("a name that is not empty, in UTF-8", is_filled)
 SENTENCE = Kind("a sentence in quotation marks, in UTF-8", is_filled)
-FOLDER = Kind("the name of a folder, not empty", is_path)
+FOLDER = Kind(
+    "the name of a folder, not empty",
+    lambda value: isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value),
+)
 YES_OR_NO = Kind("True or False", lambda value: isinstance(value, bool))
 
 
