@@ -1488,7 +1488,8 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
         for element in root.iter():
             # Verse is often indented like code.
             code = element.find("code") if element.tag == "pre" else None
-            if code is not None and looks_like_prose(code.text or ""):
+            is_verse = code is not None and looks_like_prose(code.text or "")
+            if is_verse:
                 element.tag = "p"
                 code.tag = "span"
             elif element.get("class") == "footnote":
