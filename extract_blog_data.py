@@ -3054,11 +3054,11 @@ def without_known(turns: list[dict], known: set[str]) -> list[dict]:
 
 def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
+    encoded = [encode(word) for word in words]
     digests = set()
     for start in range(max(1, len(words) - SHINGLE + 1)):
-        shingle = " ".join(words[start : start + SHINGLE])
-        digest = hashlib.blake2b(encode(shingle), digest_size=8)
-        digests.add(digest.digest())
+        shingle = b" ".join(encoded[start : start + SHINGLE])
+        digests.add(hashlib.blake2b(shingle, digest_size=8).digest())
     return np.sort(np.frombuffer(b"".join(digests), np.uint64))
 
 
