@@ -1471,10 +1471,12 @@ class Quotes(BlockQuoteProcessor):
         return super().test(parent, self.unindent(parent, block))
 
     def run(self, parent, blocks):
-        blocks[0] = self.unindent(parent, blocks[0])
-        begin = self.RE.search(blocks[0]).start(2)
-        if end := ENDS_QUOTE.search(blocks[0], begin):
-            blocks[:1] = [blocks[0][: end.start()], blocks[0][end.start() + 1 :]]
+        block = self.unindent(parent, blocks[0])
+        begin = self.RE.search(block).start(2)
+        blocks[0] = block
+        if end := ENDS_QUOTE.search(block, begin):
+            blocks[0] = block[: end.start()]
+            blocks.insert(1, block[end.start() + 1 :])
         super().run(parent, blocks)
 
     def unindent(self, parent, block: str) -> str:
@@ -2008,8 +2010,9 @@ def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
     in_captions = count_words(captions)
     lost = gone - count_words(signs)
     if lost:
-        bag, of_captions, of_signs = (Counter(WORD.findall(text)) for text in (plain, captions, signs))
-        bag -= Counter(WORD.findall(shown))
+        bag = Counter(WORD.findall(plain)) - Counter(WORD.findall(shown))
+        of_captions = Counter(WORD.findall(captions))
+        of_signs = Counter(WORD.findall(signs))
         gone = bag.total()
         in_captions = (of_captions & bag).total()
         lost = (bag - of_captions - of_signs).total()
@@ -2693,7 +2696,8 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
     topics = [tag for tag in useful if not (URL.fullmatch(tag) or REDACTED.fullmatch(tag))]
     if topics and number % 2:
         request = choose(settings.tag_requests, number // 2)
-        return request.format(" and ".join(topics[:2]))
+        wanted = " and ".join(topics[:2])
+        return request.format(wanted)
     return choose(settings.general_requests, number // 2)
 
 
@@ -3058,7 +3062,8 @@ def shingle_hashes(words: list[str]) -> np.ndarray:
     digests = set()
     for start in range(max(1, len(words) - SHINGLE + 1)):
         shingle = b" ".join(encoded[start : start + SHINGLE])
-        digests.add(hashlib.blake2b(shingle, digest_size=8).digest())
+        digest = hashlib.blake2b(shingle, digest_size=8)
+        digests.add(digest.digest())
     return np.sort(np.frombuffer(b"".join(digests), np.uint64))
 
 
