@@ -6,8 +6,8 @@
 Reads the repositories in the settings or flags. Writes data/train_data.jsonl and data/val_data.jsonl (one conversation
 a line) and data/extraction_report.json, and prints a table of what became of every file below a _posts or _drafts
 folder (FOLDERS names others): kept, or skipped with a reason. Comments in _data/comments belong to the post of their
-name. Other pages of Markdown are counted. Not searched: .git and other folders that begin with a dot (unless `include`
-in _config.yml names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
+name. Other pages of Markdown are counted. Not searched: folders that begin with a dot (unless `include` in _config.yml
+names them), _site, vendor, node_modules, gemfiles, and everything outside the config's `source` folder.
 
 The sections of this file. The run uses all of them; every other section uses only itself and sections above it, so
 that it can be read without those below.
@@ -19,12 +19,12 @@ that it can be read without those below.
     files                 decode              bytes to text
     front matter          read_front_matter   text to values and body; broken YAML is repaired
     finding posts         walk_posts          where Jekyll looks for posts, and why a file is skipped
-    markup                strip_markup        Liquid, code, maths, shortcodes: a table, NOT_PROSE
+    markup                strip_markup        Liquid, code, maths, shortcodes; to add a kind: a row of NOT_PROSE
     Markdown              markdown_to_html    emphasis and line breaks stay as typed
-    chats                 take_chats          pasted chats: a table, CHAT_LINES, and who says what
+    chats                 take_chats          who says what in pasted chats; to add a program: a row of CHAT_LINES
     lines                 clean_lines         removes bare links and importers' footers
     plain text            to_text             paragraphs and list lines; no quotes, tables or captions
-    personal data         find_personal_data  addresses, numbers, keys: a table, PERSONAL_DATA
+    personal data         find_personal_data  to add a telephone format or a kind of key: a row of PERSONAL_DATA
     private words         find_blocked        what BLOCKED_WORDS lists
     redaction             clean_for_training  replaces both of these, also in file names; fingerprints
     requests              make_request        what a post answers
@@ -35,7 +35,7 @@ that it can be read without those below.
     data folder           write_files         each file is either the complete old or the complete new one
     report                make_report         counts, and why files were skipped
     checked settings      check_settings      what a setting may be; the other two scripts use it too
-    command line          main                this script's settings: a table, SETTINGS
+    command line          main                to add a setting: a row of SETTINGS
 """
 
 from __future__ import annotations  # so that the run can come before the classes that it uses
@@ -63,7 +63,6 @@ import re
 import reprlib
 import secrets
 import stat
-import string
 import sys
 import threading
 import tomllib
@@ -85,6 +84,7 @@ import ftfy
 import markdown
 import numpy as np
 import phonenumbers
+import psutil
 import yaml
 from bs4 import BeautifulSoup, NavigableString, Tag
 from bs4.element import PreformattedString
@@ -132,8 +132,12 @@ REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to ad
 
 
 # ---------------------------------------------------------------- the run
+CHUNK = 8  # files that a process is given at once; a guess
+
+
 def extract(settings: Settings):
     """Reads the repositories and writes the data folder. Exits with a sentence if no post can be used."""
+    # All that can be wrong with settings and folders is said before any post is read.
     sites = read_sites(settings)
     check_data_folder(settings.data_dir, sites)
     key = read_or_make_key(settings.data_dir)
@@ -158,7 +162,9 @@ def extract(settings: Settings):
     report["not_read"] = count_unread(unread, settings)
     report["ledger"] = make_ledger(posts, report["not_read"])
     report["speakers"] = count_speakers(posts, settings)
-    say_who_speaks(report["speakers"])
+    for row in report["speakers"][:MOST_NAMES]:
+        said = f"{row['name']} says {row['lines']:,} lines in {row['chats']:,} chats"
+        say(f"{said}: name it in AUTHORS if it is you.")
 
     # The report is written last and has the digests of the data, which shows files of two runs.
     files = {TRAIN_FILE: json_lines(splits["train"]), VALIDATION_FILE: json_lines(splits["validation"])}
@@ -194,7 +200,7 @@ def read_all(posts: list[Post], settings: Settings) -> Iterator[Post]:
         # All workers start here, with signals blocked until start_worker has set their handlers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            filled = pool.map(read, posts, chunksize=chunk_size(len(posts), cores))
+            filled = pool.map(read, posts, chunksize=CHUNK)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield from filled
@@ -212,11 +218,6 @@ def start_worker():
 def end_with_run():
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def chunk_size(posts: int, cores: int) -> int:
-    """Posts passed to a process at once: four chunks a process, so that none ends long after the others."""
-    return min(64, max(1, posts // (4 * cores)))
 
 
 def read_post(post: Post, settings: Settings) -> Post:
@@ -270,13 +271,13 @@ def fill_post(post: Post, settings: Settings) -> str:
     own, body = parts
     meta = overlay(post.defaults, own)
     comments = read_comments(meta.get("comments"))
-    comments |= read_comments(comments_in_files(post, settings))
+    comments |= comments_in_files(post, settings)
     words = count_words(body) + sum(count_words(comment.content) for comment in comments.values())
     post.found += words
     post.left_out[UNUSED] = words
     if post.reason:
         return post.reason
-    if is_unpublished(meta):
+    if str(meta.get("published", "")).lower() in ("false", "no", "off", "n"):
         return "unpublished"
 
     # One day of tolerance for time zones.
@@ -290,14 +291,19 @@ def fill_post(post: Post, settings: Settings) -> str:
     read_text(post, body, meta, settings)
     add_replies(post, comments, settings)
     post.group = split_group(post)
-    post.left_out[JOINED] = post.found - kept_words(post) - post.left_out.total()
+    post.left_out["joined or split where markup stood (the remainder)"] = (
+        post.found - kept_words(post) - post.left_out.total()
+    )
 
     # A post with only a picture may have replies, which stay.
     words = words_of(post.text)
     if len(words) < settings.min_words:
-        post.detail = f"{len(words)} words" if words else tell_most(post.left_out)
+        most = [f"{kind} {number:,}" for kind, number in post.left_out.most_common(3) if number > 0]
+        post.detail = f"{len(words)} words" if words else ", ".join(most)
         leave_out(post, "too short")
-        return why_without_text(post, words)
+        if post.replies:
+            return ""
+        return "too short" if words else "empty after cleaning"
 
     post.request = make_request(post, read_tags(meta, post, settings), settings)
     post.shingles = shingle_hashes(words)
@@ -310,32 +316,16 @@ def read_text(post: Post, body: str, meta: dict, settings: Settings):
     title = clean_title(meta.get("title"))
     post.title = clean_for_training(title, post, settings)
 
-    chats: list[list[Said]] = []
     source = strip_markup(body, meta, post.left_out)
-    text = to_text(source, is_html, title, settings.line_breaks, post.left_out, chats)
+    text, chats = to_text(source, is_html, title, settings.line_breaks, post.left_out)
     post.text = clean_words(text, post, settings)
     post.words = count_words(post.text)
     for chat in chats:
         add_chat(post, chat, settings)
 
 
-def is_unpublished(meta: dict) -> bool:
-    return str(meta.get("published", "")).lower() in ("false", "no", "off", "n")
-
-
 def authors_of(meta: dict) -> list[str]:
     return [name.casefold() for name in strings(meta.get("author")) + strings(meta.get("authors"))]
-
-
-def why_without_text(post: Post, words: list[str]) -> str:
-    """Why a post of too few words is skipped; "" if its replies are kept."""
-    if post.replies:
-        return ""
-    return "too short" if words else "empty after cleaning"
-
-
-def tell_most(left_out: Counter) -> str:
-    return ", ".join(f"{kind} {number:,}" for kind, number in left_out.most_common(3) if number > 0)
 
 
 # ---------------------------------------------------------------- words
@@ -372,6 +362,11 @@ def counted_as(kind: str, left_out: Counter, before: str, after: str) -> str:
     if after != before:
         left_out[kind] += count_words(before) - count_words(after)
     return after
+
+
+def encode(text: str) -> bytes:
+    """In UTF-8, also where the name of a file or folder has half a character."""
+    return text.encode("utf-8", "replace")
 
 
 def unescape(text: str) -> str:
@@ -470,16 +465,7 @@ def leave_out(post: Post, kind: str):
     post.words = 0
 
 
-# Kinds of words that are left out, apart from those that stand in the tables of markup and elements.
-UNUSED = "files that are not used"
-UNREAD = "sources that are not read"
-JOINED = "joined or split where markup stood (the remainder)"
-LOST = "lost by the parser"
-OTHERS_COMMENTS = "other people's comments"
-HIDDEN = "hidden comments"
-ANSWERS_NOTHING = "comments that answer nothing"
-OTHERS_LINES = "other people's lines in chats"
-SIGNS_OF_CHATS = "names and times in chats"
+UNUSED = "files that are not used"  # a kind of words that are left out; the others stand where the words go
 
 
 # ---------------------------------------------------------------- streams and signals
@@ -580,31 +566,28 @@ def is_folder(path: Path) -> bool:
 
 def decode(data: bytes, repairs: Counter) -> str | None:
     """The text of a file with \\n as line end and without our own marks; None if it is not text."""
-    text = undo_mojibake(decode_bytes(data, repairs), repairs)
-    if "\0" in text:
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_MARKS)
+    text = decode_bytes(data)
+    if text is None:
+        text = data.decode("cp1252", "replace")
+        if "\ufffd" in text:
+            return None
+        repairs["read as cp1252"] += 1
+
+    if MOJIBAKE.search(text):
+        # By line: one correct line proves nothing for others.
+        fixed = "\n".join(map(ftfy.fix_encoding, text.split("\n")))
+        repairs["encoding repaired"] += fixed != text
+        text = fixed
+    return None if "\0" in text else text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_MARKS)
 
 
-def decode_bytes(data: bytes, repairs: Counter) -> str:
-    """UTF-8, UTF-16 with a byte order mark, or cp1252; bytes that are none of these become NUL."""
+def decode_bytes(data: bytes) -> str | None:
+    """UTF-8, or UTF-16 with a byte order mark; None if it is neither."""
     is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
         return data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError:
-        text = data.decode("cp1252", "replace").replace("\ufffd", "\0")
-    if "\0" not in text:
-        repairs["read as cp1252"] += 1
-    return text
-
-
-def undo_mojibake(text: str, repairs: Counter) -> str:
-    if not MOJIBAKE.search(text):
-        return text
-    fixed = "\n".join(map(ftfy.fix_encoding, text.split("\n")))  # by line: one correct line proves nothing for others
-    if fixed != text:
-        repairs["encoding repaired"] += 1
-    return fixed
+        return None
 
 
 # ---------------------------------------------------------------- front matter
@@ -625,7 +608,8 @@ def parse_yaml(text: str) -> object:
     """YAML without types, tags or code. Raises YAMLError, also where nesting would overflow the C stack."""
     steps = [1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text)]
     depth = max(accumulate(steps), default=0)
-    if depth > DEEPEST_YAML or re.search(rf"(?:[-?] +){{{DEEPEST_YAML}}}", text):
+    in_a_row = re.search(rf"(?:[-?] +){{{DEEPEST_YAML}}}", text)
+    if depth > DEEPEST_YAML or in_a_row:
         raise yaml.YAMLError("nested too deep")
     return JekyllFrontMatter().load(text, Loader=BaseLoader)
 
@@ -698,6 +682,11 @@ def strings(value: object) -> list[str]:
     return [name.strip() for name in names if isinstance(name, str) and name.strip()]
 
 
+def mappings_in(value: object) -> list[dict]:
+    """The mappings of a list; none of anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 # ---------------------------------------------------------------- finding posts
 MARKDOWN_SUFFIXES = {".md", ".markdown", ".mkd", ".mkdn", ".mkdown"}
 HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
@@ -706,9 +695,7 @@ CONFIG_NAMES = ("_config.yml", "_config.yaml", "_config.toml")  # Jekyll reads t
 IGNORED = re.compile(r"[._#].*|.*~")
 # Made by tools: large, and full of other people's posts.
 NEVER_ENTERED = {"_site", "vendor", "node_modules", "gemfiles"}
-NOTHING = "(?!)"  # a pattern that never matches
-DATED_NAME = re.compile(r"\d{2,4}-\d{1,2}-\d{1,2}-.")
-DATE_OF_NAME = re.compile(r"^\d{2,4}-\d{1,2}-\d{1,2}-")
+DATED_NAME = re.compile(r"^\d{2,4}-\d{1,2}-\d{1,2}-(?=.)")
 COMMENT_SUFFIXES = {".yml", ".yaml", ".json"}
 TEMPLATES = {"_includes", "_layouts", "_data", "_sass", "_plugins"}  # Markdown in these is no page
 OUTSIDE = "outside of FOLDERS"
@@ -788,20 +775,16 @@ def read_site(repository: Path, visibility: str, settings: Settings) -> Site:
 
 
 def is_folder_of(repository: Path, path: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no permission, or a name that is too long or has a NUL
         return is_folder(path) and path.resolve(strict=True).is_relative_to(repository)
-    except (OSError, ValueError):  # no permission, or a name that is too long or has a NUL
-        return False
+    return False
 
 
 def excluded_paths(names: list[str]) -> re.Pattern:
     """A pattern for what "old", "old/" or "*.bak" means to Jekyll: that path itself, and everything below it."""
-    patterns = []
-    for name in names:
-        plain = name.strip("/")
-        if plain:
-            patterns += [translate(plain), re.escape(plain) + "/"]
-    return re.compile("|".join(patterns) or NOTHING)
+    plain = [name.strip("/") for name in names if name.strip("/")]
+    patterns = [f"{translate(name)}|{re.escape(name)}/" for name in plain]
+    return re.compile("|".join(patterns) or "(?!)")
 
 
 def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
@@ -819,30 +802,26 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
         return {}, error.strerror or type(error).__name__
     except (RecursionError, MemoryError):
         return {}, "nested too deep"
-    except UnicodeDecodeError:
-        return {}, "not UTF-8"
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        what = str(error).split("\n")[0]
-        return {}, f"line {mark.line + 1}: {error.problem}" if mark else what
-    except ValueError as error:  # a mistake in TOML, or a number of 5,000 digits
+        return {}, f"line {mark.line + 1}: {error.problem}" if mark else str(error).split("\n")[0]
+    except ValueError as error:  # not UTF-8, a mistake in TOML, or a number of 5,000 digits
         return {}, str(error).split(";")[0]
 
     # A file of comments alone is empty, which is no problem; a list or a sentence is no configuration.
-    if isinstance(loaded, dict):
-        return loaded, ""
-    is_empty = loaded in (None, "")
-    return {}, "" if is_empty else "it holds no settings"
+    if loaded in (None, ""):
+        return {}, ""
+    return (loaded, "") if isinstance(loaded, dict) else ({}, "it holds no settings")
 
 
 def read_defaults(entries: object) -> tuple[Defaults, ...]:
     """The valid entries, in their order."""
     found = []
-    for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict):
-            continue
+    for entry in mappings_in(entries):
         values = entry.get("values")
         scope = entry.get("scope", {})
+
+        # Jekyll passes over an entry without values, or with another scope.
         if isinstance(values, dict) and isinstance(scope, dict):
             path = "".join(strings(scope.get("path")))
             kind = "".join(strings(scope.get("type")))
@@ -854,23 +833,18 @@ def read_defaults(entries: object) -> tuple[Defaults, ...]:
 
 
 def defaults_of(inside: Path, kind: str, site: Site) -> dict:
-    """The front matter that _config.yml gives to a file."""
+    """The front matter that _config.yml gives to a file; of two entries the one with the longer path wins."""
     path = without_folder(inside.as_posix(), site.collections_dir)
-    values: dict = {}
-    strongest = (0, False)
+    fitting = []
     for entry in site.defaults:
         scope = without_folder(entry.path, site.collections_dir)
         is_within = glob_pattern(scope).match(path) if "*" in scope else path.startswith(scope)
-        if not is_within or entry.kind not in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
-            continue
+        if is_within and entry.kind in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
+            fitting.append(entry)
 
-        # Jekyll compares with the entry that won last, by the length of its path, then by whether it names a type.
-        strength = (len(entry.path), bool(entry.kind))
-        if strength >= strongest:
-            values = overlay(values, entry.values)
-            strongest = strength
-        else:
-            values = overlay(entry.values, values)
+    values = {}
+    for entry in sorted(fitting, key=lambda entry: (len(entry.path), bool(entry.kind))):
+        values = overlay(values, entry.values)
     return values
 
 
@@ -900,18 +874,17 @@ def overlay(below: dict, above: dict) -> dict:
 
 def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[Unread]]:
     """Every file that might be a post, not read yet, and what else looks like writing. Exits if there is no post."""
-    posts: list[Post] = []
-    unread: list[Unread] = []
+    posts = []
+    unread = []
     for site in sites:
         blog = site.repository.name
         here = []
         for file, reason in walk_posts(site, settings.include_drafts):
-            # A file name need not be UTF-8, but the report must be.
             inside = file.relative_to(site.root)
-            path = file.relative_to(site.repository).as_posix().encode("utf-8", "replace").decode()
             if reason == OUTSIDE:
                 unread.append(Unread(blog, *source_of(inside, site), file))
                 continue
+            path = encode(file.relative_to(site.repository).as_posix()).decode()
             defaults = defaults_of(inside, kind_of(inside, site), site)
             here.append(Post(blog, site.visibility, path, file, reason, defaults))
 
@@ -919,21 +892,23 @@ def list_posts(sites: list[Site], settings: Settings) -> tuple[list[Post], list[
         unread += [Unread(blog, "comments in _data", "no post has the name of their folder", file) for file in lost]
         posts += here
 
+    # Where the writing is elsewhere, the setting that reads most of it is the remedy.
     if not posts:
         where = ", ".join(str(site.repository) for site in sites)
-        others = Counter(one.remedy for one in unread).most_common(1)
-        remedy = f"{others[0][1]} files are elsewhere: {others[0][0]}" if others else REMEDY
+        remedy = REMEDY
+        for setting, number in Counter(one.remedy for one in unread).most_common(1):
+            remedy = f"{number} files are elsewhere: {setting}"
         sys.exit(f"No post found in {where}, that is, no file like _posts/2006-08-25-title.md: {remedy}.")
     return sorted(posts, key=lambda post: (post.visibility != "public", post.blog, post.path)), unread
 
 
 def source_of(inside: Path, site: Site) -> tuple[str, str]:
     """(the folder of a file that is not read, the setting that reads it)."""
-    parts = inside.parts
-    if len(parts) == 1:
+    above = inside.parts[:-1]
+    if not above:
         return "pages in the top folder", "add their names to FOLDERS"
-    folder = "/".join(parts[:2] if parts[0] == site.collections_dir and len(parts) > 2 else parts[:1])
-    folder = folder.encode("utf-8", "replace").decode()
+    depth = 2 if above[0] == site.collections_dir else 1
+    folder = encode("/".join(above[:depth])).decode()
     return f"Markdown in {folder}", f'add "{folder}" to FOLDERS'
 
 
@@ -950,7 +925,7 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
     """Gives the posts of a site the files of their comments; returns those of no post."""
     # A full name with its date wins over a slug that several posts may have.
     usable = [post for post in reversed(posts) if not post.reason]
-    named = {plain_name(DATE_OF_NAME.sub("", slug_of(post.file))): post for post in usable}
+    named = {plain_name(DATED_NAME.sub("", slug_of(post.file))): post for post in usable}
     named |= {plain_name(slug_of(post.file)): post for post in usable}
 
     # _data/comments/SLUG/ANY.yml, _data/comments/YEAR/MONTH/DAY/SLUG/ANY.yml, _data/comments/SLUG.yml
@@ -961,10 +936,15 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
         for file in (Path(parent, name) for name in sorted(files)):
             if file.suffix.lower() not in COMMENT_SUFFIXES or not is_within(file, site):
                 continue
+
+            # The longest name comes first.
             above = file.relative_to(folder).parts[:-1]
             names = ["-".join(above), *reversed(above), file.stem]
-            post = next((named[name] for name in map(plain_name, names) if name in named), None)
-            (post.comment_files if post else lost).append(file)
+            known = [named[name] for name in map(plain_name, names) if name in named]
+            if known:
+                known[0].comment_files.append(file)
+            else:
+                lost.append(file)
     return lost
 
 
@@ -974,14 +954,10 @@ def is_within(file: Path, site: Site) -> bool:
 
 def folder_end(inside: Path, site: Site) -> int:
     """How many parts of a path lead to the end of its folder of posts; 0 if it is in none."""
-    parts = inside.parts
-    ends = [
-        start + len(folder)
-        for folder in site.folders
-        for start in range(len(parts))
-        if parts[start : start + len(folder)] == folder
-    ]
-    return min(ends, default=0)
+    for end in range(1, len(inside.parts) + 1):
+        if any(inside.parts[:end][-len(folder) :] == folder for folder in site.folders):
+            return end
+    return 0
 
 
 def kind_of(inside: Path, site: Site) -> str:
@@ -993,10 +969,10 @@ def kind_of(inside: Path, site: Site) -> str:
 def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     """Every file below a folder of posts or drafts, and why it is skipped ("" if it is not).
 
-    Folders that Jekyll leaves out are walked too: what looks like a post in them is counted, with the folder's reason.
-    Only folders made by tools and those that begin with a dot are not entered, since they can be huge."""
-    left_out: dict[Path, str] = {}  # folder: reason
-    unreadable: list[OSError] = []
+    What looks like a post in a folder that Jekyll leaves out is counted, with the folder's reason. Only folders made by
+    tools and those that begin with a dot are not entered, since they can be huge."""
+    left_out = {}  # folder: reason
+    unreadable = []
     for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
         inside = Path(parent).relative_to(site.root)
         is_below_posts = folder_end(inside, site) > 0
@@ -1005,15 +981,15 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         # in a folder where names may be listed but nothing else.
         found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
         if not is_below_posts:
-            folders[:] = [name for name in folders if is_entered(name, site)]
+            hidden = {name for name in folders if name.startswith(".")} - site.included
+            folders[:] = [name for name in folders if name not in NEVER_ENTERED | hidden]
             found = [name for name in found if folder_end(inside / name, site) or name in folders]
 
         # A folder that is left out is left out with everything below it, whatever the config says of that.
         reason = left_out.get(Path(parent), "")
         for name in folders:
-            why = reason if reason or is_below_posts else why_folder_is_left_out(inside / name, site)
-            if why:
-                left_out[Path(parent, name)] = why
+            is_judged = not reason and not is_below_posts
+            left_out[Path(parent, name)] = why_folder_is_left_out(inside / name, site) if is_judged else reason
 
         for name in found:
             path = Path(parent, name)
@@ -1021,17 +997,14 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
 
         # A collection is hidden from Jekyll only as a folder of pages.
         is_of_pages = reason in ("", "hidden from Jekyll") and TEMPLATES.isdisjoint(inside.parts[:1])
-        for name in files if is_of_pages and not is_below_posts else ():
-            if Path(name).suffix.lower() in MARKDOWN_SUFFIXES and name not in found:
-                yield Path(parent, name), OUTSIDE
+        if is_of_pages and not is_below_posts:
+            for name in files:
+                if name not in found and Path(name).suffix.lower() in MARKDOWN_SUFFIXES:
+                    yield Path(parent, name), OUTSIDE
 
     # An unknown number of posts may be in there.
     for error in unreadable:
         yield Path(error.filename), "unreadable folder"
-
-
-def is_entered(folder: str, site: Site) -> bool:
-    return folder not in NEVER_ENTERED and (folder in site.included or not folder.startswith("."))
 
 
 def why_folder_is_left_out(inside: Path, site: Site) -> str:
@@ -1072,10 +1045,11 @@ def why_no_file(path: Path) -> str:
     except PermissionError:
         return "unreadable"
     except OSError:  # a link to nothing, or to itself
-        return "not a regular file"
+        mode = 0
 
+    # Only links to folders get here, folders do not.
     if stat.S_ISDIR(mode):
-        return "link to a folder"  # only links to folders get here
+        return "link to a folder"
     return "" if stat.S_ISREG(mode) else "not a regular file"
 
 
@@ -1085,12 +1059,15 @@ def why_no_file(path: Path) -> str:
 # The value is the kind of words in the report.
 LIQUID = "Liquid and shortcodes"
 PUT_IN = "put in from the front matter"  # a negative number
-DROPPED_TAGS = dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes")  # somebody else's words
-DROPPED_TAGS |= dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code")
-DROPPED_TAGS |= dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code")
-DROPPED_TAGS |= dict.fromkeys(("schema", "comment", "doc", "button"), LIQUID)
-DROPPED_TAGS |= dict.fromkeys(("for", "tablerow", "capture"), LIQUID)  # template code, not text
-DROPPED_TAGS |= {"table": "tables"} | dict.fromkeys(("gallery", "figure", "caption"), "captions")
+DROPPED_TAGS = {
+    **dict.fromkeys(("blockquote", "quote", "epigraph", "tweet"), "quotes"),  # somebody else's words
+    **dict.fromkeys(("highlight", "codeblock", "code", "mermaid", "plantuml", "graphviz", "chart"), "code"),
+    **dict.fromkeys(("math", "katex", "latex", "style", "stylesheet", "javascript", "script"), "code"),
+    **dict.fromkeys(("schema", "comment", "doc", "button"), LIQUID),
+    **dict.fromkeys(("for", "tablerow", "capture"), LIQUID),  # template code, not text
+    **dict.fromkeys(("gallery", "figure", "caption"), "captions"),
+    "table": "tables",
+}
 LIQUID_WORDS = {"content", "site", "page", "layout", "post", "paginator", "theme", "jekyll", "include", "forloop"}
 PROSE_FIELDS = {"title", "description", "subtitle", "excerpt", "summary", "tagline"}
 ASSIGNED = re.compile(r"\{%-?\s*(?:assign|capture)\s+([\w-]+)")
@@ -1104,6 +1081,7 @@ NOT_OWN_INCLUDE = re.compile(
 )
 NOT_OWN_ARGUMENT = re.compile(r"(?i).*(?:alt|caption|title|quote|description|code|class|style|link|ur[li])")
 NAMES_ANOTHER = re.compile(r"(?i)\b(?:author|by|cite|source|credit|attribution)\s*=")  # an include about their work
+BRACED = re.compile(r"\{(?=[{%])")
 ANY_LIQUID = re.compile(r"\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 RAW_BLOCK = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
 FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
@@ -1148,23 +1126,19 @@ class Markup(NamedTuple):
     becomes: str | Callable[[str, re.Match, Page], tuple[str, int]]  # a text, or (text, where reading continues)
     example: str
     result: str  # what strip_markup makes of the example
+    words: str = "markup"  # what the report calls the words that go
 
 
-def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
+def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
     """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown.
 
     The words that go are added to left_out, by their kind."""
-    left_out = Counter() if left_out is None else left_out
     separator = meta.get("excerpt_separator")
     if isinstance(separator, str) and separator.strip():
         line = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
         text = counted_as("markup", left_out, text, re.sub(line, "", text, flags=re.MULTILINE))
-    if not any(sign in text for sign in ("{", "`", "~~~", "<!--", "$$", "[", "\\begin")):
-        return text
-    if "endraw" in text:
-        text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(hide_braces, text))
-    if ">" in text:
-        text = counted_as("markup", left_out, text, BLOCK_QUOTE.sub(open_box, text))
+    text = counted_as(LIQUID, left_out, text, RAW_BLOCK.sub(lambda raw: BRACED.sub(BRACE, raw[1]), text))
+    text = counted_as("markup", left_out, text, BLOCK_QUOTE.sub(open_box, text))
 
     page = Page(meta, set(ASSIGNED.findall(text)), set(SHOWN.findall(text)))
     out = []
@@ -1173,14 +1147,21 @@ def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
         start = found.start()
         out.append(text[position:start])
         becomes = BECOMES[found.lastgroup]
-        kept, position = (becomes, found.end()) if isinstance(becomes, str) else becomes(text, found, page)
+        if isinstance(becomes, str):
+            kept = becomes
+            position = found.end()
+        else:
+            kept, position = becomes(text, found, page)
         out.append(kept)
 
         # Most matches are inline code, which stays.
         typed = text[start:position]
         if kept != typed:
             gone = count_words(typed) - count_words(kept)
-            left_out[kind_of_words(found) if gone >= 0 else PUT_IN] += gone
+            words = WORDS[found.lastgroup]
+            if found["name"]:
+                words = DROPPED_TAGS.get(found["name"], LIQUID)
+            left_out[words if gone >= 0 else PUT_IN] += gone
     whole = "".join(out) + text[position:]
 
     # A line with nothing but Liquid is dropped; otherwise it would end or begin a paragraph.
@@ -1188,48 +1169,31 @@ def strip_markup(text: str, meta: dict, left_out: Counter | None = None) -> str:
     return whole.replace(BRACE, "{")
 
 
-def kind_of_words(found: re.Match) -> str:
-    """What the report calls the words that go with a match of SCANNER."""
-    if found.lastgroup == "tag":
-        return DROPPED_TAGS.get(found["name"], LIQUID)
-    return KINDS_OF_WORDS.get(found.lastgroup, "markup")
-
-
-def hide_braces(raw: re.Match) -> str:
-    """The text between {% raw %} and {% endraw %}, with its braces hidden from the scanner."""
-    return re.sub(r"\{(?=[{%])", BRACE, raw[1])
-
-
 def open_box(found: re.Match) -> str:
     """A block quote that is a box for the author's own words, as paragraphs; any other as it is."""
     labels = (found["above"] or "") + (found["below"] or "")
-    box = BOX_OF_GITHUB.match(found["quoted"])
-    if not box and not BOX.search(labels):
+    own = found["quoted"]
+    if box := BOX_OF_GITHUB.match(own):
+        own = own[box.end() :]
+    elif not BOX.search(labels):
         return found[0]
-    own = found["quoted"][box.end() if box else 0 :]
     return "\n" + re.sub(r"^([ \t]*)> ?", r"\1", own, flags=re.MULTILINE) + "\n"
 
 
 def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """A code block is removed. Prose between ornaments (~~~) stays, and so does text after an unclosed fence."""
+    lead = found["lead"]
     block = found["closed"]
-    if block is None:
-        return found["lead"], found.end("info")
-
     is_ornament = found["fence"][0] == "~" and not found["info"]
-    if is_ornament and looks_like_prose(block):
-        return found["lead"], found.end("info")
-    return found["lead"] + "\n", found.end()
+    if block is None or (is_ornament and looks_like_prose(block)):
+        return lead, found.end("info")
+    return lead + "\n", found.end()
 
 
 def inline_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     """Inline code stays, unless it is a block with its fences on the same lines."""
     is_block = len(found["ticks"]) > 2 and "\n" in found[0]
     return "" if is_block else found[0], found.end()
-
-
-def inline_maths(text: str, found: re.Match, page: Page) -> tuple[str, int]:
-    return found["formula"], found.end()
 
 
 def mended_definition(text: str, found: re.Match, page: Page) -> tuple[str, int]:
@@ -1336,16 +1300,17 @@ SAME_PARAGRAPH = r"(?:(?!\n[ \t]*\n).)"
 
 # To add a rule: write a row with an example; the tests strip every example. At one position in the text the first row
 # that matches wins, so a special case comes before the general one. A group in a pattern needs a name that no other
-# row has, and the character with which new markup begins must be among those of BEGINS and of strip_markup.
+# row has, and the character with which new markup begins must be among those of BEGINS.
 NOT_PROSE = [
     Markup(
-        "fenced",  # perhaps in a list item
+        "fenced",
         rf"^(?P<lead>[ \t]*(?:{LIST_MARK}[ \t]*)?)"
         r"(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}(?=[ \t]*[\w+#.-]*[ \t]*$))(?P<info>[^\n]*)$"
         r"(?P<closed>.*?^[ \t]*(?P=fence)[`~]*[ \t]*$)?",
         fenced_code,
         "- one\n\n    ```sh\n    ls -l | wc\n    ```",
         "- one\n\n\n",
+        words="code",
     ),
     Markup(
         "code",
@@ -1353,15 +1318,17 @@ NOT_PROSE = [
         inline_code,
         "`{: .code }` and <div>```js\nx = 1;```</div>",
         "`{: .code }` and <div></div>",
+        words="code",
     ),
     Markup("more", r"<!--\s*(?:more|excerpt|break).*?-->", "\n\n", "Hello.<!--more-->Bye.", "Hello.\n\nBye."),
-    Markup("remark", r"<!--.*?-->", "", "Hello.<!-- {{ x }} -->", "Hello."),
+    Markup("remark", r"<!--.*?-->", "", "Hello.<!-- {{ x }} -->", "Hello.", words="comments in the source"),
     Markup(
-        "title",  # a line that repeats it
+        "title",
         r"^[# \t]*\{\{-?\s*page\.title\b[^}\n]*\}\}[ \t]*$",
         "",
         "# {{ page.title }}\n\nHello.",
         "\n\nHello.",
+        words=LIQUID,
     ),
     Markup("tag", r"\{%-?\s*(?P<name>#|[\w-]+).*?%\}", liquid_tag, "{% quote Ann %}hers{% endquote %} I", f"{HOLE} I"),
     Markup(
@@ -1370,9 +1337,15 @@ NOT_PROSE = [
         liquid_output,
         "{{ page.title }} {{avec}} {{ page.x }}.",
         f"My cat avec {HOLE}.",
+        words=LIQUID,
     ),
-    Markup("kramdown_comment", r"\{::comment\}.*?\{:/(?:comment)?\}", "", "{::comment}no{:/comment}Hello.", "Hello."),
-    Markup("kramdown_option", r"\{::[^}\n]*\}|\{:/\w*\}", "", "{::nomarkdown}Hello.{:/}", "Hello."),
+    Markup(
+        "kramdown_option",
+        r"\{::comment\}.*?\{:/(?:comment)?\}|\{::[^}\n]*\}|\{:/\w*\}",
+        "",
+        "{::comment}no{:/comment}Hello. {::nomarkdown}Bye.{:/}",
+        "Hello. Bye.",
+    ),
     Markup("heading_id", r"[ \t]*\{#[\w:.-]+\}[ \t]*$", "", "## Head {#head-1}", "## Head"),
     Markup(
         "contents",
@@ -1380,10 +1353,11 @@ NOT_PROSE = [
         "",
         "1. Contents\n{:toc}\nHello.",
         "\nHello.",
+        words="menus",
     ),
     Markup("contents_mark", r"^[ \t]*\[TOC\][ \t]*$", "", "[TOC]\n\nHello.", "\n\nHello."),
     Markup(
-        "definition",  # of a link, with blanks in its target
+        "definition",
         r"^(?P<label> {0,3}\[[^\]\n^][^\]\n]*\]:)[ \t]+"
         r"""(?P<target>(?:https?://|mailto:|/)[^\s<>]*(?: +[^\s<>"'(]+)+)[ \t]*$""",
         mended_definition,
@@ -1391,18 +1365,15 @@ NOT_PROSE = [
         "[x]: <http://example.org/my%20cat.png>",
     ),
     Markup(
-        "button",  # a link that is one
+        "button",
         r"\[[^\[\]\n]*\]\([^()\n]*\)\s*\{:[^}\n]*\.(?:btn|button)\b[^}\n]*\}",
         "",
         "Hello. [Press me](/x){: .btn }",
         "Hello. ",
+        words="menus",
     ),
     Markup(
-        "attributes",
-        rf"\{{:\s*{IAL_ITEM}(?:\s+{IAL_ITEM})*\s*\}}",
-        "",
-        'Hello.\n{: .x #y key="v" z=b }',
-        "Hello.\n",
+        "attributes", rf"\{{:\s*{IAL_ITEM}(?:\s+{IAL_ITEM})*\s*\}}", "", 'Hello.\n{: .x #y key="v" z=b }', "Hello.\n"
     ),
     Markup(
         "display_maths",
@@ -1410,6 +1381,7 @@ NOT_PROSE = [
         "",
         "Hello.\n$$\nx = 1\n$$",
         "Hello.\n",
+        words="code",
     ),
     Markup(
         "latex",
@@ -1417,20 +1389,15 @@ NOT_PROSE = [
         "",
         "Hello.\n\\begin{align*}\nx = 1\n\\end{align*}",
         "Hello.\n",
+        words="code",
     ),
     Markup(
-        "maths",
-        r"(?<!\$)\$\$(?P<formula>[^$\n]+)\$\$(?!\$)",
-        inline_maths,
-        "There are $$N$$ of them.",
-        "There are N of them.",
-    ),
-    Markup(
-        "shortcode",  # WordPress's, with its content
+        "shortcode",
         rf"\[(?P<short>{SHORTCODE})\b[^\]\n]*\](?![(\[:]).*?\[/(?P=short)\]",
         "",
         "[caption id='a']<img src='x'> A caption[/caption] Mine.",
         " Mine.",
+        words="captions",
     ),
     Markup(
         "shortcode_alone",
@@ -1438,6 +1405,7 @@ NOT_PROSE = [
         "",
         '[gallery] Mine. [youtube id="x"]',
         " Mine. ",
+        words=LIQUID,
     ),
     Markup(
         "footnote_mark",
@@ -1453,11 +1421,7 @@ BEGINS = r"(?:^|(?=[`<{$\[]|[ \t]+\{#))"
 ANY_KIND = "|".join(f"(?P<{rule.kind}>{rule.pattern})" for rule in NOT_PROSE)
 SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
 BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
-# What the report calls the words of these rows; those of the others are markup.
-KINDS_OF_WORDS = dict.fromkeys(("fenced", "code", "latex", "display_maths", "maths"), "code")
-KINDS_OF_WORDS |= dict.fromkeys(("title", "output"), LIQUID)
-KINDS_OF_WORDS |= {"remark": "comments in the source", "shortcode": "captions", "shortcode_alone": LIQUID}
-KINDS_OF_WORDS |= {"contents": "menus", "button": "menus"}
+WORDS = {rule.kind: rule.words for rule in NOT_PROSE}
 
 
 # ---------------------------------------------------------------- Markdown
@@ -1509,11 +1473,10 @@ class Quotes(BlockQuoteProcessor):
     def run(self, parent, blocks):
         block = self.unindent(parent, blocks[0])
         begin = self.RE.search(block).start(2)
-        end = ENDS_QUOTE.search(block, begin)
-        if end:
-            blocks.insert(1, block[end.start() + 1 :])
-            block = block[: end.start()]
         blocks[0] = block
+        if end := ENDS_QUOTE.search(block, begin):
+            blocks[0] = block[: end.start()]
+            blocks.insert(1, block[end.start() + 1 :])
         super().run(parent, blocks)
 
     def unindent(self, parent, block: str) -> str:
@@ -1525,23 +1488,23 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
 
     def run(self, root):
         for element in root.iter():
-            if element.tag == "pre" and len(element) and looks_like_prose(element[0].text or ""):
+            # Verse is often indented like code.
+            code = element.find("code") if element.tag == "pre" else None
+            is_verse = code is not None and looks_like_prose(code.text or "")
+            if is_verse:
                 element.tag = "p"
-                element[0].tag = "span"
+                code.tag = "span"
             elif element.get("class") == "footnote":
-                self.unlist(element)
+                # As a list the notes would get numbers, and the marks in the text are gone.
+                parts = [*element.iter("ol"), *element.iter("li")]
+                for part in parts:
+                    part.tag = "div"
 
             # The text of an element comes before its children, its tail after it.
             if element.text:
                 element.text = element.text.replace("\n", SOFT)
             if element.tail:
                 element.tail = element.tail.replace("\n", SOFT)
-
-    def unlist(self, footnotes):
-        """The notes as paragraphs: as a list they would get numbers, and the marks in the text are gone."""
-        for part in footnotes.iter():
-            if part.tag in ("ol", "li"):
-                part.tag = "div"
 
 
 # ---------------------------------------------------------------- chats
@@ -1651,25 +1614,22 @@ def take_chats(text: str) -> tuple[str, list[list[Said]]]:
     gone = timed | spoken_chat(lines)
 
     # Two chats have words of the author's between them.
-    chats: list[list[int]] = []
-    for number in sorted(gone):
-        is_next = chats and not any(lines[n] for n in range(chats[-1][-1] + 1, number))
-        if is_next:
-            chats[-1].append(number)
-        else:
-            chats.append([number])
-
-    said = []
-    for chat in chats:
-        is_timed = not timed.isdisjoint(chat)
-        said.append(read_chat([lines[n] for n in chat], is_timed))
+    chats = []
+    filled = [n for n, line in enumerate(lines) if line]
+    for is_gone, numbers in groupby(filled, gone.__contains__):
+        chat = list(numbers)
+        if is_gone:
+            is_timed = not timed.isdisjoint(chat)
+            chats.append(read_chat([lines[n] for n in chat], is_timed))
     kept = ["" if n in gone else line for n, line in enumerate(lines)]
-    return "\n".join(kept), said
+    return "\n".join(kept), chats
 
 
 def timed_chat(lines: list[str]) -> set[int]:
     """Indexes of the lines of pasted chats whose lines begin with a name and the time."""
     timed = [n for n, line in enumerate(lines) if ":" in line and TIMED.match(line)]
+
+    # A line alone with a time is no chat.
     gone = set()
     for first, last in pairwise(timed):
         between = sum(1 for line in lines[first:last] if line)
@@ -1715,22 +1675,18 @@ def is_system(line: str) -> bool:
     )
 
 
-def escape_names(markup: str) -> str:
+def escape_name(found: re.Match) -> str:
     """<wren_83> as text; <b> at the start of a line stays an element."""
-
-    def escape(found: re.Match) -> str:
-        if found[0] == AUTO_REPLY:
-            return html.escape(AUTO_REPLY)
-        is_name = found[1] or re.fullmatch(r"(?=.*[\d_|])[\w|`^.-]{3,}", found[2])
-        return f"{found[1] or ''}&lt;{found[2]}&gt;" if is_name else found[0]
-
-    return ANGLED.sub(escape, markup)
+    if found[0] == AUTO_REPLY:
+        return html.escape(AUTO_REPLY)
+    is_name = found[1] or re.fullmatch(r"(?=.*[\d_|])[\w|`^.-]{3,}", found[2])
+    return f"{found[1] or ''}&lt;{found[2]}&gt;" if is_name else found[0]
 
 
 def spoken_chat(lines: list[str]) -> set[int]:
     """Indexes of the lines of pasted chats without times: short lines in a row by recurring speakers."""
     gone = set()
-    speakers: dict[int, str] = {}  # line: speaker, in the current row
+    speakers = {}  # line: speaker, in the current row
     for n, line in enumerate([*lines, "end"]):
         said = SAID.match(line)
         if said and line.count(" ") < LONGEST_SPOKEN:
@@ -1776,23 +1732,23 @@ def speaker_of(line: str, starts: list[re.Pattern]) -> tuple[str, str]:
 def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
     """Who says what, in order; a line without a name goes on with what was said before it."""
     starts = LINE_STARTS + HEADS if is_timed else [SAID]
-    said: list[Said] = []
+    said = []
     for line in filter(None, lines):
         speaker, words = speaker_of(line, starts)
         last = said[-1] if said else Said("", "", "")
+
+        # Programs speak under a name, in place of one, or without.
         is_automatic = AUTO_REPLY in line or AUTOMATIC.match(words) or AUTOMATIC.match(speaker)
         is_presence = is_timed and not speaker and is_system(line)
 
         # A line without a name goes on with what was said, unless a program says it.
-        if is_automatic or is_presence or BY_PROGRAM.match(line):
+        if is_automatic or is_presence or BY_PROGRAM.match(line) or not (speaker or last.speaker):
             said.append(Said("", "", line))
         elif speaker:
             said.append(Said(speaker, words, line))
-        elif last.speaker:
+        else:
             longer = f"{last.words}\n{words}".strip()
             said[-1] = Said(last.speaker, longer, f"{last.lines}\n{line}")
-        else:
-            said.append(Said("", "", line))
     return said
 
 
@@ -1858,18 +1814,25 @@ def is_hard_wrapped(source: str) -> bool:
     broken = broken_lines(source)
     if not broken:
         return False
-    few = len(broken) < MANY_LINES  # then the evidence must be clear
+
+    # Few lines must be clear evidence.
+    is_few = len(broken) < MANY_LINES
+    most_closed = 0 if is_few else MOST_CLOSED * len(broken)
+    least_full = (FULL_LINES_OF_FEW if is_few else FULL_LINES) * len(broken)
 
     # An author who presses return ends lines where sentences end.
     closed = sum(1 for line, _ in broken if line[-1] in ENDS_OF_SENTENCE)
-    if closed > (0 if few else MOST_CLOSED * len(broken)):
+    if closed > most_closed:
         return False
 
     # The third quartile: some lines are shorter because a paragraph ends there, hardly any are longer.
     lengths = sorted(len(line) for line, _ in broken)
     width = lengths[len(lengths) * 3 // 4]
-    full = sum(1 for line, word in broken if is_full(line, word, width))
-    return NARROWEST <= width <= WIDEST and full >= (FULL_LINES_OF_FEW if few else FULL_LINES) * len(broken)
+    full = 0
+    for line, word in broken:
+        reach = len(line) + 1 + len(word)
+        full += len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
+    return NARROWEST <= width <= WIDEST and full >= least_full
 
 
 def broken_lines(source: str) -> list[tuple[str, str]]:
@@ -1888,16 +1851,10 @@ def broken_lines(source: str) -> list[tuple[str, str]]:
     return broken
 
 
-def is_full(line: str, next_word: str, width: int) -> bool:
-    reach = len(line) + 1 + len(next_word)
-    return len(line) <= LONGEST_LINE * width and reach > SHORTEST_REACH * width
-
-
-def clean_lines(text: str, left_out: Counter | None = None) -> str:
+def clean_lines(text: str, left_out: Counter) -> str:
     """The text without bare URLs, table rows and importers' footers; no two blank lines in a row.
 
     The words that go are added to left_out, by their kind."""
-    left_out = Counter() if left_out is None else left_out
     lines = []
     for line in text.split("\n"):
         if TOOL_LINE.fullmatch(line):
@@ -1910,16 +1867,14 @@ def clean_lines(text: str, left_out: Counter | None = None) -> str:
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
-    if "](" in text or "][" in text or "] (" in text:
-        text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
-    if "/" in text or "www." in text:
-        text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
+    text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
+    text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
 
+    # Tools add one line or several at the end.
     head = text
-    while head and TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
+    while TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
         head = head[: head.rfind("\n") + 1].rstrip()
-    if head != text:
-        text = counted_as("tails", left_out, text, head)
+    text = counted_as("tails", left_out, text, head)
     text = counted_as("markup", left_out, text, INVISIBLE.sub("", text))
     return text.strip()
 
@@ -1998,20 +1953,14 @@ LINE_END = re.compile(rf"[^\S\n]*(?:(\n){SOFT}?|({SOFT}))[^\S\n]*")
 
 
 def to_text(
-    source: str,
-    is_html: bool,
-    title: str = "",
-    line_breaks: str = "keep",
-    left_out: Counter | None = None,
-    chats: list[list[Said]] | None = None,
-) -> str:
+    source: str, is_html: bool, title: str, line_breaks: str, left_out: Counter
+) -> tuple[str, list[list[Said]]]:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
-    Pasted chats are taken out, and added to `chats`; the words that go are added to `left_out`, by their kind."""
+    The second value is the pasted chats, which are taken out; the words that go are added to left_out by their kind."""
     source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
-    if ">" in markup and ANGLED.search(markup):
-        markup = escape_names(markup)
+    markup = ANGLED.sub(escape_name, markup)
     join = line_breaks == "join" or (line_breaks == "auto" and is_hard_wrapped(markup))
 
     if not is_html:
@@ -2021,13 +1970,9 @@ def to_text(
     tree = BeautifulSoup(markup, "html.parser")
     if "<dt" in markup:
         mark_speakers(tree)
-    reader = PlainText()
+    reader = PlainText(left_out)
     blocks = reader.read(tree)
-    if left_out is None:
-        left_out = Counter()
-    else:
-        left_out.update(reader.left_out)
-        count_markup(source, tree, reader.texts, left_out)
+    count_markup(source, tree, reader.texts, left_out)
 
     # The request contains the title; as the first heading it would be repeated.
     if blocks and blocks[0].kind == "heading" and blocks[0].text.casefold() == title.casefold():
@@ -2041,22 +1986,20 @@ def to_text(
         out.append("\n" if kind == last == "list" else "\n\n")
         out.append(join_lines(text) if join else text.replace(SOFT, "\n"))
         last = kind
-    typed = "".join(out)
-    if "  " in typed:
-        typed = re.sub(r"(?<=\S) {2,}", " ", typed)
-    text, found = take_chats(typed)
-    if chats is not None:
-        chats += found
-    return clean_lines(text, left_out)
+    text, chats = take_chats(re.sub(r"(?<=\S) {2,}", " ", "".join(out)))
+    return clean_lines(text, left_out), chats
 
 
 def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
     """Adds to left_out the words of the source that are in no text of the tree: alternative texts, tags, addresses.
 
     A word that is in none of these is one that the parser has lost."""
-    plain = html.unescape(unescape(source)).replace("\\_", "_")  # what was escaped twice is resolved twice
+    # What was escaped twice is resolved twice, as in the texts.
+    plain = html.unescape(unescape(source)).replace("\\_", "_")
     if plain != source:
         left_out["markup"] += count_words(source) - count_words(plain)
+
+    # Words that are not shown are those of signs and of pictures.
     shown = " ".join(texts)
     signs = " ".join(MARKUP_SIGN.findall(plain))
     images = tree.find_all("img") if "![" in source or "<" in source else []
@@ -2067,18 +2010,15 @@ def count_markup(source: str, tree: Tag, texts: list[str], left_out: Counter):
     in_captions = count_words(captions)
     lost = gone - count_words(signs)
     if lost:
-        bag = bag_of(plain) - bag_of(shown)
+        bag = Counter(WORD.findall(plain)) - Counter(WORD.findall(shown))
+        of_captions = Counter(WORD.findall(captions))
+        of_signs = Counter(WORD.findall(signs))
         gone = bag.total()
-        in_captions = (bag_of(captions) & bag).total()
-        lost = (bag - bag_of(captions) - bag_of(signs)).total()
+        in_captions = (of_captions & bag).total()
+        lost = (bag - of_captions - of_signs).total()
     left_out["captions"] += in_captions
-    left_out[LOST] += lost
+    left_out["lost by the parser"] += lost
     left_out["markup"] += gone - in_captions - lost
-
-
-def bag_of(text: str) -> Counter:
-    """Every word of a text as it is typed: its times."""
-    return Counter(WORD.findall(text))
 
 
 def join_lines(text: str) -> str:
@@ -2096,9 +2036,9 @@ class Block(NamedTuple):
 class PlainText:
     """Collects the text of an HTML tree, block by block, as the author would type it."""
 
-    def __init__(self):
-        self.left_out = Counter()
-        self.texts: list[str] = []  # all that are in the tree
+    def __init__(self, left_out: Counter):
+        self.left_out = left_out
+        self.texts = []  # all that are in the tree
         self.blocks: list[Block] = []
         self.lists: list[Iterator[int] | None] = []  # the numbers of each open list, None for bullets
         self.item = ""  # the mark of a list item that has no text yet
@@ -2106,9 +2046,9 @@ class PlainText:
         self.begin_block()
 
     def begin_block(self):
-        self.parts: list[str] = []
-        self.marks: list[int] = []  # indexes in parts at which open emphases begin
-        self.targets: set[str] = set()  # of links
+        self.parts = []
+        self.marks = []  # indexes in parts at which open emphases begin
+        self.targets = set()  # of links
         self.in_link = 0  # links that are open
         self.is_outside = False  # whether a word stands outside links
         self.has_image = False  # before its first word
@@ -2134,10 +2074,12 @@ class PlainText:
 
     def is_dropped(self, tag: Tag) -> bool:
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
-        if any(map(CITED.fullmatch, labels)):  # a mere link to it may stand in a sentence
+        is_cited = any(map(CITED.fullmatch, labels))
+        if is_cited:  # a mere link to it may stand in a sentence
             return bool(BLOCK.fullmatch(tag.name) or tag.find(class_=CITED_TEXT))
+
+        is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
         if DROPPED.fullmatch(tag.name):
-            is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
             return not is_box
         return any(map(NOT_CONTENT.fullmatch, labels))
 
@@ -2154,7 +2096,7 @@ class PlainText:
         names = [tag.name, *tag.get("class", ()), tag.get("id", "")]
         kinds = (kind for kind, pattern in KINDS_OF_ELEMENTS.items() if any(map(pattern.fullmatch, names)))
         texts = (text for text in tag.descendants if isinstance(text, NavigableString))
-        shown = [text for text in texts if not isinstance(text, PreformattedString)]
+        shown = [text for text in texts if not isinstance(text, PreformattedString)]  # comments, declarations
         self.left_out[next(kinds, "themes and tools")] += count_words(" ".join(shown))
         self.texts += shown
 
@@ -2302,21 +2244,156 @@ def clean_title(title: object) -> str:
 class PersonalData(NamedTuple):
     """A way to write something that nobody else should read."""
 
-    kind: str  # the word that replaces it: "secret", "email", "card", "iban", "ip" or "phone"
     what: str
     pattern: str
     example: str  # the tests look for it
-    real: Callable[[re.Match], str] | None = None  # what of a match is really one, from its start on; "" if nothing
     in_links: bool = True  # False: in a link it may be the id of a video or a ticket
+
+
+AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
+DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
+# Kind, which is the word that replaces it: how it is written. To add a telephone format that phonenumbers does not
+# know, or the keys of another service: write a row with an example. The tests look for every example; they also fail if
+# it contains none of the signs of PERSONAL_SIGN, which then needs one more. The first row of a kind that matches wins.
+PERSONAL_DATA = {
+    "phone": [
+        PersonalData(
+            "+NN in groups, also where the number is not valid",
+            r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
+            "+44 (0)20 7946 0958",
+        ),
+        PersonalData(
+            "North America, also with an area code that does not exist",
+            r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
+            "(415) 555-0123",
+        ),
+        PersonalData(
+            "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
+            r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
+            "030 1234 5678",
+        ),
+        PersonalData("local, in films and examples", r"555-\d{4}", "555-0123"),
+        PersonalData(
+            "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
+        ),
+    ],
+    "secret": [
+        PersonalData(
+            "a private key",
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+        ),
+        PersonalData(
+            "a US social security number",
+            r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
+            "123-45-6789",
+        ),
+        PersonalData("Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
+        PersonalData("GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
+        PersonalData("OpenAI", r"sk-[\w-]{20,}", "sk-" + "a1B2" * 6),
+        PersonalData("Slack", r"xox[a-z]-[\w-]{10,}", "xoxb-" + "1234567890-ab"),
+        PersonalData("Google", r"AIza[\w-]{30,}", "AIza" + "a1B2" * 8),
+        PersonalData(
+            "a JSON web token", r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2ln"
+        ),
+        PersonalData(
+            "a key or digest in hexadecimal: digits alone are a large number, letters alone a scream",
+            r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
+            "0123456789abcdef" * 2,
+            in_links=False,
+        ),
+        PersonalData(
+            "letters of both cases with three digits or more",
+            r"(?=[A-Za-z0-9_-]{30})(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]+(?![\w-])",
+            "aB3" + "dE4fG5h" * 5,
+            in_links=False,
+        ),
+    ],
+    "email": [
+        PersonalData(
+            "name@host.com, name [at] host [dot] com",
+            rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
+            "ann [at] example [dot] com",
+        ),
+        PersonalData(
+            "name at host dot com",
+            r"[\w.+-]{1,64} at [\w-]{1,63}(?: dot [\w-]{1,63})* dot (?:com|org|net|edu|gov|io|co|uk|de|fr|us)\b",
+            "ann at example dot com",
+        ),
+    ],
+    "card": [
+        PersonalData(
+            "in groups of four",
+            r"(?:[45]\d|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?: \d{3}|\d{0,3})",
+            "4111 1111 1111 1111",
+        ),
+        PersonalData("American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005"),
+    ],
+    "iban": [
+        PersonalData(
+            "a bank account",
+            r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
+            "DE89 3704 0044 0532 0130 00",
+        ),
+    ],
+    "ip": [
+        PersonalData("version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8"),
+        PersonalData(
+            "version 6; all of those in use begin with 2 or 3",
+            r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
+            "2620:0:2d0:200::8",
+        ),
+    ],
+}
+# Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
+# a path or a link. What a kind begins with is tested first, to save time.
+NO_DIGIT_BEHIND = rf"(?![^\W{CJK}]|/|[.-]\d)"  # a Korean or Japanese particle may follow
+AROUND = {
+    "secret": ("", ""),
+    "email": (r"(?<![@.+-])", ""),
+    "card": (r"(?=\d)(?<![.+/=#-])", NO_DIGIT_BEHIND),
+    "iban": ("", rf"(?![^\W{CJK}])"),
+    "ip": (r"(?=\d)(?<![.+-])(?<![^/]/)", ""),
+    "phone": (r"(?=[\d+(])(?<![.+/=-])", NO_DIGIT_BEHIND),
+}
+# Text without any of these signs has no personal data; testing for them first saves most of the time.
+PERSONAL_SIGN = re.compile(
+    r"@|\d{2}[ .()-]*\d\d|[\w-]{14}|-----BEGIN|\bdot\b|\bat ?[\])}]|\d(?:\.\d{1,3}){3}|[23][0-9a-f]{3}:", re.IGNORECASE
+)
+SEVEN_DIGITS = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}")  # the same for telephone numbers
+# What phonenumbers also takes for a number: a difference, an IP address or a version, an ISBN.
+NO_PHONE = re.compile(r"[1-9]\d* [-\u2013] \d+|\d{1,3}(?:\.\d{1,3}){3}|.*[ -]\d")
+
+
+def any_of(kind: str) -> str:
+    """The pattern of a kind; each row is a group of its own, "phone2" for PERSONAL_DATA["phone"][2]."""
+    before, behind = AROUND[kind]
+    rows = [f"(?P<{kind}{number}>{row.pattern})" for number, row in enumerate(PERSONAL_DATA[kind])]
+    return f"{before}(?:{'|'.join(rows)}){behind}"
+
+
+# A plain word begins nothing, unless it is the name of an address; testing for that first saves half of the time.
+PLAIN_WORD = r"[^\W\d_]{1,15}[\s,;:](?!at |[\[({])"
+PERSONAL = re.compile(rf"(?<![^\W{CJK}])(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
+BEFORE_PHONE = re.compile(rf"(?<![^\W{CJK}]){AROUND['phone'][0]}")
+BEHIND_PHONE = re.compile(AROUND["phone"][1])
 
 
 class Found(NamedTuple):
     """Something in a text that is to be replaced."""
 
-    kind: str  # of PersonalData, or "private"
+    kind: str  # a key of PERSONAL_DATA, or "private"
     start: int
     end: int
     normalised: str  # one spelling for all of the same address or number
+
+
+# Public name servers, and example.com.
+KNOWN_SERVERS = ("1.1.1.", "1.0.0.", "8.8.8.", "8.8.4.", "9.9.9.", "149.112.112.", "208.67.22", "93.184.216.34")
+CALLED_ADDRESS = re.compile(r"(?i)\bip(?:v4)?\b(?:[ -]?address(?:es)?)?\W*(?:(?:is|was|of|at)\W*)?$|://$")
+CALLED_VERSION = re.compile(r"(?i)\b(?:v|ver|vers|version|versions|release|build|firmware)\W*$")
+BEFORE_ID = re.compile(r"(?i)(?:https?://|www\.)[^\s?#]*[?#](?:\S*[?&;#])?(?P<name>[^\s?&;#=]*)=?$")
+NAME_OF_A_KEY = re.compile(r"(?i)key|token|secret|sig|pass|pwd|auth|session|sid|credential|code")
 
 
 def real_card(found: re.Match) -> str:
@@ -2362,147 +2439,8 @@ def real_ip(found: re.Match) -> str:
     return "" if has_small_numbers or CALLED_VERSION.search(before) else found[0]
 
 
-AT = r"(?:\\?@|\s?[\[({]\s?at\s?[\])}]\s?)"  # Perl and the shell want a backslash before it
-DOT = r"(?:\s?[\[({]\s?dot\s?[\])}]\s?|\.)"
-# Public name servers, and example.com.
-KNOWN_SERVERS = ("1.1.1.", "1.0.0.", "8.8.8.", "8.8.4.", "9.9.9.", "149.112.112.", "208.67.22", "93.184.216.34")
-CALLED_ADDRESS = re.compile(r"(?i)\bip(?:v4)?\b(?:[ -]?address(?:es)?)?\W*(?:(?:is|was|of|at)\W*)?$|://$")
-CALLED_VERSION = re.compile(r"(?i)\b(?:v|ver|vers|version|versions|release|build|firmware)\W*$")
-BEFORE_ID = re.compile(r"(?i)(?:https?://|www\.)[^\s?#]*[?#](?:\S*[?&;#])?(?P<name>[^\s?&;#=]*)=?$")
-NAME_OF_A_KEY = re.compile(r"(?i)key|token|secret|sig|pass|pwd|auth|session|sid|credential|code")
-
-# To add a telephone format that phonenumbers does not know, or the keys of another service: write a row with an
-# example. The tests look for every example; they also fail if it contains none of the signs of PERSONAL_SIGN, which
-# then needs one more. Of the rows of a kind the first that matches wins; a match that is not real is not tried as
-# another kind from the same position. The order of the kinds, and what may not be around them: AROUND.
-PERSONAL_DATA = [
-    PersonalData(
-        "secret",
-        "a private key",
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
-        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
-    ),
-    PersonalData(
-        "secret",
-        "a social security number of the United States",
-        r"(?<![.+/=#-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w/]|[.-]\d)",
-        "123-45-6789",
-    ),
-    PersonalData("secret", "Amazon", r"(?:AKIA|ASIA)[0-9A-Z]{16}\b", "AKIA" + "ABCDEFGHIJKLMNOP"),
-    PersonalData("secret", "GitHub", r"gh[oprsu]_\w{30,}|github_pat_\w{30,}", "ghp_" + "a1B2" * 9),
-    PersonalData("secret", "OpenAI", r"sk-[\w-]{20,}", "sk-" + "a1B2" * 6),
-    PersonalData("secret", "Slack", r"xox[a-z]-[\w-]{10,}", "xoxb-" + "1234567890-ab"),
-    PersonalData("secret", "Google", r"AIza[\w-]{30,}", "AIza" + "a1B2" * 8),
-    PersonalData(
-        "secret", "a JSON web token", r"eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*", "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.c2ln"
-    ),
-    PersonalData(
-        "secret",
-        "a key or a digest in hexadecimal, but not in a path; digits alone are a large number, letters alone a scream",
-        r"(?=[0-9a-fA-F]{32})(?<![/-])(?=\d*[a-fA-F])(?=[a-fA-F]*\d)[0-9a-fA-F]+(?![\w-])",
-        "0123456789abcdef" * 2,
-        in_links=False,
-    ),
-    PersonalData(
-        "secret",
-        "letters of both cases with three digits or more",
-        r"(?=[A-Za-z0-9_-]{30})(?<![/-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=(?:[A-Za-z_-]*\d){3})[A-Za-z0-9_-]+(?![\w-])",
-        "aB3" + "dE4fG5h" * 5,
-        in_links=False,
-    ),
-    PersonalData(
-        "email",
-        "name@host.com, name [at] host [dot] com",
-        rf"(?!git@)[\w.+-]{{1,64}}{AT}[\w-]{{1,63}}(?:{DOT}[\w-]{{1,63}})+",
-        "ann [at] example [dot] com",
-    ),
-    PersonalData(
-        "email",
-        "name at host dot com",
-        r"[\w.+-]{1,64} at [\w-]{1,63}(?: dot [\w-]{1,63})* dot (?:com|org|net|edu|gov|io|co|uk|de|fr|us)\b",
-        "ann at example dot com",
-    ),
-    PersonalData(
-        "card",
-        "in groups of four",
-        r"(?:[45]\d|2[2-7]|6\d|35)\d\d(?:[ -]?\d{4}){3}(?: \d{3}|\d{0,3})",
-        "4111 1111 1111 1111",
-        real_card,
-    ),
-    PersonalData(
-        "card", "American Express, Diners", r"3[04-9]\d\d[ -]?\d{6}[ -]?\d{4,5}", "3782 822463 10005", real_card
-    ),
-    PersonalData(
-        "iban",
-        "a bank account",
-        r"[A-Za-z]{2}\d\d(?:[ -]?[0-9A-Za-z]{4}){2,7}(?:[ -]?[0-9A-Za-z]{1,3})?",
-        "DE89 3704 0044 0532 0130 00",
-        real_iban,
-    ),
-    PersonalData("ip", "version 4", rf"[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}(?![.-]?[^\W{CJK}])", "192.0.43.8", real_ip),
-    PersonalData(
-        "ip",
-        "version 6; all of those in use begin with 2 or 3",
-        r"(?<![0-9a-fA-F]{4}:)(?<!::)[23][0-9a-fA-F]{3}(?:::?[0-9a-fA-F]{1,4}){1,7}(?:::)?(?!:?\w)",
-        "2620:0:2d0:200::8",
-        real_ip,
-    ),
-    PersonalData(
-        "phone",
-        "+NN in groups, also where the number is not valid",
-        r"\+(?=(?:\D{0,3}\d){7})(?!\d{7})\d{1,3}(?:[ .\u00a0-]?\(?\d{1,4}\)?){2,6}",
-        "+44 (0)20 7946 0958",
-    ),
-    PersonalData(
-        "phone",
-        "North America, also with an area code that does not exist",
-        r"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}",
-        "(415) 555-0123",
-    ),
-    PersonalData(
-        "phone",
-        "with a leading 0, of every country: in pairs, and as in Britain, Germany, Japan and Korea",
-        r"0[1-9](?:[ .-]\d{2}){4}|\(?0\d{2,4}\)?[ /-]\d{3,4}[ -]?\d{3,4}|0\d{1,2}-\d{3,4}-\d{4}",
-        "030 1234 5678",
-    ),
-    PersonalData("phone", "local, in films and examples", r"555-\d{4}", "555-0123"),
-    PersonalData(
-        "phone", "local, where announced", r"(?:(?<=call )|(?<=phone )|(?<=number is ))\d{3}[-. ]\d{4}", "call 867-5309"
-    ),
-]
-# Kind: what must not be before and after it. An address is not part of a longer one, a number not of a date, a version,
-# a path or a link. What a kind begins with is tested first, to save time.
-NO_DIGIT_BEHIND = rf"(?![^\W{CJK}]|/|[.-]\d)"  # a Korean or Japanese particle may follow
-AROUND = {
-    "secret": ("", ""),
-    "email": (r"(?<![@.+-])", ""),
-    "card": (r"(?=\d)(?<![.+/=#-])", NO_DIGIT_BEHIND),
-    "iban": ("", rf"(?![^\W{CJK}])"),
-    "ip": (r"(?=\d)(?<![.+-])(?<![^/]/)", ""),
-    "phone": (r"(?=[\d+(])(?<![.+/=-])", NO_DIGIT_BEHIND),
-}
-# Text without any of these signs has no personal data; testing for them first saves most of the time.
-PERSONAL_SIGN = re.compile(
-    r"@|\d{2}[ .()-]*\d\d|[\w-]{14}|-----BEGIN|\bdot\b|\bat ?[\])}]|\d(?:\.\d{1,3}){3}|[23][0-9a-f]{3}:", re.IGNORECASE
-)
-SEVEN_DIGITS = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}")  # the same for telephone numbers
-# What phonenumbers also takes for a number: a difference, an IP address or a version, an ISBN.
-NO_PHONE = re.compile(r"[1-9]\d* [-\u2013] \d+|\d{1,3}(?:\.\d{1,3}){3}|.*[ -]\d")
-
-
-def any_of(kind: str) -> str:
-    """The pattern of a kind; each row is a group of its own, "row7" for PERSONAL_DATA[7]."""
-    before, behind = AROUND[kind]
-    rows = [(number, rule.pattern) for number, rule in enumerate(PERSONAL_DATA) if rule.kind == kind]
-    patterns = "|".join(f"(?P<row{number}>{pattern})" for number, pattern in rows)
-    return f"{before}(?:{patterns}){behind}"
-
-
-# A plain word begins nothing, unless it is the name of an address; testing for that first saves half of the time.
-PLAIN_WORD = r"[^\W\d_]{1,15}[\s,;:](?!at |[\[({])"
-PERSONAL = re.compile(rf"(?<![^\W{CJK}])(?!{PLAIN_WORD})(?:{'|'.join(map(any_of, AROUND))})", re.DOTALL)
-BEFORE_PHONE = re.compile(rf"(?<![^\W{CJK}]){AROUND['phone'][0]}")
-BEHIND_PHONE = re.compile(AROUND["phone"][1])
+# Kind: what of a match is really one, from its start on; "" if nothing is.
+REAL = {"card": real_card, "iban": real_iban, "ip": real_ip}
 
 
 def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> list[Found]:
@@ -2514,15 +2452,19 @@ def find_personal_data(text: str, is_public: bool, countries: Sequence[str]) -> 
 
     # A match that is not real may contain something else, further on.
     while match := PERSONAL.search(text, position):
-        rule = PERSONAL_DATA[int(match.lastgroup.removeprefix("row"))]
-        real = rule.real(match) if rule.real else match[0]
-        if is_public and not rule.in_links and is_id_in_link(match):
+        kind = match.lastgroup.rstrip("0123456789")
+        row = PERSONAL_DATA[kind][int(match.lastgroup.removeprefix(kind))]
+        real = match[0]
+        if kind in REAL:
+            real = REAL[kind](match)
+        elif is_public and not row.in_links and is_id_in_link(match):
             real = ""
 
-        end = match.start() + len(real)
+        start = match.start()
+        end = start + len(real)
         if real:
-            found.append(Found(rule.kind, match.start(), end, normalise(rule.kind, real)))
-        position = max(end, match.start() + 1)
+            found.append(Found(kind, start, end, normalise(kind, real)))
+        position = max(end, start + 1)
     return not_overlapping(text, found + find_phones(text, countries))
 
 
@@ -2536,7 +2478,10 @@ def find_phones(text: str, countries: Sequence[str]) -> list[Found]:
         for match in phonenumbers.PhoneNumberMatcher(text, country):
             typed = match.raw_string
             is_alone = BEFORE_PHONE.match(text, match.start) and BEHIND_PHONE.match(text, match.end)
-            if is_alone and len(re.sub(r"\D", "", typed)) > 7 and not NO_PHONE.fullmatch(typed):
+
+            # Seven digits without an area code may be any number.
+            digits = re.sub(r"\D", "", typed)
+            if is_alone and len(digits) > 7 and not NO_PHONE.fullmatch(typed):
                 found.append(Found("phone", match.start, match.end, normalise("phone", typed)))
     return found
 
@@ -2587,23 +2532,14 @@ def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
 @functools.cache
 def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
     """A group "word3" for blocked[3]; where two begin at the same position, the longer one is found."""
-    groups = []
-    first_letters = set()
-    for index, phrase in sorted(enumerate(blocked), key=lambda entry: -len(entry[1])):
-        groups.append(f"(?P<word{index}>{phrase_pattern(phrase)})")
-        first_word = words_in(phrase)[0]
-        first_letters.update(spelling[0] for spelling in spellings(first_word))
-
-    # Testing for the first letter before anything else takes a third of the time.
-    letters = map(re.escape, sorted(first_letters))
-    begins = "".join(letters).replace("'", "'\u2019")
-    either = "|".join(groups)
-    return re.compile(f"(?=[{begins}])(?:{either})", re.IGNORECASE)
+    longest_first = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
+    groups = [f"(?P<word{index}>{phrase_pattern(phrase)})" for index, phrase in longest_first]
+    return re.compile("|".join(groups), re.IGNORECASE)
 
 
 def phrase_pattern(phrase: str) -> str:
     """For a phrase in any case, with any white space, either apostrophe, and ss or \u00df."""
-    words = words_in(phrase)
+    words = [word for word in re.split(r"[\s_-]+", phrase) if word]
     patterns = []
     for word in words:
         either = "|".join(map(re.escape, spellings(word)))
@@ -2618,10 +2554,6 @@ def phrase_pattern(phrase: str) -> str:
     before = "" if re.match(f"[{CJK}]", words[0]) else NO_WORD_BEFORE
     behind = "" if re.search(f"[{CJK}]$", words[-1]) else NO_WORD_BEHIND
     return before + inner + behind
-
-
-def words_in(phrase: str) -> list[str]:
-    return [word for word in re.split(r"[\s_-]+", phrase) if word]
 
 
 def spellings(word: str) -> list[str]:
@@ -2655,7 +2587,10 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     # Searched in the original text: a name in an e-mail address is counted, and the whole address is replaced.
     private = find_blocked(text, settings.blocked_words)
     post.blocked.update(one.normalised for one in private)
-    return break_control_tokens(redact(text, personal + private))
+    redacted = redact(text, personal + private)
+
+    # Those of any model; training also breaks those of its own tokenizer.
+    return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], redacted)
 
 
 def clean_words(text: str, post: Post, settings: Settings) -> str:
@@ -2672,11 +2607,6 @@ def redact(text: str, found: list[Found]) -> str:
             out += [text[position : one.start], f"[{one.kind}]"]
         position = max(position, one.end)
     return "".join(out) + text[position:]
-
-
-def break_control_tokens(text: str) -> str:
-    """For any model; training also breaks those of its own tokenizer."""
-    return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], text)
 
 
 def hide_in_origins(posts: list[Post], blocked: tuple[str, ...]):
@@ -2703,30 +2633,25 @@ def without_blocked(text: str, blocked: tuple[str, ...]) -> str:
 def fingerprint(normalised: str, key: bytes) -> str:
     """What the report has in place of an address, a number or a key that was replaced; 64 hexadecimal digits.
 
-    There are so few telephone numbers that a plain hash can be undone by trying them all. Without the key none can be
-    tried. With the key and the report each try needs 16 ms of a processor core and 4 MiB: a million numbers, those of
-    one area code, take four to five hours. So the key is as private as the numbers."""
-    typed = normalised.encode("utf-8", "replace")
-    return hashlib.scrypt(typed, salt=key, n=2**12, r=8, p=1, dklen=32).hex()
+    There are so few telephone numbers that a plain hash can be undone by trying them all. With the key each try needs
+    16 ms of a core and 4 MiB, the million numbers of an area code four to five hours: the key is as private as they."""
+    return hashlib.scrypt(encode(normalised), salt=key, n=2**12, r=8, p=1, dklen=32).hex()
 
 
 def read_key(data_dir: Path) -> bytes | None:
     """The key of the data folder's fingerprints; None if there is none or it cannot be read."""
     try:
-        data = read_regular(data_dir / KEY_FILE, 100)
-        key = bytes.fromhex(data.decode("ascii"))
+        key = bytes.fromhex(read_regular(data_dir / KEY_FILE, 100).decode("ascii"))
     except (OSError, ValueError):
         return None
     return key if len(key) == 32 else None
 
 
 def read_or_make_key(data_dir: Path) -> bytes:
-    """The key is kept, so that the same blog gives the same bytes. Exits if it is broken."""
+    """The key is kept, so that the same blog gives the same bytes. Exits if it is broken, or a link."""
     file = data_dir / KEY_FILE
-    if not os.path.lexists(file):
-        return secrets.token_bytes(32)
-    key = read_key(data_dir)
-    if key is None or file.is_symlink():  # a link would be replaced
+    key = read_key(data_dir) if os.path.lexists(file) else secrets.token_bytes(32)
+    if key is None or file.is_symlink():
         sys.exit(f"{file} cannot be read or is no key of this script: move it away, and a new one will be made.")
     return key
 
@@ -2761,15 +2686,18 @@ def make_request(post: Post, tags: list[str], settings: Settings) -> str:
     """The user's message that the post answers: made of a title that gives nothing away, of the tags, or general."""
     # By the path and not by chance: the same blog gives the same bytes.
     origin = f"{post.blog}/{post.path}"
-    number = zlib.crc32(origin.encode("utf-8", "replace"))
+    number = zlib.crc32(encode(origin))
     if is_telling(post.title) and not repeats_title(post):
-        return choose(settings.title_requests, number).format(post.title)
+        request = choose(settings.title_requests, number)
+        return request.format(post.title)
 
     # Half of the posts with tags get a request with them, the others a general one, since people use both.
-    topics = [tag for tag in tags if is_topic(tag)]
-    by_topic = bool(topics) and number % 2 == 1
-    if by_topic:
-        return choose(settings.tag_requests, number // 2).format(" and ".join(topics[:2]))
+    useful = [tag for tag in tags if len(tag) in TAG_LENGTHS and tag.lower() not in DULL_TAGS]
+    topics = [tag for tag in useful if not (URL.fullmatch(tag) or REDACTED.fullmatch(tag))]
+    if topics and number % 2:
+        request = choose(settings.tag_requests, number // 2)
+        wanted = " and ".join(topics[:2])
+        return request.format(wanted)
     return choose(settings.general_requests, number // 2)
 
 
@@ -2778,9 +2706,8 @@ def choose(requests: Sequence[str], number: int) -> str:
 
 
 def is_telling(title: str) -> bool:
-    if len(title) > LONGEST_TITLE or not words_of(title):
-        return False
-    return not any(useless.fullmatch(title) for useless in (PLACEHOLDER, REDACTED, URL, HANDLE))
+    is_useless = any(useless.fullmatch(title) for useless in (PLACEHOLDER, REDACTED, URL, HANDLE))
+    return len(title) <= LONGEST_TITLE and bool(words_of(title)) and not is_useless
 
 
 def repeats_title(post: Post) -> bool:
@@ -2790,15 +2717,15 @@ def repeats_title(post: Post) -> bool:
     return words_of(opening)[: len(title_words)] == title_words
 
 
-def is_topic(tag: str) -> bool:
-    is_dull = tag.lower() in DULL_TAGS or URL.fullmatch(tag) or REDACTED.fullmatch(tag)
-    return len(tag) in TAG_LENGTHS and not is_dull
-
-
 # ---------------------------------------------------------------- replies
 OPENING = 200  # characters of a post that a reader quotes
-CONTENT = ("content", "message", "body", "text", "comment")  # names of the text; each program has its own
+YES = ("true", "yes", "on", "y")
 MOST_COMMENTS = 5000  # of a post; an alias in YAML can unfold to millions
+# Names of the text of a comment; each program has its own.
+CONTENT = ("content", "message", "body", "text", "comment")
+# What names the comment that one answers; a number may count the comments that answer none.
+LINKS = ("replying_to_uid", "replyToId", "replying_to", "reply_to", "replyTo", "in_reply_to", "parent_id", "parent")
+PAGE_LINK = "_parent"  # the same, but mostly of the page
 
 
 class Comment(NamedTuple):
@@ -2809,14 +2736,11 @@ class Comment(NamedTuple):
 
 def read_comments(comments: object) -> dict[str, Comment]:
     """Comments in their usual spellings, by their keys; nested replies become comments with a parent."""
-    found: dict[str, Comment] = {}
+    found = {}
     waiting = [(comments, "")]  # (list of comments, key of the comment that contains it)
     while waiting and len(found) < MOST_COMMENTS:
         items, above = waiting.pop()
-        for item in items if isinstance(items, list) else []:
-            if not isinstance(item, dict):
-                continue
-
+        for item in mappings_in(items):
             # Without an id, or with another comment's, it can still be answered by comments nested in it.
             key = first_of(item, "id", "_id")
             if not key or key in found:
@@ -2832,38 +2756,35 @@ def read_comments(comments: object) -> dict[str, Comment]:
     return found
 
 
-# What names the comment that one answers; a number may count the comments that answer none.
-LINKS = ("replying_to_uid", "replyToId", "replying_to", "reply_to", "replyTo", "in_reply_to", "parent_id", "parent")
-LINKS += ("_parent",)  # mostly the page
-
-
-def comments_in_files(post: Post, settings: Settings) -> list[dict]:
-    """The comments of Staticman's files in read_comments' form, in order of time; what is hidden is left out.
+def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
+    """The comments of Staticman's files by their keys, in order of time; what is hidden is left out.
 
     A comment of the author's that names none answers the one before it."""
-    items: dict[str, dict] = {}
+    items = {}
     for file in post.comment_files:
         for number, item in enumerate(load_comments(file, post.repairs, settings.max_bytes)):
-            if is_yes(item.get("hidden")) or len(items) == MOST_COMMENTS:
+            if str(item.get("hidden")).lower() in YES or len(items) == MOST_COMMENTS:
                 words = count_words(first_of(item, *CONTENT))
                 post.found += words
-                post.left_out[HIDDEN] += words
+                post.left_out["hidden comments"] += words
                 continue
 
-            key = first_of(item, "_id", "id", "uid")
-            if not key or key in items:
-                key = f"{file.stem} {number}"
+            # No key is that of a comment in the front matter.
+            name = first_of(item, "_id", "id", "uid")
+            key = f"in files: {name}"
+            if not name or key in items:
+                key = f"in files: {name}{file.stem} {number}"
             items[key] = item
 
-    tops = [key for key, item in items.items() if not first_of(item, *LINKS[:-1])]
-    found: list[dict] = []
+    # In the order of time, so that the one before the author's is known.
+    tops = [key for key, item in items.items() if not first_of(item, *LINKS)]
+    found = {}
     for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
+        author = first_of(item, "author", "name").casefold()
         parent = parent_of(item, items.keys() - {key}, tops)
-        author = first_of(item, "author", "name")
-        if not parent and found and author.casefold() in settings.authors:
-            parent = found[-1]["id"]
-        content = first_of(item, *CONTENT)
-        found.append({"id": f"in files: {key}", "parent": parent, "author": author, "content": content})
+        if not parent and author in settings.authors:
+            parent = next(reversed(found), "")
+        found[key] = Comment(parent, author, first_of(item, *CONTENT))
     return found
 
 
@@ -2881,34 +2802,28 @@ def load_comments(file: Path, repairs: Counter, max_bytes: int) -> list[dict]:
 
     if isinstance(loaded, dict) and any(isinstance(value, dict) for value in loaded.values()):
         loaded = list(loaded.values())
-    items = loaded if isinstance(loaded, list) else [loaded]
-    return [item for item in items if isinstance(item, dict)]
+    return mappings_in(loaded if isinstance(loaded, list) else [loaded])
 
 
 def parent_of(item: dict, keys: Set[str], tops: list[str]) -> str:
-    for name in LINKS:
+    """The key of the comment that a comment names; "" if it names none of these."""
+    for name in (*LINKS, PAGE_LINK):
         link = first_of(item, name)
-        if link in keys:
+        if f"in files: {link}" in keys:
             return f"in files: {link}"
-        if name != "_parent" and link.isdecimal() and 0 < int(link[:9]) <= len(tops):
-            return f"in files: {tops[int(link) - 1]}"
+        if name != PAGE_LINK and link.isdecimal() and 0 < int(link[:9]) <= len(tops):
+            return tops[int(link) - 1]
     return ""
 
 
 def time_of(item: dict) -> float:
     """Seconds since 1970 of "1554242400", "1554242400000" or "2019-04-02T22:00:00Z"; 0 if there is no such date."""
     text = first_of(item, "date", "timestamp", "created_at", "published")
-    with contextlib.suppress(ValueError, OverflowError):
-        if text.isdecimal():
-            return int(text[:10])
-        moment = datetime.fromisoformat(text)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    day = parse_date(text)
-    return 86400.0 * (day.toordinal() - date(1970, 1, 1).toordinal()) if day else 0
-
-
-def is_yes(value: object) -> bool:
-    return str(value).lower() in ("true", "yes", "on", "y")
+    try:
+        moment = datetime.fromtimestamp(int(text[:10]), UTC) if text.isdecimal() else datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        return 0
+    return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
 
 
 def first_of(item: dict, *names: str) -> str:
@@ -2925,20 +2840,20 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         if key not in comments:
             return ""
         is_own = comments[key].author in settings.authors
-        left_out = post.left_out if is_own else None
+        left_out = post.left_out if is_own else Counter()
         source = strip_markup(comments[key].content, {}, left_out)
-        text = to_text(source, bool(PARAGRAPH_TAG.search(source)), left_out=left_out)
+        text, _ = to_text(source, bool(PARAGRAPH_TAG.search(source)), "", "keep", left_out)
         return (clean_words if is_own else clean_for_training)(text, post, settings)
 
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
-    post.left_out[OTHERS_COMMENTS] += sum(map(count_words, others))
+    post.left_out["other people's comments"] += sum(map(count_words, others))
     own = {key for key, comment in comments.items() if comment.author in settings.authors and said(key)}
-    depths = depths_of(comments)
-    found: dict[str, Reply] = {}  # by the key of the last comment
-    learnt: set[str] = set()
+    found = {}  # by the key of the last comment
+    learnt = set()
 
     # The deepest first: its conversation holds most of the others, which would be learnt twice.
-    in_order = sorted(comments, key=depths.__getitem__, reverse=True)  # of a set the order would be another each time
+    # The own comments are taken from all of them: of a set the order would be another each time.
+    in_order = sorted(comments, key=lambda key: depth_of(key, comments), reverse=True)
     for key in filter(own.__contains__, in_order):
         if key in learnt:
             post.cases["within a longer conversation"] += 1
@@ -2958,23 +2873,18 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
             found[key] = Reply(merge_turns(turns), stand_in)
         else:
             case = "left out, answers nothing"
-            post.left_out[ANSWERS_NOTHING] += sum(count_words(said(one)) for one in chain if one in own)
+            post.left_out["comments that answer nothing"] += sum(count_words(said(one)) for one in chain if one in own)
         post.cases[case] += 1
     post.replies += [found[key] for key in comments if key in found]
 
 
-def depths_of(comments: dict[str, Comment]) -> dict[str, int]:
-    """How many comments a comment answers, one by way of the other; in a cycle any number."""
-    depths: dict[str, int] = {}
-    for key in comments:
-        path = []
-        while key in comments and key not in depths:
-            depths[key] = 0
-            path.append(key)
-            key = comments[key].parent
-        above = depths.get(key, -1)
-        depths |= {one: above + steps for steps, one in enumerate(reversed(path), 1)}
-    return depths
+def depth_of(key: str, comments: dict[str, Comment]) -> int:
+    """How many comments a comment answers, one by way of the other, itself included."""
+    seen = set()
+    while key in comments and key not in seen:
+        seen.add(key)
+        key = comments[key].parent
+    return len(seen)
 
 
 def chain_of(
@@ -2983,7 +2893,7 @@ def chain_of(
     """Keys of a comment and of those that it answers, oldest first; ends at a cycle, a gap or an empty comment.
 
     Begins with a reader's comment if there is one, and holds nothing of the author's that is in another chain."""
-    chain: list[str] = []
+    chain = []
     seen = set()
     while key not in seen and said(key):
         is_whole = bool(chain) and chain[-1] not in own
@@ -2999,32 +2909,30 @@ def chain_of(
 def add_chat(post: Post, chat: list[Said], settings: Settings):
     """A conversation of a chat in which the author speaks; of any other only who spoke is noted."""
     authors = {plain_speaker(name) for name in settings.authors}
-    is_own = [plain_speaker(said.speaker) in authors for said in chat]
-    for said, own in zip(chat, is_own, strict=True):
-        words = count_words(said.words)
-        post.left_out[SIGNS_OF_CHATS] += count_words(said.lines) - words
-        if not own:
-            post.left_out[OTHERS_LINES] += words
-    if not any(is_own):
+    own_names = {said.speaker for said in chat if plain_speaker(said.speaker) in authors}
+    others = [said.words for said in chat if said.speaker not in own_names]
+    post.left_out["names and times in chats"] += sum(count_words(said.lines) - count_words(said.words) for said in chat)
+    post.left_out["other people's lines in chats"] += sum(map(count_words, others))
+    if not own_names:
         post.speakers.append(Counter(said.speaker for said in chat if said.speaker))
         return
 
-    # What is said behind the author's last line is answered by nobody.
     turns = []
-    for said, own in zip(chat, is_own, strict=True):
-        if own:
-            words = clean_words(clean_lines(said.words, post.left_out), post, settings)
+    for said in chat:
+        if said.speaker in own_names:
+            turns.append(("assistant", clean_words(clean_lines(said.words, post.left_out), post, settings)))
         else:
-            words = clean_for_training(clean_lines(said.words), post, settings)
-        if words:
-            turns.append(("assistant" if own else "user", words))
+            turns.append(("user", clean_for_training(clean_lines(said.words, Counter()), post, settings)))
+
+    # What is said behind the author's last line is answered by nobody.
+    turns = [turn for turn in turns if turn[1]]
     while turns and turns[-1][0] == "user":
         turns.pop()
     if not turns:
         return
 
     if turns[0][0] == "assistant":
-        number = zlib.crc32(turns[0][1].encode("utf-8", "replace"))
+        number = zlib.crc32(encode(turns[0][1]))
         turns.insert(0, ("user", choose(settings.general_requests, number)))
     post.replies.append(Reply(merge_turns(turns, "\n"), stand_in=False))
     post.cases["speaks in a chat"] += 1
@@ -3045,11 +2953,13 @@ def quote_post(post: Post, template: str) -> str:
     if len(opening) > OPENING:
         opening = opening[:OPENING].rpartition(" ")[0] + " ..."
 
-    has_title = bool(post.title) and not (PLACEHOLDER.fullmatch(post.title) or REDACTED.fullmatch(post.title))
-    if not has_title and not opening:
+    # A title that is only a name or a date says nothing of the post.
+    title = "" if PLACEHOLDER.fullmatch(post.title) or REDACTED.fullmatch(post.title) else post.title
+    if not title and not opening:
         return ""
-    title = f' "{post.title}".' if has_title else "."
-    return template.format(title, f" It begins:\n\n{opening}" if opening else "")
+    called = f' "{title}".' if title else "."
+    begins = f" It begins:\n\n{opening}" if opening else ""
+    return template.format(called, begins)
 
 
 # ---------------------------------------------------------------- other people's posts
@@ -3061,34 +2971,27 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     """Who speaks in many chats in which no name of AUTHORS does; the one in most chats first."""
     lines = Counter()
     chats = Counter()
-    typed: dict[str, str] = {}
-    for post in posts:
-        for speakers in post.speakers:
-            for name, number in speakers.items():
-                plain = plain_speaker(name)
-                lines[plain] += number
-                typed.setdefault(plain, name)
-            chats.update(set(map(plain_speaker, speakers)))
+    typed = {}
+    for speakers in (chat for post in posts for chat in post.speakers):
+        for name, number in speakers.items():
+            lines[plain_speaker(name)] += number
+            typed.setdefault(plain_speaker(name), name)
+        chats.update(set(map(plain_speaker, speakers)))
 
-    found = []
-    for plain, number in sorted(chats.items(), key=lambda entry: (-entry[1], entry[0])):
-        if number >= LEAST_CHATS:
-            name = without_blocked(typed[plain], settings.blocked_words)
-            found.append({"name": name, "lines": lines[plain], "chats": number})
-    return found
-
-
-def say_who_speaks(speakers: list[dict]):
-    for row in speakers[:MOST_NAMES]:
-        said = f"{row['name']} says {row['lines']:,} lines in {row['chats']:,} chats"
-        say(f"{said}: name it in AUTHORS if it is you.")
+    found = [(-number, plain) for plain, number in chats.items() if number >= LEAST_CHATS]
+    rows = []
+    for _, plain in sorted(found):
+        name = without_blocked(typed[plain], settings.blocked_words)
+        rows.append({"name": name, "lines": lines[plain], "chats": chats[plain]})
+    return rows
 
 
 def drop_other_authors(posts: list[Post], settings: Settings):
     """Leaves out what others wrote; if nobody has one of the names in the settings, says so and leaves out nothing."""
-    # A name that nobody has is probably the settings' example; with it every signed post would be left out.
+    # A name that nobody has is probably the settings' example; with it every signed post would be left out. The cases
+    # of a post are of comments that the author has written.
     authors = settings.authors
-    if not settings.author_is_given and not any(is_by(post, authors) for post in posts):
+    if not settings.author_is_given and not any(post.cases or authors.intersection(post.authors) for post in posts):
         names = " or ".join(f'"{name}"' for name in sorted(authors))
         remedy = "Use --author NAME if you sign differently."
         say(f"No post or comment is by {names}, so every post is treated as yours. {remedy}")
@@ -3103,12 +3006,10 @@ def drop_other_authors(posts: list[Post], settings: Settings):
             post.reason = "" if post.replies else "other author"
 
 
-def is_by(post: Post, authors: frozenset[str]) -> bool:
-    """Whether one of the names is on the post or on one of its comments."""
-    return bool(post.cases or authors.intersection(post.authors))
-
-
 # ---------------------------------------------------------------- near-duplicates
+SHINGLE = 5  # words
+
+
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
 
@@ -3116,14 +3017,18 @@ def drop_duplicates(posts: list[Post], similarity: float):
     def order(post: Post) -> tuple:
         return post.visibility != "public", -len(post.text), post.blog, post.path
 
+    # Posts that are kept only for their replies have nothing to be compared.
     texts = [post for post in posts if not post.reason and post.text]
     texts.sort(key=order)
-    duplicates = find_duplicates([post.shingles for post in texts], similarity)
-    for number, earlier in duplicates.items():
+    shingles = [post.shingles for post in texts]
+    for number, earlier in find_duplicates(shingles, similarity).items():
         drop_duplicate(texts[number], texts[earlier])
 
 
 def drop_duplicate(post: Post, kept: Post):
+    """Leaves of a post only the answers that its kept copy does not have."""
+    leave_out(post, "duplicates")
+    post.left_out["duplicates"] += kept_words(post)
     known = {turn["content"] for reply in kept.replies for turn in reply.messages[1::2]}
     replies = []
     for reply in post.replies:
@@ -3131,10 +3036,7 @@ def drop_duplicate(post: Post, kept: Post):
         if messages:
             stand_in = reply.stand_in and messages[0] is reply.messages[0]
             replies.append(Reply(messages, stand_in))
-    post.left_out["duplicates"] += kept_words(post)
     post.replies = replies
-    post.text = ""
-    post.words = 0
     post.left_out["duplicates"] -= kept_words(post)
 
     # Its replies refer to the text that is kept: they belong to the same side of the split.
@@ -3154,77 +3056,55 @@ def without_known(turns: list[dict], known: set[str]) -> list[dict]:
     return turns
 
 
-def shingle_hashes(words: list[str], size: int = 5) -> np.ndarray:
+def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
-    encoded = [word.encode("utf-8", "replace") for word in words]
-    codes = np.array([zlib.crc32(word) for word in encoded], dtype=np.uint64)
-
-    # A polynomial hash of every window at once, one of its words in each round.
-    size = min(size, len(codes))
-    windows = len(codes) - size + 1
-    hashes = np.zeros(windows, dtype=np.uint64)
-    for offset in range(size):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += codes[offset : offset + windows]
-
-    # The last steps of splitmix64 spread sums of 32-bit codes evenly over 64 bits.
-    hashes ^= hashes >> np.uint64(29)
-    hashes *= np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique(hashes)
+    encoded = [encode(word) for word in words]
+    digests = set()
+    for start in range(max(1, len(words) - SHINGLE + 1)):
+        shingle = b" ".join(encoded[start : start + SHINGLE])
+        digest = hashlib.blake2b(shingle, digest_size=8)
+        digests.add(digest.digest())
+    return np.sort(np.frombuffer(b"".join(digests), np.uint64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
-    """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly."""
-    sizes = np.array([hashes.size for hashes in sets], dtype=np.int64)
-    own, texts = index_shared(sets)
-    near: dict[int, int] = {}
-    is_kept = np.ones(len(sets), dtype=bool)
-    for number, shingles in enumerate(own):
-        if not shingles:
-            continue
+    """For each text that is near an earlier kept one, the index of that one; near by the Jaccard index, exactly.
+
+    Two sets that have so much in common share one of the rarest shingles of either, so that only texts with such a
+    shingle are compared: prefix filtering, https://doi.org/10.1109/ICDE.2006.9"""
+    everything = np.concatenate([np.array([], np.uint64), *sets])
+    values, times = np.unique(everything, return_counts=True)
+    kept = defaultdict(list)  # rare shingle: texts that are kept
+    near = {}
+    for number, hashes in enumerate(sets):
+        # Rare ones first; what stands in this text alone is near to nothing.
+        counts = times[np.searchsorted(values, hashes)]
+        most = len(hashes) - int(threshold * len(hashes)) + 1
+        rarest = np.argsort(counts, kind="stable")[:most]
+        shared = hashes[rarest[counts[rarest] > 1]].tolist()
 
         # Of the earlier texts only kept ones count: a text that is near a dropped one alone stays.
-        members = np.concatenate([texts[shingle] for shingle in shingles])
-        common = np.bincount(members[members < number], minlength=number)
-        is_near = common >= threshold * (sizes[number] + sizes[:number] - common)
-        matches = np.flatnonzero(is_near & is_kept[:number])
-        if matches.size:
-            near[number] = int(matches[0])
-            is_kept[number] = False
+        candidates = sorted({text for shingle in shared for text in kept[shingle]})
+        match = next((text for text in candidates if is_near(hashes, sets[text], threshold)), None)
+        if match is not None:
+            near[number] = match
+            continue
+        for shingle in shared:
+            kept[shingle].append(number)
     return near
 
 
-def index_shared(sets: list[np.ndarray]) -> tuple[list[list[int]], dict[int, np.ndarray]]:
-    """(for each text the shingles that another text has too, for each of these shingles its texts)."""
-    if not sets:
-        return [], {}
-    sizes = [hashes.size for hashes in sets]
-    texts = np.repeat(np.arange(len(sets)), sizes)
-    everything = np.concatenate(sets)
-    _, shingles, times = np.unique(everything, return_inverse=True, return_counts=True)
-
-    # Most shingles are in one text only; an index of them would need most of the time and memory.
-    is_shared = times[shingles] > 1
-    shared = shingles[is_shared].tolist()
-    owners = texts[is_shared].tolist()
-    own: list[list[int]] = [[] for _ in sets]
-    index: dict[int, list[int]] = defaultdict(list)
-    for shingle, text in zip(shared, owners, strict=True):
-        own[text].append(shingle)
-        index[shingle].append(text)
-
-    arrays = {shingle: np.array(members) for shingle, members in index.items()}
-    return own, arrays
+def is_near(one: np.ndarray, other: np.ndarray, threshold: float) -> bool:
+    common = np.intersect1d(one, other, assume_unique=True).size
+    return common >= threshold * (one.size + other.size - common)
 
 
 # ---------------------------------------------------------------- split
 def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
-    """The posts as train and validation, each in their order."""
     chosen = choose_validation(posts, share)
-    return {
-        "train": [post for number, post in enumerate(posts) if number not in chosen],
-        "validation": [post for number, post in enumerate(posts) if number in chosen],
-    }
+    train = [post for number, post in enumerate(posts) if number not in chosen]
+    validation = [post for number, post in enumerate(posts) if number in chosen]
+    return {"train": train, "validation": validation}
 
 
 def choose_validation(posts: list[Post], share: float) -> set[int]:
@@ -3232,26 +3112,29 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
 
     In a small blog chance could hold out none, or a third: at least one post is held out, and at most twice the share.
     Only there can a new post move another."""
-    groups: dict[str, list[int]] = defaultdict(list)
+    groups = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
-    chances = {}
-    for group, members in groups.items():
-        chances[group] = chance_of([posts[number] for number in members])
+    chances = []
+    for members in groups.values():
+        chance = chance_of([posts[number] for number in members])
+        chances.append((chance, members))
 
     most = max(1, int(2 * share * len(posts)))
-    chosen: set[int] = set()
-    for group in sorted(groups, key=chances.__getitem__):
-        is_needed = not chosen and len(posts) > len(groups[group])
-        if is_needed or (chances[group] < share and len(chosen) + len(groups[group]) <= most):
-            chosen.update(groups[group])
+    chosen = set()
+    for chance, members in sorted(chances):
+        # With all of the posts in one group none can be held out.
+        is_needed = not chosen and len(posts) > len(members)
+        has_room = len(chosen) + len(members) <= most
+        if is_needed or (chance < share and has_room):
+            chosen.update(members)
     return chosen
 
 
 def chance_of(members: list[Post]) -> float:
     """From 0 to 1, by the first name of a group: names begin with a date, so that a later copy changes nothing."""
     first = min(slug_of(Path(path)) for post in members for path in (post.path, *post.copies))
-    digest = hashlib.sha256(first.encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(encode(first)).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
@@ -3327,22 +3210,11 @@ def sweep(folder: Path):
     """Deletes what killed runs left beside the data: files with a name of ours whose process is gone."""
     for path in folder.iterdir():
         name = TEMPORARY.fullmatch(path.name)
-        if not name or is_running(int(name[1])):
+        if not name or (psutil.pid_exists(int(name[1])) and int(name[1]) != os.getpid()):
             continue
         with contextlib.suppress(FileNotFoundError):  # a second run may delete it at the same time
             if stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
-
-
-def is_running(process: int) -> bool:
-    """Whether there is such a process, apart from this one."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return process != os.getpid()
 
 
 def conversations(post: Post) -> Iterator[dict]:
@@ -3361,18 +3233,18 @@ def json_lines(posts: list[Post]) -> bytes:
     return encode("".join(lines))
 
 
-def encode(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # a name of a file or folder may have half a character
-
-
 def write_files(folder: Path, files: dict[str, bytes]):
     """Writes all files beside their places and moves them when every one is complete. Raises OSError.
 
-    An error before the first move changes nothing, and each file is always complete, old or new. A kill between two
-    moves leaves some of each: then the digests in the report, which is moved last, are not those of the data."""
-    make_folder(folder)
+    Each file is always complete, old or new. A kill between two moves leaves some of each: then the digests in the
+    report, which is moved last, are not those of the data."""
+    if not folder.is_dir():
+        folder.mkdir(0o700, parents=True)
+        folder.chmod(0o700)  # whatever the umask is
     sweep(folder)
-    beside: dict[Path, Path] = {}  # where a file is written: its place
+
+    # A signal waits until all are moved.
+    beside = {}  # where a file is written: its place
     with signals_wait():
         try:
             for name, data in files.items():
@@ -3388,13 +3260,6 @@ def write_files(folder: Path, files: dict[str, bytes]):
         finally:
             for path in beside:
                 path.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path):
-    """A new folder is its owner's alone; an existing one keeps its mode."""
-    if not folder.is_dir():
-        folder.mkdir(0o700, parents=True)
-        folder.chmod(0o700)  # whatever the umask is
 
 
 def write_to_disk(handle: int, data: bytes):
@@ -3426,11 +3291,16 @@ def make_report(
 ) -> dict:
     """Numbers of the run, then every skipped file; of what was redacted fingerprints, of private words only counts."""
     kept = [post for members in splits.values() for post in members]
-    skipped = [post for post in posts if post.reason]
-    words, conversation_rows = count_conversations(splits)
-    redacted = {(fingerprint(typed, key), kind, post.visibility) for post in kept for kind, typed in post.redacted}
+    skipped = [(post.blog, post.path, post.reason, post.detail) for post in posts if post.reason]
+
+    # Of an address that stands in several posts one fingerprint is enough; private words are told by their numbers.
+    redacted = set()
+    redactions = Counter()
+    for post in kept:
+        for kind, typed in post.redacted:
+            redacted.add((fingerprint(typed, key), kind, post.visibility))
+            redactions[kind] += 1
     blocked = sum((post.blocked for post in kept), Counter())
-    redactions = Counter(kind for post in kept for kind, _ in post.redacted)
     redactions["private word"] = blocked.total()
 
     # Names and problems may contain private words, too.
@@ -3441,76 +3311,81 @@ def make_report(
     return {
         "files_found": len(posts),
         "files_kept": len(kept),
-        "files_skipped": counted(post.reason for post in skipped),
+        "files_skipped": total([Counter(reason for _, _, reason, _ in skipped)]),
         "config_problems": table(("blog", "problem"), problems),
         "posts": {split: len(members) for split, members in splits.items()},
         "validation_share": settings.validation_share,
-        "words": words,
-        "conversations": table(("split", "kind", "visibility", "count"), conversation_rows),
-        "replies": counted(case for post in kept for case in post.cases.elements()),
-        "repairs": counted(repair for post in kept for repair in post.repairs.elements()),
-        "redactions": counted(redactions.elements()),
+        "words": {split: sum(map(kept_words, members)) for split, members in splits.items()},
+        "conversations": table(("split", "kind", "visibility", "count"), count_conversations(splits)),
+        "replies": total(post.cases for post in kept),
+        "repairs": total(post.repairs for post in kept),
+        "redactions": total([redactions]),
         "blocked_words": [blocked[str(index)] for index in range(len(settings.blocked_words))],
         "redacted": table(("fingerprint", "kind", "visibility"), sorted(redacted)),
         "authors": [hide(author) for author in sorted(settings.authors)],
-        "skipped": table(("blog", "path", "reason", "detail"), [(p.blog, p.path, p.reason, p.detail) for p in skipped]),
+        "skipped": table(("blog", "path", "reason", "detail"), skipped),
     }
 
 
 def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
     """A sentence where chance held out far more or fewer posts than the setting says."""
     total = sum(posts.values())
-    share = posts["validation"] / total
+    held_out = posts["validation"]
+    share = held_out / total
     if total == 1 or abs(share - wanted) <= FAR_OFF * wanted:
         return []
-    held = f"{posts['validation']:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
-    return [f"{held}: a hash of its name decides for each alone, so that a new one moves no other"]
+
+    said = f"{held_out:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
+    return [f"{said}: a hash of its name decides for each alone, so that a new one moves no other"]
 
 
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
     """A row for each source that is not read, the one with most words first."""
-    rows: dict[tuple, list[int]] = defaultdict(list)
-    hide = functools.partial(without_blocked, blocked=settings.blocked_words)
+    files = Counter()
+    words = Counter()
     for one in unread:
-        is_page = one.file.suffix.lower() in MARKDOWN_SUFFIXES
-        words = (count_page if is_page else count_comments)(one.file, settings)
-        if words:
-            rows[hide(one.blog), hide(one.source), hide(one.remedy)].append(words)
+        # Names of folders may contain private words.
+        names = (one.blog, one.source, one.remedy)
+        source = tuple(without_blocked(name, settings.blocked_words) for name in names)
+        number = count_file(one.file, settings)
+        files[source] += number > 0
+        words[source] += number
 
-    found = [(*source, len(words), sum(words)) for source, words in rows.items()]
-    found.sort(key=lambda row: -row[-1])
-    return table(("blog", "source", "remedy", "files", "words"), found)
+    rows = [(*source, files[source], number) for source, number in words.most_common() if number]
+    return table(("blog", "source", "remedy", "files", "words"), rows)
 
 
-def count_page(file: Path, settings: Settings) -> int:
-    """The words of a page with front matter; none if it only lists other pages, in Liquid."""
+def count_file(file: Path, settings: Settings) -> int:
+    """The words of a file of comments, or of a page with front matter; none if it only lists other pages, in Liquid."""
+    if file.suffix.lower() not in MARKDOWN_SUFFIXES:
+        comments = load_comments(file, Counter(), settings.max_bytes)
+        return sum(count_words(first_of(comment, *CONTENT)) for comment in comments)
     try:
         text = read_regular(file, settings.max_bytes).decode("utf-8", "replace").lstrip("\ufeff")
     except OSError:
         return 0
+
+    # Hugo's front matter in TOML counts, too.
     fence = text[:3]
     if fence not in ("---", "+++"):
         return 0
-
     body = text[3:].partition(f"\n{fence}")[2]
-    beginning = strip_markup(body[:MOST_LOOKED_AT], {})
+    beginning = strip_markup(body[:MOST_LOOKED_AT], {}, Counter())
     return count_words(body) if count_words(beginning) >= settings.min_words else 0
-
-
-def count_comments(file: Path, settings: Settings) -> int:
-    comments = load_comments(file, Counter(), settings.max_bytes)
-    return sum(count_words(first_of(comment, *CONTENT)) for comment in comments)
 
 
 def make_ledger(posts: list[Post], not_read: list[dict]) -> dict:
     """Where the words are: found = kept in posts and replies + left out, by kind; a negative number was put in."""
     unread = sum(row["words"] for row in not_read)
-    left_out = Counter({UNREAD: unread})
+    left_out = Counter({"sources that are not read": unread})
     for post in posts:
         left_out.update(post.left_out)
 
-    losers = sorted(posts, key=lambda post: post.left_out.total(), reverse=True)[:MOST_LOSERS]
-    rows = [(post.blog, post.path, post.found, kept_words(post), nonzero(post.left_out)) for post in losers]
+    # Where a rule takes too much, it shows in the posts that lose most.
+    losers = sorted(posts, key=lambda post: post.left_out.total(), reverse=True)
+    rows = []
+    for post in losers[:MOST_LOSERS]:
+        rows.append((post.blog, post.path, post.found, kept_words(post), nonzero(post.left_out)))
     return {
         "found": sum(post.found for post in posts) + unread,
         "kept_in_posts": sum(post.words for post in posts),
@@ -3526,37 +3401,29 @@ def nonzero(counts: Counter) -> dict[str, int]:
 
 def ledger_rows(ledger: dict) -> dict[str, int]:
     """The ledger as it is printed: what is above a hundredth by its kind, the rest as one row."""
-    rows = {
+    most = {kind: words for kind, words in ledger["left_out"].items() if words > ledger["found"] / 100}
+    others = sum(ledger["left_out"].values()) - sum(most.values())
+    return {
         "words found": ledger["found"],
         "  kept in posts": ledger["kept_in_posts"],
         "  kept in replies and chats": ledger["kept_in_replies"],
+        **{f"  left out: {kind}": words for kind, words in most.items()},
+        "  left out: other kinds (see the report)": others,
     }
-    others = 0
-    for kind, words in ledger["left_out"].items():
-        if words > ledger["found"] / 100:
-            rows[f"  left out: {kind}"] = words
-        else:
-            others += words
-    rows["  left out: other kinds (see the report)"] = others
-    return rows
 
 
-def count_conversations(splits: dict[str, list[Post]]) -> tuple[dict[str, int], list[tuple]]:
-    """(the author's words in each split, rows of split, kind, visibility and number of conversations)."""
-    words = {}
+def count_conversations(splits: dict[str, list[Post]]) -> list[tuple]:
+    """Rows of split, kind, visibility and number of conversations."""
     numbers = Counter()
     for split, members in splits.items():
-        words[split] = sum(map(kept_words, members))
         for post in members:
-            numbers[split, "post", post.visibility] += bool(post.text)
-            numbers[split, "reply", post.visibility] += len(post.replies)
-
-    rows = [(*key, number) for key, number in sorted(numbers.items()) if number]
-    return words, rows
+            for line in conversations(post):
+                numbers[split, line["kind"], line["visibility"]] += 1
+    return [(*key, number) for key, number in sorted(numbers.items())]
 
 
-def counted(items: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(items).items()))
+def total(counts: Iterable[Counter]) -> dict[str, int]:
+    return dict(sorted(sum(counts, Counter()).items()))
 
 
 def table(names: tuple[str, ...], rows: list[tuple]) -> list[dict]:
@@ -3584,9 +3451,8 @@ def print_report(report: dict, data_dir: Path):
     for key, label in {"replies": "replies", "repairs": "files", "redactions": "redacted"}.items():
         for name, number in report[key].items():
             rows[f"{label}: {name}"] = number
-    for number, row in enumerate(report["not_read"]):
-        if number < MOST_ROWS:
-            rows[f"not read: {row['source']} ({row['remedy']})"] = row["files"]
+    for row in report["not_read"][:MOST_ROWS]:
+        rows[f"not read: {row['source']} ({row['remedy']})"] = row["files"]
     if others := sum(row["files"] for row in report["not_read"][MOST_ROWS:]):
         rows["not read: other folders (see the report)"] = others
     if 0 in report["blocked_words"]:
@@ -3618,19 +3484,18 @@ class Setting(NamedTuple):
     flag: str = ""  # the flag for the same value
 
 
-def whole(low: int, high: int) -> Kind:
-    def allows(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return Kind(f"a whole number from {low:,} to {high:,}", allows, int)
-
-
 def number(low: float, high: float) -> Kind:
     # NaN is in no range.
     def allows(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
     return Kind(f"a number from {low:,} to {high:,}", allows, float)
+
+
+def whole(low: int, high: int) -> Kind:
+    within = number(low, high)
+    words = f"a whole number from {low:,} to {high:,}"
+    return Kind(words, lambda value: isinstance(value, int) and within.allows(value), int)
 
 
 def above(low: float, high: float) -> Kind:
@@ -3661,12 +3526,8 @@ def template(places: int) -> Kind:
     def allows(value: object) -> bool:
         if not is_filled(value):
             return False
-        try:
-            parts = list(string.Formatter().parse(value))
-        except ValueError:
-            return False
-        fields = [part[1:] for part in parts if part[1] is not None]
-        return fields == [("", "", None)] * places
+        without_escaped = re.sub(r"\{\{|\}\}", "", value)
+        return re.findall(r"\{\}|[{}]", without_escaped) == ["{}"] * places
 
     return Kind(f"a sentence with {'exactly one' if places == 1 else places} {{}} in it", allows)
 
@@ -3680,14 +3541,13 @@ def is_filled(value: object) -> bool:
     return is_text(value) and bool(value.strip())
 
 
-def is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value)
-
-
 TEXT = Kind("a text in UTF-8", is_text)  # may be empty
 NAME = Kind("a name that is not empty, in UTF-8", is_filled)
 SENTENCE = Kind("a sentence in quotation marks, in UTF-8", is_filled)
-FOLDER = Kind("the name of a folder, not empty", is_path)
+FOLDER = Kind(
+    "the name of a folder, not empty",
+    lambda value: isinstance(value, str | os.PathLike) and bool(str(value).strip()) and "\0" not in str(value),
+)
 YES_OR_NO = Kind("True or False", lambda value: isinstance(value, bool))
 
 
@@ -3696,17 +3556,20 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
     for name, value in values.items():
         setting = rows[name]
         example = f"{name} = {setting.example}"
-        if setting.least is None:
-            if not setting.kind.allows(value):
-                sys.exit(f"{name} in {script} must be {setting.kind.words}: {example}.")
-            continue
+        entries = {name: value}
 
-        if not isinstance(value, list | tuple) or len(value) < setting.least:
-            at_least = " with something in it" if setting.least else ""
-            sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
-        for place, entry in enumerate(value, 1):
+        # A list is checked first, and then each of its entries.
+        if setting.least is not None:
+            is_list = isinstance(value, list | tuple)
+            if not is_list or len(value) < setting.least:
+                at_least = " with something in it" if setting.least else ""
+                sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
+            entries = {f"Number {place} of {name}": entry for place, entry in enumerate(value, 1)}
+
+        # Each sentence shows a right value.
+        for what, entry in entries.items():
             if not setting.kind.allows(entry):
-                sys.exit(f"Number {place} of {name} in {script} must be {setting.kind.words}: {example}.")
+                sys.exit(f"{what} in {script} must be {setting.kind.words}: {example}.")
 
 
 def flag_type(setting: Setting) -> Callable[[str], object]:
@@ -3771,23 +3634,28 @@ def parse_arguments(argv: list[str] | None) -> Settings:
     # A setting whose line is gone is wrong, too.
     block = {name: globals().get(name) for name in SETTINGS}
     check_settings(block, SETTINGS, "extract_blog_data.py")
-    fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
     here = Path(__file__).resolve().parent
     args = make_parser(here).parse_args(argv)
 
     # A repository in a flag replaces all those in the settings, also of the other kind.
+    public = [here / name for name in PUBLIC_BLOGS]
+    private = [here / name for name in PRIVATE_BLOGS]
     if args.public + args.private:
-        fields["public_blogs"] = tuple(map(Path, args.public))
-        fields["private_blogs"] = tuple(map(Path, args.private))
-    else:
-        fields["public_blogs"] = tuple(here / name for name in PUBLIC_BLOGS)
-        fields["private_blogs"] = tuple(here / name for name in PRIVATE_BLOGS)
+        public = map(Path, args.public)
+        private = map(Path, args.private)
 
-    fields["authors"] = frozenset(name.strip().casefold() for name in args.author or AUTHORS)
-    fields["data_dir"] = Path(args.data_dir)
-    fields["folders"] = tuple(name.strip().strip("/") for name in FOLDERS)
-    fields["include_drafts"] = args.drafts
-    fields["blocked_words"] = tuple(word.strip() for word in BLOCKED_WORDS)
+    fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
+
+    # Values in the form in which they are used.
+    fields |= {
+        "public_blogs": tuple(public),
+        "private_blogs": tuple(private),
+        "authors": frozenset(name.strip().casefold() for name in args.author or AUTHORS),
+        "data_dir": Path(args.data_dir),
+        "folders": tuple(name.strip().strip("/") for name in FOLDERS),
+        "include_drafts": args.drafts,
+        "blocked_words": tuple(word.strip() for word in BLOCKED_WORDS),
+    }
     return Settings(**fields, author_is_given=bool(args.author), today=date.today())
 
 
@@ -3798,6 +3666,7 @@ def make_parser(here: Path) -> argparse.ArgumentParser:
     def add(flag: str, name: str, **how):
         parser.add_argument(flag, type=flag_type(SETTINGS[name]), **how)
 
+    # A flag that may be repeated replaces the list of its setting.
     several = {"action": "append", "default": []}
     add("--public", "PUBLIC_BLOGS", **several, metavar="DIR", help="a public repository (repeatable)")
     add("--private", "PRIVATE_BLOGS", **several, metavar="DIR", help="a private repository (repeatable)")

@@ -1,6 +1,7 @@
 """Pasted chats: what is one, who says what in it, and what becomes of it."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,7 @@ SETTINGS = replace(x.parse_arguments([]), authors=frozenset({"wren"}), phone_cou
 
 def chats_of(body: str, is_html: bool = False) -> tuple[str, list[list[str]], x.Post]:
     """(the text without its chats, the turns of each conversation, the post)."""
-    found = []
-    text = x.to_text(x.strip_markup(body, {}), is_html, "", "keep", chats=found)
+    text, found = x.to_text(x.strip_markup(body, {}, Counter()), is_html, "", "keep", Counter())
     told = x.Post("b", "public", "p")
     for chat in found:
         x.add_chat(told, chat, SETTINGS)
@@ -56,6 +56,7 @@ TURNS = [
     ("mo: one\n\nwren: two\n\nmo: three\n\nwren: four", ["one", "two", "three", "four"]),
     ("mo83: one\nw r e n: two\nmo83: three\nwren: four", ["one", "two", "three", "four"]),
     ("<mo83> one\n<wren> two\n<mo83> three\n<wren> four", ["one", "two", "three", "four"]),
+    ("[10:36] <mo> one\n[10:37] <wren> two\nand on\n[10:38] <mo> bye", ["one", "two\nand on"]),
     ("mo\n: one\n\nwren\n: two\n\nmo\n: three\n\nwren\n: four", ["one", "two", "three", "four"]),
 ]  # fmt: skip
 
@@ -105,7 +106,7 @@ def test_what_programs_say_is_nobodys(line, place):
     text, turns, told = chats_of("\n".join(lines) + "\n\nShe has left me, and i am off.")
     assert text == "She has left me, and i am off."
     assert turns == [["where\nwere you", "i left the house"]]
-    assert told.left_out[x.OTHERS_LINES] == 3
+    assert told.left_out["other people's lines in chats"] == 3
 
 
 COMPOSED = [
@@ -126,6 +127,9 @@ def test_a_dialogue_that_was_written_as_one_stays_whole(text):
         "12/05/2020, 10:33 we went out\n\n12/05/2020, 18:00 we came home",
         "Monday 9:00 AM\nsession one\n\nTuesday 9:00 AM\nsession two\n\nFriday 9:00 AM\nparty",
         "She says:\nno\n\nHe says:\nyes",
+        "**5:30 a.m.**: I get up.\n\n**7:00 a.m.**: I bake.",
+        "eggs: two\nflour: a cup\nmilk: some\nsalt: no",
+        "mossy: hi\nwren: hello",
     ],
 )
 def test_what_only_looks_like_a_chat_stays(text):
@@ -138,7 +142,7 @@ def test_what_only_looks_like_a_chat_stays(text):
 def test_every_word_of_a_chat_is_counted_once():
     chat = "mossy (10:36:16 PM): hi you\nwren (10:36:20 PM): hello\nmossy signed off\nwren (10:37:00 PM): oh well now"
     _, _, told = chats_of(chat)
-    assert told.left_out == {x.OTHERS_LINES: 2, x.SIGNS_OF_CHATS: 18}
+    assert told.left_out == {"other people's lines in chats": 2, "names and times in chats": 18}
     assert x.kept_words(told) == 4
     assert x.count_words(chat) == 24
 
@@ -165,7 +169,7 @@ def test_who_speaks_in_many_chats_is_said_until_it_is_named(tmp_path, monkeypatc
     assert report["speakers"] == []
     assert {f"word{n}" for n in (1, 2, 3, 4, 9)} <= set(author_turns(train + val))
     assert report["ledger"]["kept_in_replies"] == 5
-    assert report["ledger"]["left_out"] == {x.SIGNS_OF_CHATS: 42, x.OTHERS_LINES: 5}
+    assert report["ledger"]["left_out"] == {"names and times in chats": 42, "other people's lines in chats": 5}
 
     monkeypatch.setattr(x, "BLOCKED_WORDS", ["Wren"])
     run(tmp_path, "--public", blog, "--author", "somebody")

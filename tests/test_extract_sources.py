@@ -130,7 +130,7 @@ def test_what_looks_like_writing_is_read_if_it_is_named_and_counted_if_not(tmp_p
     }
     assert re.search(r'not read: Markdown in _articles \(add "_articles" to FOLDERS\) +3\b', capsys.readouterr().out)
     assert sum(row["words"] for row in report["not_read"]) == 43
-    assert report["ledger"]["left_out"] == {x.UNREAD: 43, x.UNUSED: 7}
+    assert report["ledger"]["left_out"] == {"sources that are not read": 43, x.UNUSED: 7}
 
     monkeypatch.setattr(x, "FOLDERS", ["_posts", "_articles", "content/posts/", "about.md"])
     train, val, report = run(tmp_path, "--public", blog)
@@ -195,7 +195,7 @@ def test_comments_in_data_files_find_their_post_and_what_they_answer(tmp_path):
 
     ledger = report["ledger"]
     assert (ledger["found"], ledger["kept_in_posts"], ledger["kept_in_replies"]) == (37, 18, 8)
-    assert ledger["left_out"] == {x.UNREAD: 5, x.OTHERS_COMMENTS: 4, x.HIDDEN: 2}
+    assert ledger["left_out"] == {"sources that are not read": 5, "other people's comments": 4, "hidden comments": 2}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,6 @@ def test_a_number_counts_the_comments_that_answer_none(tmp_path):
         ("1554242400123", 1554242400),
         ("2019-04-02T22:00:00Z", 1554242400),
         ("2019-04-02 22:00:00", 1554242400),
-        ("April 2, 2019", 1554163200),
         ("9" * 400, 9999999999),
         ("0001-01-01", None),
         ("soon", 0),
