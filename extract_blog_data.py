@@ -3058,13 +3058,13 @@ def without_known(turns: list[dict], known: set[str]) -> list[dict]:
 
 def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
-    encoded = [encode(word) for word in words]
-    digests = set()
-    for start in range(max(1, len(words) - SHINGLE + 1)):
-        shingle = b" ".join(encoded[start : start + SHINGLE])
-        digest = hashlib.blake2b(shingle, digest_size=8)
-        digests.add(digest.digest())
-    return np.sort(np.frombuffer(b"".join(digests), np.uint64))
+    # Hashes of numbers are the same in every process, unlike those of strings.
+    codes = [zlib.crc32(encode(word)) for word in words]
+    hashes = set()
+    for start in range(max(1, len(codes) - SHINGLE + 1)):
+        shingle = codes[start : start + SHINGLE]
+        hashes.add(hash(tuple(shingle)))
+    return np.sort(np.fromiter(hashes, np.int64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
@@ -3072,7 +3072,7 @@ def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
 
     Two sets that have so much in common share one of the rarest shingles of either, so that only texts with such a
     shingle are compared: prefix filtering, https://doi.org/10.1109/ICDE.2006.9"""
-    everything = np.concatenate([np.array([], np.uint64), *sets])
+    everything = np.concatenate([np.array([], np.int64), *sets])
     values, times = np.unique(everything, return_counts=True)
     kept = defaultdict(list)  # rare shingle: texts that are kept
     near = {}
