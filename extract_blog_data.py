@@ -3110,8 +3110,8 @@ def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
 def choose_validation(posts: list[Post], share: float) -> set[int]:
     """Indexes of the posts for validation: whole groups, each by a hash of its own name alone.
 
-    In a small blog chance could hold out none, or a third: at least one post is held out, and at most twice the share.
-    Only there can a new post move another."""
+    In a small blog chance could hold out none, or a third: at least one post and half of the share are held out, and at
+    most twice the share. Only there can a new post move another."""
     groups = defaultdict(list)
     for number, post in enumerate(posts):
         groups[post.group].append(number)
@@ -3120,13 +3120,15 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
         chance = chance_of([posts[number] for number in members])
         chances.append((chance, members))
 
+    fewest = share * len(posts) / 2
     most = max(1, int(2 * share * len(posts)))
     chosen = set()
     for chance, members in sorted(chances):
         # With all of the posts in one group none can be held out.
-        is_needed = not chosen and len(posts) > len(members)
+        is_first = not chosen and len(posts) > len(members)
+        is_wanted = chance < share or len(chosen) < fewest
         has_room = len(chosen) + len(members) <= most
-        if is_needed or (chance < share and has_room):
+        if is_first or (is_wanted and has_room):
             chosen.update(members)
     return chosen
 
