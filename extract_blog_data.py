@@ -3110,7 +3110,7 @@ def split_posts(posts: list[Post], share: float) -> dict[str, list[Post]]:
 def choose_validation(posts: list[Post], share: float) -> set[int]:
     """Indexes of the posts for validation: whole groups, each by a hash of its own name alone.
 
-    In a small blog chance could hold out none, or a third: at least one post and half of the share are held out, and at
+    In a small blog chance could hold out none, or a third: at least one post is held out, from 20 posts on two, and at
     most twice the share. Only there can a new post move another."""
     groups = defaultdict(list)
     for number, post in enumerate(posts):
@@ -3120,13 +3120,13 @@ def choose_validation(posts: list[Post], share: float) -> set[int]:
         chance = chance_of([posts[number] for number in members])
         chances.append((chance, members))
 
-    fewest = share * len(posts) / 2
+    fewest = 2 if len(posts) >= 20 else 1
     most = max(1, int(2 * share * len(posts)))
     chosen = set()
     for chance, members in sorted(chances):
         # With all of the posts in one group none can be held out.
         is_first = not chosen and len(posts) > len(members)
-        is_wanted = chance < share or len(chosen) < fewest
+        is_wanted = chance < share or 0 < len(chosen) < fewest
         has_room = len(chosen) + len(members) <= most
         if is_first or (is_wanted and has_room):
             chosen.update(members)
