@@ -1117,7 +1117,9 @@ def split_at_answer(tokenizer, messages: list[dict], full: str) -> tuple[str, st
     words = break_control_tokens(messages[-1]["content"], tokenizer).strip()
     earlier = messages[:-1]
 
-    prompt = render(tokenizer, earlier, add_generation_prompt=True) if earlier else ""
+    prompt = ""
+    if earlier:
+        prompt = render(tokenizer, earlier, add_generation_prompt=True)
     if not prompt:  # the author speaks first
         prompt = full.partition(words)[0] if words else full
 
@@ -1402,7 +1404,8 @@ def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(seed)
         [output] = model.generate(**inputs, **options)
-    return tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    prompt_length = inputs["input_ids"].shape[1]
+    return tokenizer.decode(output[prompt_length:], skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------- plan
@@ -1450,19 +1453,22 @@ def say_plan(plan: Plan, settings: Settings) -> None:
         recomputed = " and recomputed activations." if plan.checkpointing else ""
         say(f"Memory is short: training with {plan.optimizer}{recomputed}")
 
-    frozen = ""
+    size = f"{plan.parameters / 1e6:.0f}M parameters"
     if plan.lora_rank:
-        frozen = f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
-    size = f"{plan.parameters / 1e6:.0f}M parameters{frozen}"
+        size += f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
     say(f"model    {settings.base_model}, {size}, {plan.precision} on {plan.device}")
 
-    at_once = f", {plan.rows_at_once} rows at once" if plan.rows_at_once > 1 else ""
-    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {plan.updates} updates{at_once}")
+    updates = f"{plan.updates} updates"
+    if plan.rows_at_once > 1:
+        updates += f", {plan.rows_at_once} rows at once"
+    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {updates}")
 
-    parts = ", ".join(f"{name} {needed / 1e9:.1f}" for name, needed in plan.memory.items())
+    parts = []
+    for name, needed in plan.memory.items():
+        parts.append(f"{name} {needed / 1e9:.1f}")
     needed = sum(plan.memory.values()) / 1e9
     free = plan.free_memory / 1e9
-    say(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
+    say(f"memory   {needed:.1f} GB ({', '.join(parts)}) of {free:.1f} GB free")
 
 
 class Machine(NamedTuple):
@@ -1814,8 +1820,7 @@ def layers_to_adapt(model) -> list[str]:
             left_out.update(layer for name, layer in module.named_children() if name != "in_proj")
 
     linear = (torch.nn.Linear, Conv1D)  # GPT-2 has the second, with weights of in x out
-    candidates = [(name, layer) for name, layer in model.named_modules() if layer not in left_out]
-    return [name for name, layer in candidates if isinstance(layer, linear)]
+    return [name for name, layer in model.named_modules() if isinstance(layer, linear) and layer not in left_out]
 
 
 def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
@@ -1902,8 +1907,11 @@ def without_adapters(model) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         return model, model.state_dict()
 
     base = model.get_base_model()
-    frozen = {name: weight for name, weight in base.state_dict().items() if ".lora_" not in name}
-    return base, {name.replace(".base_layer.", "."): weight for name, weight in frozen.items()}
+    weights = {}
+    for name, weight in base.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = weight
+    return base, weights
 
 
 def prepare_to_train(model, plan: Plan, settings: Settings):
@@ -2437,9 +2445,13 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, optimizer: str) -
 def tell_differences(earlier: dict, now: dict) -> str:
     """What two runs' settings and data differ in: "EPOCHS = 3 (now 5), other training posts"."""
     names = {"train_sha256": "other training posts", "val_sha256": "other held-out posts"}
-    different = [key for key in {**now, **earlier} if earlier.get(key) != now.get(key)]
-    settings = {key: f"{key.upper()} = {earlier.get(key)!r} (now {now.get(key)!r})" for key in different}
-    return ", ".join(names.get(key, settings[key]) for key in different)
+    told = []
+    for key in {**now, **earlier}:
+        before = earlier.get(key)
+        after = now.get(key)
+        if before != after:
+            told.append(names.get(key) or f"{key.upper()} = {before!r} (now {after!r})")
+    return ", ".join(told)
 
 
 def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | None:
@@ -2618,13 +2630,14 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
     # pyplot keeps every figure and may look for a screen. Small, so that its text is readable on a phone.
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    for key, style in {
+    styles = {
         "loss": {"color": "0.5", "label": "train, each update"},
         "eval_loss": {"color": "tab:blue", "marker": "o", "label": "validation: posts it never saw"},
-    }.items():
+    }
+    for key, style in styles.items():
         entries = [entry for entry in log_history if key in entry]
-        axes.plot([entry["step"] for entry in entries], [entry[key] for entry in entries], **style)
-    # The first evaluation is the base model's.
+        steps = [entry["step"] for entry in entries]
+        axes.plot(steps, [entry[key] for entry in entries], **style)
     base_loss = evaluations(log_history)[0]["eval_loss"]
     axes.axhline(base_loss, linestyle="--", color="tab:orange", label="base model on the same posts")
 
@@ -2891,11 +2904,11 @@ def attention_in_bfloat16() -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """Make glibc keep large blocks instead of mapping new ones for every tensor."""
-    options = {"M_MMAP_THRESHOLD": (-3, 32 << 20), "M_TRIM_THRESHOLD": (-1, 1 << 30), "M_TOP_PAD": (-2, 64 << 20)}
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for option in options.values():
-            libc.mallopt(*option)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
 def free_model() -> None:
@@ -2929,13 +2942,16 @@ def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> st
     # Ollama drops the beginning of a text longer than num_ctx, so half of it is for the prompt.
     context = min(positions, LONGEST_CHAT)
     longest_answer = max(1, context // 2)
-    sampling = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], longest_answer)}
+    options = {**sampling, "max_new_tokens": min(sampling["max_new_tokens"], longest_answer)}
 
-    options = [(OLLAMA_NAMES.get(name, name), value) for name, value in sampling.items()]
-    options.append(("num_ctx", context))
-    options += [("stop", json.dumps(stop)) for stop in stops]  # Ollama quotes strings as JSON does
     lines = ["FROM ./blog-model.gguf", f'TEMPLATE """{ollama_template(tokenizer)}"""']
-    lines += [f"PARAMETER {name} {value}" for name, value in options]
+    for name, value in options.items():
+        lines.append(f"PARAMETER {OLLAMA_NAMES.get(name, name)} {value}")
+    lines.append(f"PARAMETER num_ctx {context}")
+
+    # Ollama quotes strings as JSON does.
+    for stop in stops:
+        lines.append(f"PARAMETER stop {json.dumps(stop)}")
     return "\n".join(lines) + "\n"
 
 

@@ -126,7 +126,7 @@ def test_a_stopped_run_in_float16_ends_as_if_nothing_had_happened(
     train_this_way(monkeypatch, optimizer, False, 2)
     more = ("--max-steps", "9", "--learning-rate", "1e-2")
     whole = run(shapes["llama"], data_folder, tmp_path / "whole", *more)
-    continued = stopped_and_continued(shapes["llama"], data_folder, tmp_path / "stopped", monkeypatch, *more)
+    continued = stopped_and_continued(shapes["llama"], data_folder, tmp_path / "stopped", *more)
     assert losses(continued) == losses(whole)
 
 
@@ -211,7 +211,7 @@ def test_a_stopped_run_goes_on_with_its_optimizer_where_memory_now_allows_anothe
         return original(process, wanted)
 
     monkeypatch.setattr(train_model, "look_at_machine", changed)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *LEARN)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
     assert losses(continued) == losses(whole)
     assert continued["plan"]["optimizer"] == first
 

@@ -83,7 +83,7 @@ def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
 ):
     more = ("--max-steps", "9", "--learning-rate", "auto")
     whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *more)
     assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
 
