@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import conversations
 from torch.nn import functional
-from training import TALK
+from training import TALK, settings_with
 
 import train_model
 
@@ -27,49 +27,41 @@ def marked(tokenizer, messages) -> list[tuple[str, bool]]:
     return runs
 
 
-def test_plain_template_scores_answers_and_their_end(gpt2_folder):
-    assert marked(train_model.load_tokenizer(gpt2_folder), TALK) == [
+USER = "<|im_start|>user\n"
+ASSISTANT = "<|im_start|>assistant\n"
+END = "<|im_end|>"
+THOUGHT = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
+HI = f"{USER}hi{END}\n{ASSISTANT}"
+SO = f"{USER}so?{END}\n{ASSISTANT}"
+SCORED = {
+    "plain": [
         ("User: hi\nAssistant:", False),
         (" hello<|endoftext|>", True),
         ("\nUser: so?\nAssistant:", False),
         (" bread <3<|endoftext|>", True),
         ("\n", False),
-    ]
-
-
-def test_chatml_template_scores_answers_and_their_end(llama_folder):
-    assert marked(train_model.load_tokenizer(llama_folder), TALK) == [
-        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
-        ("hello<|im_end|>", True),
-        ("\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("bread <3<|im_end|>", True),
+    ],
+    "ChatML": [(HI, False), (f"hello{END}", True), (f"\n{SO}", False), (f"bread <3{END}", True), ("\n", False)],
+    "the author speaks first": [(ASSISTANT, False), (f"hello{END}", True), ("\n", False)],
+    "earlier turns are rewritten": [
+        (HI, False),
+        (f"[thought]hello{END}", True),
+        (f"\n{HI}hello{END}\n{SO}", False),
+        (f"[thought]bread <3{END}", True),
         ("\n", False),
-    ]
+    ],
+}
 
 
-def test_an_author_who_speaks_first_is_scored(llama_folder):
-    assert marked(train_model.load_tokenizer(llama_folder), TALK[1:2]) == [
-        ("<|im_start|>assistant\n", False),
-        ("hello<|im_end|>", True),
-        ("\n", False),
-    ]
-
-
-def test_a_template_that_rewrites_earlier_turns_loses_none(llama_folder):
-    tokenizer = train_model.load_tokenizer(llama_folder)
-    thought = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'\n' + message['content']", f"'\n' }}}}{thought}{{{{ message['content']"
-    )
-    start, end = "<|im_start|>", "<|im_end|>\n"
-    first, second = f"{start}user\nhi{end}{start}assistant\n", f"{start}user\nso?{end}{start}assistant\n"
-    assert marked(tokenizer, TALK) == [
-        (first, False),
-        ("[thought]hello<|im_end|>", True),
-        ("\n" + first + "hello" + end + second, False),
-        ("[thought]bread <3<|im_end|>", True),
-        ("\n", False),
-    ]
+@pytest.mark.parametrize("case", SCORED)
+def test_answers_and_their_end_are_scored(case, gpt2_folder, llama_folder):
+    tokenizer = train_model.load_tokenizer(gpt2_folder if case == "plain" else llama_folder)
+    if case == "earlier turns are rewritten":
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "'\n' + message['content']", f"'\n' }}}}{THOUGHT}{{{{ message['content']"
+        )
+    messages = TALK[1:2] if case == "the author speaks first" else TALK
+    assert marked(tokenizer, messages) == SCORED[case]
 
 
 TURN = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -236,24 +228,26 @@ def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folde
     assert layers and set(layers) == {0.25}
 
 
-def test_float16_with_loss_scaling_gives_the_gradients_of_float32(gpt2_folder):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_float16_with_loss_scaling_gives_the_gradients_of_float32(rank, gpt2_folder):
     """As far as a CPU allows: Trainer refuses float16 there, so the scaler is driven by hand."""
-    model, device = train_model.load_for_training(gpt2_folder).train(), torch.device("cpu")
     batch = train_model.collate([{"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}])
-    scaler, optimizer, gradients = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters(), lr=0.0), {}
+    gradients = []
     for precision in ("fp32", "fp16"):
-        optimizer.zero_grad()
-        with train_model.autocast(device, precision):
+        model = train_model.load_for_training(gpt2_folder)
+        if rank:
+            model = train_model.add_adapters(model, precision, settings_with(lora_rank=rank))
+        trained = [weight for weight in model.train().parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in trained} == {torch.float32}
+        scaler = torch.amp.GradScaler("cpu")
+        with train_model.autocast(torch.device("cpu"), precision):
             logits, targets = train_model.scored_logits(model, batch)
             loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
         assert logits.dtype == (torch.float16 if precision == "fp16" else torch.float32)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        scaler.step(optimizer)
-        scaler.update()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert functional.cosine_similarity(*gradients.values(), dim=0) > 0.9999
+        scaler.unscale_(torch.optim.SGD(trained, lr=0.0))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
+    assert functional.cosine_similarity(*gradients, dim=0) > (0.999 if rank else 0.9999)
 
 
 def test_float16_keeps_the_gradient_of_rare_tokens():
