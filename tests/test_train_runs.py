@@ -25,21 +25,26 @@ def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tm
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert model.config.use_cache and model.config.activation_function == "gelu_new"
+    assert model.config.use_cache
+    assert model.config.activation_function == "gelu_new"
     assert model.config.n_ctx == 256  # without which llama.cpp's converter stops
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert model.generation_config.do_sample
     inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**inputs, max_new_tokens=5).shape[1] <= inputs["input_ids"].shape[1] + 5
 
-    assert report["data"]["train"]["conversations"] == 40 and report["data"]["train"]["private"] == 14
-    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
-    val = report["data"]["val"]
-    bits = report["best"]["eval_loss"] * val["author_tokens"] / math.log(2) / val["author_bytes"]
-    assert report["best"]["eval_bits_per_byte"] == pytest.approx(bits)
+    trained = report["data"]["train"]
+    held_out = report["data"]["val"]
+    best = report["best"]
+    assert trained["conversations"] == 40
+    assert trained["private"] == 14
+    assert best["eval_loss"] < report["base"]["eval_loss"]
+    bits = best["eval_loss"] * held_out["author_tokens"] / math.log(2) / held_out["author_bytes"]
+    assert best["eval_bits_per_byte"] == pytest.approx(bits)
     output = capsys.readouterr()
     assert "it learned. It" in output.out
-    assert f"{report['data']['train']['author_tokens']:,} scored an epoch" in output.err
+    assert f"{trained['author_tokens']:,} scored an epoch" in output.err
 
 
 def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_folder, tmp_path):
@@ -92,11 +97,11 @@ def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_p
     """BLOOM has a row for each window, so more updates than the plan before loading says."""
     base = make_model_folder(tmp_path / "base", "bloom", False, n_head=2, n_layer=2)
     report = run(base, data_folder, tmp_path / "model", "--epochs", "1")
-    plans = re.findall(r"([\d,]+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
-    assert len(plans) == 2 and int(plans[0][0]) < int(plans[1][0])
-    updates = report["log"][-1]["step"]
-    assert int(plans[1][1]) == updates > int(plans[0][1])
-    measured = [entry["step"] for entry in report["log"] if "eval_loss" in entry]
+    plans = re.findall(r"(\d+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
+    [(rows, fewer), (more_rows, updates)] = [map(int, plan) for plan in plans]
+    assert rows < more_rows
+    assert fewer < updates == report["log"][-1]["step"]
+    measured = [entry["step"] for entry in train_model.evaluations(report["log"])]
     assert measured == [0, math.ceil(updates / 2), updates]
 
 
@@ -155,12 +160,13 @@ def test_two_processes_give_the_losses_of_one(
     process = start(*arguments, launcher=("-m", *launcher, str(tmp_path / "driver.py")), env=environment)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
+    assert output.count("Validation") == 1
+    assert errors.count("update 3/3  train") == 1
     assert errors.count("is the best and is used") == 1
 
     together = json.loads((tmp_path / "together" / "training_report.json").read_text())
     assert together["plan"]["checkpointing"] == bool(prepare)
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    assert together["learning_rate"]["used"] == alone["learning_rate"]["used"]
-    tried = [report["learning_rate"]["bits_per_byte_of_tried"] for report in (together, alone)]
-    assert tried[0] == pytest.approx(tried[1], abs=1e-5)
+    rate = together["learning_rate"]
+    assert rate["used"] == alone["learning_rate"]["used"]
+    assert rate["bits_per_byte_of_tried"] == pytest.approx(alone["learning_rate"]["bits_per_byte_of_tried"], abs=1e-5)

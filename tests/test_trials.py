@@ -1,32 +1,32 @@
 """LEARNING_RATE = "auto" in train_model.py: what the trials cost, and what they are."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from training import run
+from training import run, settings_with
 
 import train_model
 
 
-def run_of(updates: int, held_out_rows: int, rows_per_update: int = 8, length: int = 512) -> train_model.Run:
-    """A run of so many updates, with an evaluation after every fourth."""
-
-    def rows(count: int) -> Dataset:
-        return Dataset.from_dict({"input_ids": [[1] * length] * count, "labels": [[1] * length] * count})
-
-    settings = replace(train_model.parse_arguments([]), rows_per_update=rows_per_update)
+def run_of(updates: int, held_out_rows: int) -> train_model.Run:
+    """A run of so many updates of 8 rows, with an evaluation after every fourth."""
+    row = {"input_ids": [1] * 512, "labels": [1] * 512}
+    rows_of = {
+        "train": Dataset.from_list([row] * 40),
+        "val": Dataset.from_list([row] * held_out_rows),
+    }
     plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 2, 4, 4, parameters=0, updates=updates)
     data = {"val": {"author_bytes": 1000 * held_out_rows}}
-    return train_model.Run(settings, Path(), plan, {"train": rows(40), "val": rows(held_out_rows)}, data)
+    return train_model.Run(settings_with(rows_per_update=8), Path(), plan, rows_of, data)
 
 
 def cost(run: train_model.Run) -> float:
     """In rows: three passes through those of an update, one through those of an evaluation."""
-    evaluations = 1 + run.plan.updates / run.plan.evaluate_every
-    held_out = len(run.rows_of["val"])
-    return 3 * run.plan.updates * run.settings.rows_per_update + evaluations * held_out
+    plan = run.plan
+    trained = plan.updates * run.settings.rows_per_update
+    evaluations = 1 + plan.updates / plan.evaluate_every
+    return 3 * trained + evaluations * len(run.rows_of["val"])
 
 
 @pytest.mark.parametrize("held_out_rows", [1, 5, 40, 400])
@@ -34,11 +34,15 @@ def cost(run: train_model.Run) -> float:
 def test_the_trials_cost_a_quarter_of_the_run_at_most(updates, held_out_rows):
     whole = run_of(updates, held_out_rows)
     trial = train_model.shortened(whole, times=3)
-    assert 3 * (cost(trial) - len(trial.rows_of["val"])) <= 0.25 * cost(whole)  # no trial measures the base model
+    plan = trial.plan
+    held_out = len(trial.rows_of["val"])
+    own_cost = cost(trial) - held_out  # no trial measures the base model
+    assert 3 * own_cost <= 0.25 * cost(whole)
 
-    assert 2 <= trial.plan.updates == trial.settings.max_steps <= 5
-    assert trial.plan.rows_at_once * trial.plan.accumulation == trial.settings.rows_per_update
-    assert trial.data["val"]["author_bytes"] == pytest.approx(1000 * len(trial.rows_of["val"]))
+    assert 2 <= plan.updates <= 5
+    assert plan.updates == trial.settings.max_steps
+    assert plan.rows_at_once * plan.accumulation == trial.settings.rows_per_update
+    assert trial.data["val"]["author_bytes"] == pytest.approx(1000 * held_out)
 
 
 @pytest.mark.parametrize(("updates", "held_out_rows", "size"), [(500, 40, (5, 8, 40)), (1, 3, (2, 2, 1))])
