@@ -1512,9 +1512,7 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
     return Plan(
         device=machine.device.type,
         precision=machine.precision,
-        optimizer=way.optimizer,
-        checkpointing=way.checkpointing,
-        rows_at_once=way.rows_at_once,
+        **way._asdict(),
         accumulation=rows_of_process // way.rows_at_once,
         # A run shorter than an epoch (MAX_STEPS) has its evaluations, too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
