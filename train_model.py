@@ -220,22 +220,14 @@ def parse_arguments(argv: list[str] | None) -> Settings:
         sys.exit("OVERLAP_TOKENS in train_model.py must be at most half of CONTEXT_TOKENS.")
 
     parser = parser_of("train_model.py", __doc__.splitlines()[0])
-
-    def add(name: str, default: object, metavar: str, remark: str | None = None) -> None:
-        setting = SETTINGS[name]
-        parser.add_argument(setting.flag, type=flag_type(setting), default=default, metavar=metavar, help=remark)
-
-    add("BASE_MODEL", BASE_MODEL, "NAME_OR_FOLDER")
-    add("DATA_DIR", HERE / DATA_DIR, "FOLDER")
-    add("OUTPUT_DIR", HERE / OUTPUT_DIR, "FOLDER")
-    add("EPOCHS", EPOCHS, "NUMBER")
-    add("MAX_STEPS", MAX_STEPS, "NUMBER", "updates; 0: as many as the epochs need")
-    add("LEARNING_RATE", LEARNING_RATE, "NUMBER", 'or "auto"')
+    for name, setting in SETTINGS.items():
+        if setting.flag:
+            default = HERE / block[name] if setting.kind is FOLDER else block[name]
+            parser.add_argument(setting.flag, type=flag_type(setting), default=default, help=setting.kind.words)
     parser.add_argument("--fresh", action="store_true", help="do not continue an unfinished run")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a graphics card")
-    flags = vars(parser.parse_args(argv))
 
-    fields = {name.lower(): value for name, value in block.items()} | flags
+    fields = {name.lower(): value for name, value in block.items()} | vars(parser.parse_args(argv))
     fields["data_dir"] = Path(fields["data_dir"])
     fields["output_dir"] = Path(fields["output_dir"])
     return Settings(**fields)
@@ -298,10 +290,7 @@ SPLITS = tuple(DATA_FILES)
 
 
 def train(settings: Settings) -> None:
-    """One run: from the data files to the finished folder, or on from the checkpoint of an unfinished run.
-
-    With several processes (torchrun) each calls this; all train, only the first writes and prints.
-    """
+    """One run. With several processes (torchrun) each calls this; all train, only the first writes and prints."""
     places = check_places(settings)
     check_card(settings.cpu)
     process = PartialState(cpu=settings.cpu or not torch.accelerator.is_available())
@@ -351,7 +340,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     identity = identity_of_run(settings, plan.precision)
     with process.main_process_first():
         if process.is_main_process:
-            open_unfinished(places.unfinished, identity, settings.fresh, Begun(plan.optimizer, machine.free_memory))
+            open_unfinished(places.unfinished, identity, settings.fresh, plan.optimizer)
         checkpoint = last_checkpoint(places.unfinished)
 
     run = Run(settings, places.unfinished, plan, rows_of, count_data(conversations, rows_of))
@@ -389,10 +378,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
 
 
 def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
-    """Complete the best model's folder, check it and put it in place; returns the verdict.
-
-    Exits, and leaves the output folder as it was, if the saved model is not the one whose loss was measured.
-    """
+    """Complete the best model's folder, check it and put it in place; returns the verdict."""
     # The base model is not a candidate: if training made it worse, the report has to show that.
     base, *later = evaluations(report["log"])
     best = min(later, key=lambda entry: entry["eval_loss"])
@@ -414,9 +400,8 @@ def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device:
 def check_hub(name: str) -> None:
     """If the hub cannot be reached, say so and look for the model `name` only among earlier downloads.
 
-    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts.
+    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. A proxy is not tested.
     """
-    # Behind a proxy a direct connection says nothing.
     if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
         return
 
@@ -452,8 +437,6 @@ def say(text: str, end: str = "\n") -> None:
 #     PLACE -> previous        nothing at the place, both models beside    moves the new one in
 #     best  -> PLACE           the new one is at its place                 clears away
 #     clear away               the same, with less beside it               clears away the rest
-#
-# tests/test_train_model.py kills a process before each of these steps and in the middle of recovering.
 ADDED_LATER = {  # to a finished model, by test_model.py --report and `make gguf`
     "voice_report.json",
     "voice_report.html",
@@ -463,16 +446,8 @@ ADDED_LATER = {  # to a finished model, by test_model.py --report and `make gguf
     "unfinished.gguf",
 }
 # What a run has in its unfinished folder, beside its checkpoints, the model before, and the lock.
-OF_A_RUN = (
-    "best",
-    "best-incomplete",
-    "best-previous",
-    "best-replaced",
-    "rates.json",
-    "rates.json.new",
-    "run.json",
-    "run.json.new",
-)
+FILES_OF_A_RUN = ("rates.json", "rates.json.new", "run.json", "run.json.new")
+OF_A_RUN = ("best", "best-incomplete", "best-previous", "best-replaced", *FILES_OF_A_RUN)
 
 
 class Places(NamedTuple):
@@ -501,24 +476,20 @@ def check_places(settings: Settings) -> Places:
     """Where this run may write; exits if other files are there. Nothing is touched."""
     try:
         places = Places(settings.output_dir.resolve())
-        problem = why_not_to_write(places, folders_to_keep(settings))
+        keep = {
+            "these scripts": HERE,
+            "the current folder": Path.cwd(),
+            "your home folder": Path.home(),
+            "the data": settings.data_dir.resolve(),
+        }
+        if Path(settings.base_model).is_dir():
+            keep["the base model"] = Path(settings.base_model).resolve()
+        problem = why_not_to_write(places, keep)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
         problem = f"cannot be used ({brief(error)})"
     if problem:
         sys.exit(f"--output-dir {settings.output_dir} {problem}: name a new folder, such as blog-model-2.")
     return places
-
-
-def folders_to_keep(settings: Settings) -> dict[str, Path]:
-    folders = {
-        "these scripts": HERE,
-        "the current folder": Path.cwd(),
-        "your home folder": Path.home(),
-        "the data": settings.data_dir.resolve(),
-    }
-    if Path(settings.base_model).is_dir():
-        folders["the base model"] = Path(settings.base_model).resolve()
-    return folders
 
 
 def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
@@ -542,11 +513,16 @@ def why_not_to_write(places: Places, folders_to_keep: dict[str, Path]) -> str:
             return "is a mount point, which cannot be renamed"
         if any(places.output.iterdir()) and not hashes_of_ours(places.output):
             return "is a folder with files that train_model.py did not write"
-    if os.path.lexists(places.unfinished):
-        if not is_unfinished_run(places):
-            return f"needs {places.unfinished}, which train_model.py did not write"
-        if places.unfinished.is_mount():
-            return f"needs {places.unfinished}, which is a mount point"
+
+    unfinished = places.unfinished
+    if os.path.lexists(unfinished):
+        # A run may have been killed before it wrote its lock.
+        is_marked = places.lock.is_file() and not places.lock.is_symlink()
+        is_folder = unfinished.is_dir() and not unfinished.is_symlink()
+        if not is_folder or not (is_marked or not any(unfinished.iterdir())):
+            return f"needs {unfinished}, which train_model.py did not write"
+        if unfinished.is_mount():
+            return f"needs {unfinished}, which is a mount point"
     return ""
 
 
@@ -554,15 +530,6 @@ def hashes_of_ours(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that a run wrote into a model folder, by name; empty if none did."""
     listed = read_json_object(folder / "training_report.json").get("files")
     return listed if isinstance(listed, dict) else {}
-
-
-def is_unfinished_run(places: Places) -> bool:
-    """Whether the unfinished folder was made by a run, which may have been killed before it wrote its mark."""
-    folder = places.unfinished
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    is_marked = places.lock.is_file() and not places.lock.is_symlink()
-    return is_marked or not any(folder.iterdir())
 
 
 @contextmanager
@@ -593,10 +560,7 @@ def only_run(places: Places, process: PartialState) -> Iterator[None]:
 
 
 def put_in_place(places: Places) -> None:
-    """Make the complete model in `places.best` the one at `places.output`. Raises OSError when the system refuses.
-
-    Exits if something else has been put there meanwhile.
-    """
+    """Make the complete model in `places.best` the one at `places.output`; exits if another was put there meanwhile."""
     problem = why_not_to_write(places, {})
     if problem:
         sys.exit(f"{places.output} {problem}: the new model is complete, in {places.best}; move one of the two away.")
@@ -660,9 +624,9 @@ def remove_run(folder: Path) -> None:
         else:
             path.unlink(missing_ok=True)
 
-    others = [path for path in folder.iterdir() if path.name not in ("train_model.lock", "previous")]
-    for path in others:
-        say(f"Kept: {path}, which train_model.py did not write.")
+    for path in folder.iterdir():
+        if path.name not in ("train_model.lock", "previous"):
+            say(f"Kept: {path}, which train_model.py did not write.")
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -687,11 +651,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_json_object(path: Path) -> dict:
     """The JSON object in a file; empty if there is no such file or no object in it."""
-    try:
-        # Reading a pipe of that name would block.
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
+    content = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file():  # reading a pipe would block
+            content = json.loads(path.read_bytes())
     return content if isinstance(content, dict) else {}
 
 
@@ -707,14 +670,12 @@ def name_to_share(base_model: str, output: Path) -> str:
     path = Path(base_model)
     if not path.is_absolute():
         return base_model
-    # Relative to the model folder, unless the two only share the root of the file system.
-    is_near = len(Path(os.path.commonpath([path, output])).parts) > 1
-    return os.path.relpath(path, output) if is_near else path.name
+    shares_only_root = os.path.commonpath([path, output]) == path.anchor
+    return path.name if shares_only_root else os.path.relpath(path, output)
 
 
 # ---------------------------------------------------------------------------- loading
-# Every config, tokenizer and model is loaded here, also by test_model.py and the benchmarks. No code that comes with a
-# model is run, and an incomplete model is refused.
+# Every config, tokenizer and model is loaded here, also by test_model.py and the benchmarks.
 class CannotLoad(Exception):
     """A model cannot be used; the message is one sentence with the next step."""
 
@@ -740,32 +701,29 @@ GIT_LFS = b"version https://git-lfs"  # the start of the pointer that git-lfs le
 # Buffers in old files, which transformers does not all recognise; they hold nothing learned.
 NOTHING_LEARNED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
 TEMPLATE_SECONDS = 5  # CPU time for a conversation of two sentences
+ANOTHER_MODEL = "choose another base model"
 
 
-class Reading:
+class Reading(contextlib.AbstractContextManager):
     """A context that turns errors in the files of the model `name` into CannotLoad."""
 
     def __init__(self, name: str | Path):
         self.name = name
 
-    def __enter__(self) -> None:
-        pass
-
     def __exit__(self, kind, error, traceback) -> None:
         # The tokenizers library raises plain Exception.
-        is_ours = kind is Exception or (kind is not None and issubclass(kind, LOADING_ERRORS))
+        is_ours = kind is Exception or isinstance(error, LOADING_ERRORS)
         if not is_ours or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             return
-        raise CannotLoad(why_not_loaded(self.name, error)) from error
 
-
-def why_not_loaded(name: str | Path, error: Exception) -> str:
-    reason = brief(error)
-    if "trust_remote_code" in str(error):
-        return f"{name} needs code that comes with it (auto_map), which is never run: choose another base model."
-    if Path(name).is_dir():
-        return f"Cannot load {name}: {reason}; copy it again or choose another base model."
-    return f"Cannot load {name}: give a model folder with --base-model, or connect to the hub ({reason})."
+        message = (
+            f"Cannot load {self.name}: give a model folder with --base-model, or connect to the hub ({brief(error)})."
+        )
+        if "trust_remote_code" in str(error):
+            message = f"{self.name} needs code that comes with it (auto_map), which is never run: {ANOTHER_MODEL}."
+        elif Path(self.name).is_dir():
+            message = f"Cannot load {self.name}: {brief(error)}; copy it again or {ANOTHER_MODEL}."
+        raise CannotLoad(message) from error
 
 
 def brief(error: Exception) -> str:
@@ -834,7 +792,6 @@ def load_config(name: str | Path, only_local: bool = False):
         if Path(name).is_dir():
             check_files(Path(name))
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=only_local)
-        model_type = config.model_type
 
     # From here on nothing refers to code that comes with the model, and neither do the folders that are saved.
     for key in ("auto_map", "custom_pipelines"):
@@ -846,17 +803,16 @@ def load_config(name: str | Path, only_local: bool = False):
     config.output_attentions = False
     config.output_hidden_states = False
 
-    other = "choose another base model"
     quantised = getattr(config, "quantization_config", None)
     if quantised:
-        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        raise CannotLoad(
-            f"{name} is quantised ({method or 'quantization_config'}): use the model that it was quantised from."
-        )
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        method = method or "quantization_config"
+        raise CannotLoad(f"{name} is quantised ({method}): use the model that it was quantised from.")
     if getattr(config, "is_encoder_decoder", False):
-        raise CannotLoad(f"{name} is an encoder-decoder ({model_type}), not a causal language model: {other}.")
+        kind = f"an encoder-decoder ({config.model_type}), not a causal language model"
+        raise CannotLoad(f"{name} is {kind}: {ANOTHER_MODEL}.")
     if "/" in str(getattr(config, "_attn_implementation", None)):
-        raise CannotLoad(f"{name} needs attention code from the hub, which is never run: {other}.")
+        raise CannotLoad(f"{name} needs attention code from the hub, which is never run: {ANOTHER_MODEL}.")
     return config
 
 
@@ -936,20 +892,19 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
     words = ("Tell me of the kettle.", "It sings at night.")
     question = {"role": "user", "content": words[0]}
     answer = {"role": "assistant", "content": words[1]}
+    problem = ""
     try:
         with time_limit(TEMPLATE_SECONDS):
             whole = render_or_raise(tokenizer, [question, answer])
             render_or_raise(tokenizer, [question], add_generation_prompt=True)
-    except TEMPLATE_ERRORS as error:
-        problem = f"fails ({type(error).__name__}: {brief(error)})"
-    else:
-        problem = ""
         if not all(said in whole for said in words):
             problem = "leaves out part of the conversation"
         elif len(whole) > 100_000:
             problem = f"makes {len(whole):,} characters of two sentences"
+    except TEMPLATE_ERRORS as error:
+        problem = f"fails ({type(error).__name__}: {brief(error)})"
     if problem:
-        raise CannotLoad(f"The chat template of {name} {problem}: choose another base model.")
+        raise CannotLoad(f"The chat template of {name} {problem}: {ANOTHER_MODEL}.")
 
     # Other control tokens (images) may be outside the vocabulary: `break_control_tokens` keeps them out.
     added = control_tokens(tokenizer)
@@ -957,11 +912,9 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
     used = tokenizer.encode(whole, add_special_tokens=False)
     largest = max([*ordinary, *used, tokenizer.eos_token_id])
     if vocabulary and largest >= vocabulary:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise CannotLoad(
-            f"The tokenizer of {name} has the token {token!r} as number {largest:,}, and the model knows "
-            f"{vocabulary:,}: the two do not belong together."
-        )
+        token = f"the token {tokenizer.convert_ids_to_tokens(largest)!r} as number {largest:,}"
+        problem = f"has {token}, and the model knows {vocabulary:,}: the two do not belong together"
+        raise CannotLoad(f"The tokenizer of {name} {problem}.")
 
 
 @contextmanager
@@ -985,14 +938,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------- conversations
 def check_data_folder(folder: Path) -> None:
-    """Exits if the data files are not those that extraction_report.json was written with.
-
-    A folder without a report, or with one of an earlier version, is not checked.
-    """
-    hashes = read_json_object(folder / "extraction_report.json").get("sha256")
-    for split in SPLITS if isinstance(hashes, dict) else ():
-        path = folder / f"{split}_data.jsonl"
-        if path.is_file() and hashes.get(path.name) not in (None, file_hash(path)):
+    """Exits if the data files are not those that extraction_report.json was written with, if there is one."""
+    hashes = read_json_object(folder / "extraction_report.json").get("sha256") or {}
+    for name in DATA_FILES.values():
+        path = folder / name
+        if path.is_file() and hashes.get(name) not in (None, file_hash(path)):
             sys.exit(
                 f"{path} is not the file that extraction_report.json beside it was written with: run "
                 'extract_blog_data.py again (or, after changing it by hand, take "sha256" out of the report).'
@@ -1046,10 +996,8 @@ def parse_conversation(line: bytes) -> dict | None:
 
 def author_bytes(conversations: list[dict]) -> int:
     """UTF-8 bytes of the author's text: the denominator of bits per byte."""
-    total = 0
-    for conversation in conversations:
-        total += sum(len(turn["content"].encode()) for turn in conversation["messages"] if turn["role"] == "assistant")
-    return total
+    turns = [turn for conversation in conversations for turn in conversation["messages"]]
+    return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
 
 
 def count_data(conversations: dict[str, list[dict]], rows_of: dict[str, Dataset]) -> dict[str, dict]:
@@ -1083,13 +1031,10 @@ def starts_with_bos(tokenizer) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def control_tokens(tokenizer) -> frozenset[str]:
-    """The added tokens of a tokenizer that are not text.
-
-    `all_special_tokens` names only some of them, 3 of 17 for SmolLM2. Of those not marked as special, runs of spaces
-    (Pythia, Gemma) and words are text; "<think>" is not.
-    """
+    """The added tokens of a tokenizer that are not text, of which `all_special_tokens` names only some."""
     found = set()
     for token in tokenizer.added_tokens_decoder.values():
+        # Of those not marked as special, runs of spaces (Pythia, Gemma) and words are text; "<think>" is not.
         is_markup = token.content[:1] in ("<", "[", "{", "|") and any(map(str.isalnum, token.content))
         if token.special or is_markup:
             found.add(token.content)
@@ -1104,10 +1049,7 @@ def control_pattern(tokenizer) -> re.Pattern:
 
 
 def break_control_tokens(text: str, tokenizer) -> str:
-    """`text` with a space in each control token, so that it is encoded as words.
-
-    The extraction does this for the usual models; this does it for the tokenizer's own.
-    """
+    """`text` with a space in each control token, so that it is encoded as words."""
     return control_pattern(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
@@ -1125,9 +1067,7 @@ def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 
 def render_or_raise(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """A conversation in the chat template; raises TEMPLATE_ERRORS."""
-    safe = []
-    for message in messages:
-        safe.append({**message, "content": break_control_tokens(message["content"], tokenizer)})
+    safe = [{**message, "content": break_control_tokens(message["content"], tokenizer)} for message in messages]
     return tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
@@ -1269,10 +1209,10 @@ def make_rows(
     packed: bool = True,
     multiple: int = 1,
 ) -> Dataset:
-    """Rows of up to `context` tokens from (ids, scored) of each conversation, see `conversation_tokens`.
+    """Rows of up to `context` tokens from (ids, scored) of each conversation; rows without labels fill up a `multiple`.
 
     Columns, each a list as long as the row: input_ids, labels, conversation (its number) and, if packed,
-    position_ids, which restart at 0 in each window. Rows without labels fill up to a `multiple`.
+    position_ids, which restart at 0 in each window.
     """
     windows = []
     for number, (ids, scored) in enumerate(tokenized):
@@ -1284,21 +1224,15 @@ def make_rows(
     while len(groups) % multiple:
         groups.append([filler])
 
-    names = ["input_ids", "labels", "conversation"] + ["position_ids"] * packed
-    rows = [one_row(group) for group in groups]
-    # A dict of columns rather than a list of rows, so that a Dataset without rows has its columns, too.
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
-
-
-def one_row(windows: list[Window]) -> dict[str, list[int]]:
-    row = {"input_ids": [], "labels": [], "conversation": [], "position_ids": []}
-    for window in windows:
-        length = len(window.ids)
-        row["input_ids"] += window.ids
-        row["labels"] += window.labels
-        row["conversation"] += [window.conversation] * length
-        row["position_ids"] += range(length)
-    return row
+    columns = {"input_ids": [], "labels": [], "conversation": [], "position_ids": []}
+    for group in groups:
+        columns["input_ids"].append([token for window in group for token in window.ids])
+        columns["labels"].append([label for window in group for label in window.labels])
+        columns["conversation"].append([window.conversation for window in group for _ in window.ids])
+        columns["position_ids"].append([place for window in group for place in range(len(window.ids))])
+    if not packed:
+        del columns["position_ids"]
+    return Dataset.from_dict(columns)
 
 
 def split_rows(
@@ -1331,18 +1265,11 @@ def say_data(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> None:
 
 
 def scored_tokens(rows: Dataset) -> int:
-    total = 0
-    for labels in rows["labels"]:
-        total += sum(label != UNSCORED for label in labels)
-    return total
+    return sum(label != UNSCORED for labels in rows["labels"] for label in labels)
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows as tensors of shape (rows, longest).
-
-    Padding is one more document, so no attention mask is needed: with a mask, models do not derive from the positions
-    where a packed document begins.
-    """
+    """Rows as tensors of shape (rows, longest); padding is one more document, so no attention mask is needed."""
     longest = max(len(example["input_ids"]) for example in examples)
     batch = {}
     for name in examples[0]:
@@ -1370,10 +1297,7 @@ def load_for_training(name: str, dropout: float = 0.0):
 
 
 def load_and_test(settings: Settings, plan: Plan) -> tuple[torch.nn.Module, bool, str]:
-    """The model, ready to train; whether it suits packed rows; and the precision in which it computes what it should.
-
-    That is the plan's, or else "fp32". Exits if there is none.
-    """
+    """The model, ready to train; whether it suits packed rows; the plan's precision, or "fp32" if that one is wrong."""
     model = load_for_training(settings.base_model, settings.dropout)
     with Reading(settings.base_model):
         is_packed = keeps_documents_apart(model)
@@ -1396,14 +1320,11 @@ def set_dropout(config, dropout: float) -> None:
 
 @torch.no_grad()
 def keeps_documents_apart(model) -> bool:
-    """Whether this architecture derives from the positions that a second document begins in a row.
-
-    Tested on the model: eight tokens at positions 0 to 3, twice, against the last four alone.
-    """
+    """Whether this architecture derives from the positions that a second document begins in a row."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
 
-    # Eight different tokens, so that a leak from the first four makes a difference.
+    # Eight different tokens at positions 0 to 3, twice, against the last four alone.
     ids = torch.arange(1, 9, device=model.device).reshape(1, 8) % vocabulary_of(model.config)
     positions = torch.arange(4, device=model.device).repeat(2).reshape(1, 8)
     model.eval()
@@ -1421,9 +1342,9 @@ def is_causal(model, precision: str) -> bool:
     """Whether no token sees those after it, in the precision of the run and on its device.
 
     PyTorch for Macs computes wrong attention in half precision (https://github.com/pytorch/pytorch/issues/195910).
-    Tested on the model, at 8 and 64 tokens: another second half must not move the logits of the first.
     """
     model.eval()
+    # Another second half must not move the logits of the first.
     for half in (4, 32):
         ids = torch.arange(1, 1 + 3 * half, device=model.device) % vocabulary_of(model.config)
         first, second, another = ids.chunk(3)
@@ -1477,14 +1398,14 @@ def answer(model, tokenizer, prompt: str, sampling: dict, seed: int) -> str:
     text = render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
     # Trainer has switched off the cache in the model's config.
-    options = {**sampling, "do_sample": True, "use_cache": True}
+    options = {**sampling, "do_sample": True, "use_cache": True, "pad_token_id": tokenizer.pad_token_id}
 
     cards = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
         torch.manual_seed(seed)
-        output = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+        [output] = model.generate(**inputs, **options)
     prompt_length = inputs["input_ids"].shape[1]
-    return tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True).strip()
+    return tokenizer.decode(output[prompt_length:], skip_special_tokens=True).strip()
 
 
 # ---------------------------------------------------------------------------- plan
@@ -1503,8 +1424,8 @@ class WayToTrain(NamedTuple):
     """Choices that trade memory for speed; only the 8-bit optimizer changes the loss, and hardly."""
 
     optimizer: str
-    checkpointing: bool
-    rows_at_once: int
+    checkpointing: bool  # activations are recomputed in the backward pass, which saves memory
+    rows_at_once: int  # of one process
 
 
 @dataclass(frozen=True)
@@ -1513,9 +1434,9 @@ class Plan:
 
     device: str
     precision: str  # "bf16", "fp16" or "fp32"
-    optimizer: str
-    checkpointing: bool  # activations are recomputed in the backward pass, which saves memory
-    rows_at_once: int  # of one process; more are faster on a card, and the update is the same
+    optimizer: str  # see `WayToTrain`
+    checkpointing: bool
+    rows_at_once: int
     accumulation: int  # batches of one process in an update
     evaluate_every: int  # updates
     parameters: int  # of the model without adapters
@@ -1528,7 +1449,6 @@ class Plan:
 
 
 def say_plan(plan: Plan, settings: Settings) -> None:
-    # The user should know why it is slower than on another machine.
     if (plan.optimizer, plan.checkpointing) != OPTIMIZERS[0]:
         recomputed = " and recomputed activations." if plan.checkpointing else ""
         say(f"Memory is short: training with {plan.optimizer}{recomputed}")
@@ -1537,12 +1457,18 @@ def say_plan(plan: Plan, settings: Settings) -> None:
     if plan.lora_rank:
         size += f" frozen, {plan.trained / 1e6:.1f}M trained in adapters of rank {plan.lora_rank}"
     say(f"model    {settings.base_model}, {size}, {plan.precision} on {plan.device}")
-    at_once = f", {plan.rows_at_once} rows at once" if plan.rows_at_once > 1 else ""
-    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {plan.updates} updates{at_once}")
 
-    parts = ", ".join(f"{name} {needed / 1e9:.1f}" for name, needed in plan.memory.items())
+    updates = f"{plan.updates} updates"
+    if plan.rows_at_once > 1:
+        updates += f", {plan.rows_at_once} rows at once"
+    say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {updates}")
+
+    parts = []
+    for name, needed in plan.memory.items():
+        parts.append(f"{name} {needed / 1e9:.1f}")
     needed = sum(plan.memory.values()) / 1e9
-    say(f"memory   {needed:.1f} GB ({parts}) of {plan.free_memory / 1e9:.1f} GB free")
+    free = plan.free_memory / 1e9
+    say(f"memory   {needed:.1f} GB ({', '.join(parts)}) of {free:.1f} GB free")
 
 
 class Machine(NamedTuple):
@@ -1566,23 +1492,15 @@ def look_at_machine(process: PartialState, wanted: str) -> Machine:
     return Machine(process.device, process.num_processes, precision, free)
 
 
-class Begun(NamedTuple):
-    """How an unfinished run was begun: its checkpoint holds the averages of this optimizer."""
-
-    optimizer: str
-    free_memory: int  # bytes
-
-
-def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun: Begun | None = None) -> Plan:
+def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun: str | None = None) -> Plan:
     """How to train on `rows`; exits if no way fits into memory. No weights are loaded for it.
 
-    A run that was `begun` keeps its optimizer; how many rows are computed at once, and what is recomputed, may change.
+    A run that was `begun` keeps this optimizer; how many rows are computed at once, and what is recomputed, may change.
     """
     longest = max(map(len, rows["input_ids"]))
     with Reading(settings.base_model):
         shape = shape_of(config, settings, longest, machine)
     check_host_memory(shape, machine)
-    # An update has the same rows, however many processes share them and however many are computed at once.
     rows_of_process = max(1, settings.rows_per_update // machine.processes)
     adapted = replace(settings, lora_rank=USUAL_RANK)
     with_adapters = functools.partial(shape_of, config, adapted, longest, machine)
@@ -1594,9 +1512,7 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
     return Plan(
         device=machine.device.type,
         precision=machine.precision,
-        optimizer=way.optimizer,
-        checkpointing=way.checkpointing,
-        rows_at_once=way.rows_at_once,
+        **way._asdict(),
         accumulation=rows_of_process // way.rows_at_once,
         # A run shorter than an epoch (MAX_STEPS) has its evaluations, too.
         evaluate_every=math.ceil(min(updates, updates_per_epoch) / settings.evaluations_per_epoch),
@@ -1614,19 +1530,17 @@ def pick_precision(device: torch.device, wanted: str) -> str:
     """One of PRECISIONS for `wanted`, which may also be "auto"; says so if the device is slow in it."""
     fastest = fastest_precision(device)
     if device.type == "cuda":
-        picked = fastest if wanted == "auto" else wanted
-        if picked == "bf16" and fastest != "bf16":
+        if wanted == "bf16" != fastest:
             name = torch.cuda.get_device_name(device)
             say(f'{name} only emulates bfloat16: PRECISION = "{fastest}" (or "auto") is faster on it.')
-        return picked
+        return fastest if wanted == "auto" else wanted
 
     # Trainer refuses fp16 on every other device.
-    if wanted in ("auto", "bf16") and fastest == "bf16":
-        return "bf16"
-    if wanted != "fp32":
-        slow = "bf16" if wanted == "auto" else wanted
-        say(f"This {device.type.upper()} is slow in {slow}; using float32.")
-    return "fp32"
+    wanted = "bf16" if wanted == "auto" else wanted
+    if wanted not in ("fp32", fastest):
+        say(f"This {device.type.upper()} is slow in {wanted}; using float32.")
+        return "fp32"
+    return wanted
 
 
 def fastest_precision(device: torch.device) -> str:
@@ -1697,8 +1611,7 @@ def shape_of(config, settings: Settings, tokens: int, machine: Machine) -> Shape
 def bytes_kept(model, tokens: int, machine: Machine) -> tuple[tuple[int, ...], int]:
     """Bytes of one row that each layer of `model` keeps for the backward pass, and that all the rest of it keeps.
 
-    Measured in a forward pass of fake tensors, which have a shape and a device, and no memory. `model` has its own on
-    the device "meta", and is of no use afterwards.
+    Measured in a forward pass of fake tensors, which have a shape and no memory; `model` is of no use afterwards.
     """
     saved = set()
     layers = []
@@ -1742,10 +1655,7 @@ def bytes_kept(model, tokens: int, machine: Machine) -> tuple[tuple[int, ...], i
 
 
 def memory_needed(shape: Shape, machine: Machine, way: WayToTrain) -> dict[str, int]:
-    """Bytes by purpose; autocast keeps a second copy of the weights except for "fp32".
-
-    Each of several processes has the gradients twice: its own, and in the buckets in which they are exchanged.
-    """
+    """Bytes by purpose; autocast keeps a second copy of the weights except for "fp32"."""
     # Frozen weights are held in the precision of the computation, so autocast needs no copy of them.
     mixed = machine.precision != "fp32"
     low_precision = 2 if mixed else 0
@@ -1779,16 +1689,18 @@ def memory_needed(shape: Shape, machine: Machine, way: WayToTrain) -> dict[str, 
     # An evaluation needs hardly any of them, but a copy of the frozen weights: see `merged`.
     if machine.device.type == "cpu":
         activations = max(activations, frozen)
+    # Each of several processes has the gradients twice: its own, and in the buckets in which they are exchanged.
+    gradients = shape.trained * (8 if machine.processes > 1 else 4)
     return {
         "weights": frozen + shape.trained * (4 + low_precision),
-        "gradients": shape.trained * (8 if machine.processes > 1 else 4),
+        "gradients": gradients,
         "optimizer": averages,
         "activations": activations,
     }
 
 
 def fit_into_memory(
-    shape: Shape, with_adapters: Callable[[], Shape], rows: int, machine: Machine, begun: Begun | None = None
+    shape: Shape, with_adapters: Callable[[], Shape], rows: int, machine: Machine, begun: str | None = None
 ) -> tuple[WayToTrain, dict[str, int]]:
     """The first way to train that leaves 1 GB free, with as many of an update's `rows` at once as it has room for.
 
@@ -1798,28 +1710,24 @@ def fit_into_memory(
     if fitting:
         return fitting
 
-    free = tell_bytes(machine.free_memory)
+    free = f"{machine.free_memory / 1e9:.1f} GB"
     if begun and first_that_fits(shape, rows, machine):
         sys.exit(
-            f"The unfinished run was begun with {begun.optimizer}, when {tell_bytes(begun.free_memory)} of memory were "
-            f"free, and {free} are now: close other programs to continue it, or throw it away with --fresh."
+            f"The unfinished run was begun with {begun}, which needs more than the {free} of memory that are free now: "
+            "close other programs to continue it, or throw it away with --fresh."
         )
 
     way_out = "choose a smaller BASE_MODEL or lower CONTEXT_TOKENS."
-    if not shape.lora_rank:
-        adapted = first_that_fits(with_adapters(), rows, machine)
-        if adapted:
-            size = sum(adapted[1].values()) / 1e9
-            adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
-            way_out = f"set {adapters}, which needs {size:.1f} GB, {way_out}"
+    adapted = None if shape.lora_rank else first_that_fits(with_adapters(), rows, machine)
+    if adapted:
+        size = sum(adapted[1].values()) / 1e9
+        adapters = f'LORA_RANK = {USUAL_RANK} with LEARNING_RATE = "auto" or {USUAL_RATE}'
+        way_out = f"set {adapters}, which needs {size:.1f} GB, {way_out}"
 
     # The last way needs the least.
     way = WayToTrain(*ways_to_train(shape, machine.device)[-1], rows_at_once=1)
-    needed = sum(memory_needed(shape, machine, way).values())
-    sys.exit(
-        f"Training needs about {needed / 1e9:.1f} GB of memory plus 1 GB to spare and "
-        f"{machine.free_memory / 1e9:.1f} GB are free: {way_out}"
-    )
+    needed = sum(memory_needed(shape, machine, way).values()) / 1e9
+    sys.exit(f"Training needs about {needed:.1f} GB of memory plus 1 GB to spare and {free} are free: {way_out}")
 
 
 def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
@@ -1830,7 +1738,7 @@ def ways_to_train(shape: Shape, device: torch.device) -> list[tuple[str, bool]]:
 
 
 def first_that_fits(
-    shape: Shape, rows: int, machine: Machine, begun: Begun | None = None
+    shape: Shape, rows: int, machine: Machine, begun: str | None = None
 ) -> tuple[WayToTrain, dict[str, int]] | None:
     # A card computes 2 or 8 rows in little more time than one; a CPU has enough to do with one.
     sizes = [1]
@@ -1839,7 +1747,7 @@ def first_that_fits(
 
     # 1 GB is a guess at what is not counted: CUDA's own memory, fragments, the desktop.
     for optimizer, checkpointing in ways_to_train(shape, machine.device):
-        if begun and optimizer != begun.optimizer:
+        if begun and optimizer != begun:
             continue
         for size in sizes:
             way = WayToTrain(optimizer, checkpointing, size)
@@ -1865,22 +1773,22 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_disk(places: Places, plan: Plan) -> str:
-    """Exits if the disk lacks room for a checkpoint, the best model, and one more of the larger of the two.
-
-    A checkpoint has 12 bytes per trained parameter, a model 4, or 2 if its weights are held in half precision.
-    The files of an unfinished run count as free, as they are kept or replaced.
-    """
-    is_half = plan.lora_rank and plan.precision != "fp32"
+    """Exits if the disk lacks room for a checkpoint, the best model, and one more of the larger of the two."""
+    # Bytes a parameter: weights and two averages, or the weights alone.
     checkpoint = 12 * plan.trained
+    is_half = plan.lora_rank and plan.precision != "fp32"
     best = plan.parameters * (2 if is_half else 4)
     # The old one stays until the new one is complete.
     needed = checkpoint + best + max(checkpoint, best)
 
-    held = sum(path.stat().st_size for path in places.unfinished.rglob("*") if path.is_file())
+    # The files of an unfinished run are kept or replaced.
+    files = [path for path in places.unfinished.rglob("*") if path.is_file()]
+    held = sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(places.output.parent).free + held
+    told = tell_bytes(free)
     if needed > free:
-        sys.exit(f"Training needs {tell_bytes(needed)} on disk for its checkpoints, and {tell_bytes(free)} are free.")
-    return f"{tell_bytes(needed)} of {tell_bytes(free)} free"
+        sys.exit(f"Training needs {tell_bytes(needed)} on disk for its checkpoints, and {told} are free.")
+    return f"{tell_bytes(needed)} of {told} free"
 
 
 def tell_bytes(number: float) -> str:
@@ -1888,29 +1796,24 @@ def tell_bytes(number: float) -> str:
 
 
 # ---------------------------------------------------------------------------- adapters
-# With LORA_RANK = r the base model is frozen. Each of its linear layers except the output layer gets two thin matrices,
-# and only these are trained (Low-Rank Adaptation, https://arxiv.org/abs/2106.09685):
+# Low-Rank Adaptation (https://arxiv.org/abs/2106.09685) with LORA_RANK = r, of all linear layers but the output layer:
 #
 #     y = W x + scale * B (A x)        W: out x in, frozen;  A: r x in, random;  B: out x r, zero at first
 #
-# They are merged, W + scale * B A, whenever the model is measured, sampled or saved: merging rounds, so only the merged
-# model's loss is that of the saved model.
-
-# The scale is LORA_ALPHA / r, so that one learning rate suits every rank. All linear layers, this alpha and ten times
-# the rate of full training are best according to "LoRA Without Regret" (https://thinkingmachines.ai/blog/lora); rate
-# and rank were also tried here: benchmarks/README.md.
+# Merged, W + scale * B A, whenever the model is measured, sampled or saved: merging rounds, so that only the merged
+# model's loss is that of the saved model. The scale is LORA_ALPHA / r, so that one learning rate suits every rank. All
+# linear layers, this alpha and ten times the rate of full training are best according to "LoRA Without Regret"
+# (https://thinkingmachines.ai/blog/lora); rate and rank were also tried here: benchmarks/README.md.
 LORA_ALPHA = 32
 USUAL_RANK = 16  # a plan suggests it if full training does not fit
 USUAL_RATE = "1e-3"  # with it; a tenth of it is too low for adapters
 
 
 def layers_to_adapt(model) -> list[str]:
-    """Names of the linear layers that get adapters: all but the output layer.
-
-    Of Mamba's only the first: fused kernels read the weights of the others past an adapter.
-    """
+    """Names of the linear layers that get adapters: all but the output layer."""
     left_out = {model.get_output_embeddings()}
     for module in model.modules():
+        # Mamba's fused kernels read the weights of all its layers but the first past an adapter.
         if hasattr(module, "A_log") and hasattr(module, "D"):
             left_out.update(layer for name, layer in module.named_children() if name != "in_proj")
 
@@ -1939,10 +1842,9 @@ def add_adapters(model, precision: str, settings: Settings) -> PeftModel:
 
 
 def hold_in_half(model, precision: str) -> None:
-    """Hold the frozen weights in the half precision that autocast would cast them to; "fp32" changes nothing.
+    """Hold the matrices in the half precision that autocast would cast them to; "fp32" changes nothing.
 
-    Only matrices: norms and biases, a thousandth of all weights, stay float32. So does, under autocast, what one layer
-    passes to the next: float16 ends at 65,504, and a sum over all layers in it loses small terms.
+    What one layer passes to the next stays float32 under autocast, as a sum over all layers in float16 loses terms.
     """
     if precision not in HALF_PRECISION:
         return
@@ -1959,28 +1861,25 @@ def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def merged(model, seed: int):
-    """Within this context the adapters of `model` are merged into its weights, with the same rounding each time.
-
-    Subtracting them would not restore the frozen weights, which rounding has changed, so a copy of these is kept in
-    the computer's memory. Without adapters it does nothing.
-    """
+    """Within this context the adapters of `model`, if it has any, are merged with the same rounding each time."""
     if not isinstance(model, PeftModel):
         yield
         return
 
     rng = torch.Generator(model.device).manual_seed(seed)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    frozen = [layer.get_base_layer().weight.to("cpu", copy=True) for layer in layers]
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    # Subtracting the adapters would not restore the frozen weights, which rounding changes.
+    frozen = [weight.to("cpu", copy=True) for weight in weights]
     with model.disable_adapter():
-        for layer in layers:
-            weight = layer.get_base_layer().weight.data
+        for layer, weight in zip(layers, weights, strict=True):
             learned = layer.get_delta_weight("default").detach()
             weight.copy_(rounded(weight.float() + learned, weight.dtype, rng))
         try:
             yield
         finally:
-            for layer, before in zip(layers, frozen, strict=True):
-                layer.get_base_layer().weight.data.copy_(before)
+            for weight, before in zip(weights, frozen, strict=True):
+                weight.copy_(before)
 
 
 def rounded(values: torch.Tensor, number_type: torch.dtype, rng: torch.Generator) -> torch.Tensor:
@@ -2025,8 +1924,7 @@ def prepare_to_train(model, plan: Plan, settings: Settings):
 
 # ---------------------------------------------------------------------------- learning rate
 # LEARNING_RATE = "auto": a short run at each of three rates, from the same weights, with its own schedule, on the rows
-# that the run begins with. The rate with the lowest loss on some held-out posts is used; the run then starts again from
-# the base model, and is to the last bit the run that has this number as its LEARNING_RATE.
+# that the run begins with. The one with the lowest loss on some held-out posts is used; the run then starts again.
 # Trials of two to eight updates on real blogs chose the first for Gemma 3 270M and the last for SmolLM2-135M
 # (benchmarks/README.md). Higher rates look good in a trial and overfit later. For adapters: see LORA_ALPHA.
 RATES_TO_TRY = (5e-5, 1e-4, 2e-4)
@@ -2053,31 +1951,30 @@ def find_rates(run: Run) -> dict[float, float]:
             tried[rate] = try_rate(replace(trial, settings=replace(trial.settings, learning_rate=rate)))
             keep_rates(run.folder, tried)
             forget_trial(run.plan.optimizer)
-        bits = f"{tried[rate]:.4f} bits per byte on posts it never saw"
         left = tell_time((time.monotonic() - began) * (len(rates) - number))
-        outcome = bits if math.isfinite(tried[rate]) else "the loss became NaN"
+        outcome = "the loss became NaN"
+        if math.isfinite(tried[rate]):
+            outcome = f"{tried[rate]:.4f} bits per byte on posts it never saw"
         say(f"rate     {rate:<6g}  {outcome}, {number} of {len(rates)} tried, {left} left")
-    if all(math.isinf(tried[rate]) for rate in rates):
+
+    if all(map(math.isinf, tried.values())):
         remedy = f'PRECISION = "fp32", or a LEARNING_RATE below {rates[0]:g}'
         sys.exit(f"Training diverged at every learning rate that was tried: set {remedy}.")
-    outcome = "the best and is used"
-    if len(set(tried.values())) == 1:
-        outcome = "used, the middle one, as all gave the same loss"
+    is_tie = len(set(tried.values())) == 1
+    outcome = "used, the middle one, as all gave the same loss" if is_tie else "the best and is used"
     say(f"rate     {best_rate(tried):g} is {outcome}")
     return tried
 
 
 def shortened(run: Run, times: int) -> Run:
-    """A trial: `run` with so few updates, and then held-out rows, that as many `times` cost at most TRIALS_SHARE of it.
-
-    Costs are in tokens: a token counts three times in an update, forward and backward, and once in an evaluation.
-    """
+    """A trial: `run` with so few updates and held-out rows that as many `times` cost at most TRIALS_SHARE of it."""
     rows = run.rows_of["train"]
     held_out = run.rows_of["val"]
     of_update = run.settings.rows_per_update
     row = count_tokens(rows) / len(rows)
     measured = count_tokens(held_out)
     evaluations = 1 + run.plan.updates / run.plan.evaluate_every
+    # In tokens, which count three times in an update, forward and backward.
     cost = 3 * run.plan.updates * of_update * row + evaluations * measured
     budget = TRIALS_SHARE * cost / times
 
@@ -2130,10 +2027,8 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def forget_trial(optimizer: str) -> None:
-    """Free the memory of a trial: its model, which Python has not collected yet, and the embeddings in bitsandbytes.
-
-    bitsandbytes keeps a list of the layers with 32-bit averages, and with it their weights: 0.2 GB for GPT2-medium.
-    """
+    """Free the memory of a trial."""
+    # bitsandbytes keeps a list of the layers with 32-bit averages, and with it their weights: 0.2 GB for GPT2-medium.
     if "8bit" in optimizer:
         from bitsandbytes.optim import GlobalOptimManager
 
@@ -2157,15 +2052,12 @@ def keep_rates(folder: Path, tried: dict[float, float]) -> None:
 
 # ---------------------------------------------------------------------------- training
 class BlogTrainer(Trainer):
-    """Trainer with the loss of the author's tokens only, all of the same weight, and an exact evaluation.
-
-    `validation_bytes`: UTF-8 bytes of the author's text in eval_dataset, for bits per byte. `precision` is that of
-    forward pass and loss; Trainer's own (bf16=True) would also cover the backward pass and copy the logits to float32.
-    """
+    """Trainer with the loss of the author's tokens only, all of the same weight, and an exact evaluation."""
 
     def __init__(self, *arguments, validation_bytes: int = 0, precision: str = "fp32", **options):
         super().__init__(*arguments, **options)
-        self.validation_bytes = validation_bytes
+        self.validation_bytes = validation_bytes  # UTF-8 bytes of the author's text in eval_dataset
+        # Of forward pass and loss; Trainer's bf16=True would cover the backward pass and copy the logits to float32.
         self.precision = precision
         # compute_loss divides by the scored tokens of the whole update, so Trainer must count them, ...
         self.model_accepts_loss_kwargs = True
@@ -2176,7 +2068,6 @@ class BlogTrainer(Trainer):
         self.attention = attention_in_bfloat16 if rounded else contextlib.nullcontext
 
     def compute_loss_context_manager(self) -> torch.autocast:
-        """The context in which Trainer computes the loss."""
         return autocast(self.args.device, self.precision)
 
     def floating_point_ops(self, inputs) -> int:
@@ -2191,7 +2082,6 @@ class BlogTrainer(Trainer):
 
     def evaluate(self, **_) -> dict[str, float]:
         """Nats per token and bits per byte over eval_dataset; Trainer's own is a mean of batch means."""
-        # Updates freed blocks of other sizes than an evaluation needs.
         give_back_memory()
 
         # Each process measures every n-th row; nats add up.
@@ -2201,9 +2091,7 @@ class BlogTrainer(Trainer):
         with merged(self.model, self.args.seed):
             with self.compute_loss_context_manager():
                 losses = conversation_losses(self.model, mine)
-            # As Python numbers, because not every device has float64.
             nats = sum(gather_object([losses.sum()]))
-
             metrics = {
                 "eval_loss": nats / scored_tokens(self.eval_dataset),
                 "eval_bits_per_byte": nats / math.log(2) / self.validation_bytes,
@@ -2225,8 +2113,7 @@ class Run:
 
 
 def build_trainer(run: Run, model, tokenizer) -> BlogTrainer:
-    # They are called in this order: NaN ends the run before anything is printed about it, and Progress prints the
-    # sample that LogSample puts into the log.
+    # Called in this order: NaN ends the run before anything is printed, and Progress prints the sample of LogSample.
     callbacks = [
         CastWeightsOnce(model.device),
         StopAtNaN(run.plan.precision),
@@ -2262,7 +2149,6 @@ def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrain
 def training_arguments(run: Run) -> TrainingArguments:
     settings = run.settings
     plan = run.plan
-
     return TrainingArguments(
         output_dir=str(run.folder),
         # updates
@@ -2308,14 +2194,13 @@ def run_to_the_end(trainer: BlogTrainer, checkpoint: Path | None, settings: Sett
     with on_signals(checkpoints.ask_to_stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    done = trainer.state.global_step
-    planned = trainer.state.max_steps
-    if checkpoints.asked_to_stop and done < planned:
-        sys.exit(f"Stopped after update {done} of {planned}: run the same command again to continue.")
-    if done < planned:
-        patience = f"{settings.patience} evaluations"
-        say(f"Stopped early after update {done} of {planned}: validation did not improve in {patience}.")
-    return trainer.state.log_history
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        after = f"after update {state.global_step} of {state.max_steps}"
+        if checkpoints.asked_to_stop:
+            sys.exit(f"Stopped {after}: run the same command again to continue.")
+        say(f"Stopped early {after}: validation did not improve in {settings.patience} evaluations.")
+    return state.log_history
 
 
 def evaluations(log_history: list[dict]) -> list[dict]:
@@ -2340,8 +2225,7 @@ class StopAtNaN(TrainerCallback):
             )
 
 
-# The initial scale of the loss in float16. torch's 65,536 overflows in the first updates of larger models, and a trial
-# has only eight; with 4,096 a gradient of 2e-11 is not lost. A guess, not tuned on a card.
+# Of the loss in float16. torch's 65,536 overflows in the first updates of larger models. A guess, not tuned on a card.
 FIRST_SCALE = 4096.0
 
 
@@ -2352,7 +2236,6 @@ class SaySkipped(TrainerCallback):
         if math.isfinite(logs.get("grad_norm", 0.0)):
             return
 
-        # JSON has no Infinity; checkpoints and the report keep this entry.
         entry = state.log_history[-1]
         entry["grad_norm"] = None
         if args.fp16:
@@ -2431,24 +2314,20 @@ class Progress(TrainerCallback):
         if state.global_step % max(1, state.max_steps // 40) == 0:
             tokens_per_update = self.tokens_per_epoch * state.epoch / state.global_step
             speed = tokens_per_update * self.updates / self.seconds
-            say(
-                f"epoch {state.epoch:.2f}  update {state.global_step}/{state.max_steps}  "
-                f"train {np.mean(self.losses):.3f}  {speed:.0f} tokens/s  {self.time_left(state)} left"
-            )
+            loss = np.mean(self.losses)
+            self.say_line(state, f"train {loss:.3f}  {speed:.0f} tokens/s  {self.time_left(state)} left")
             self.losses.clear()
 
     def on_evaluate(self, args, state, control, metrics, **_):
         if not state.is_world_process_zero:
             return
-        base = evaluations(state.log_history)[0]
         bits = metrics["eval_bits_per_byte"]
-        change = bits - base["eval_bits_per_byte"]
+        change = bits - evaluations(state.log_history)[0]["eval_bits_per_byte"]
+        measured = f"{metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)"
+        self.say_line(state, f"validation {measured}\n  {self.prompt} {state.log_history[-1]['sample']}")
 
-        say(
-            f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  "
-            f"validation {metrics['eval_loss']:.3f}  {bits:.4f} bits per byte ({change:+.4f} against base)\n"
-            f"  {self.prompt} {state.log_history[-1]['sample']}"
-        )
+    def say_line(self, state, text: str) -> None:
+        say(f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  {text}")
 
 
 def tell_time(seconds: float) -> str:
@@ -2487,13 +2366,11 @@ class Checkpoints(TrainerCallback):
         if not state.is_world_process_zero:
             return
         new = Path(args.output_dir, f"checkpoint-{state.global_step}")
-
         # The mark must not reach the disk before the files.
         flush_to_disk(new)
         # Another process may still be writing its random state.
-        files = [path for path in new.iterdir() if not path.name.startswith("rng_state")]
-        sizes = {path.name: path.stat().st_size for path in files}
-        write_whole(new / "complete", json.dumps(sizes))
+        names = [path.name for path in new.iterdir() if not path.name.startswith("rng_state")]
+        write_whole(new / "complete", json.dumps(names))
         flush_to_disk(new)
 
         for old in checkpoints_of(Path(args.output_dir)):
@@ -2515,24 +2392,19 @@ def identity_of_run(settings: Settings, precision: str) -> dict:
     `precision` is the one that was picked: "auto" depends on the device.
     """
     identity = {name: value for name, value in asdict(settings).items() if name not in NOT_IN_THE_IDENTITY}
-    identity["precision"] = precision
-    for split, name in DATA_FILES.items():
-        identity[f"{split}_sha256"] = file_hash(settings.data_dir / name)
-    return identity
+    hashes = {f"{split}_sha256": file_hash(settings.data_dir / name) for split, name in DATA_FILES.items()}
+    return {**identity, "precision": precision, **hashes}
 
 
-def begun_with(folder: Path) -> Begun | None:
-    """How the run in `folder` was begun, if it has a checkpoint."""
-    begun = read_json_object(folder / "run.json").get(BEGUN_WITH)
-    if last_checkpoint(folder) is None or not isinstance(begun, dict):
-        return None
-    return Begun(**begun) if set(begun) == set(Begun._fields) else None
+def begun_with(folder: Path) -> str | None:
+    """The optimizer with which the run in `folder` was begun, if it has a checkpoint, which holds its averages."""
+    return read_json_object(folder / "run.json").get(BEGUN_WITH) if last_checkpoint(folder) else None
 
 
 BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
 
 
-def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> None:
+def open_unfinished(folder: Path, identity: dict, fresh: bool, optimizer: str) -> None:
     """Keep `folder` as it is if it holds a checkpoint of the same run; otherwise make it the folder of a new run.
 
     Exits if it holds another run: only `fresh` throws that away.
@@ -2562,7 +2434,7 @@ def open_unfinished(folder: Path, identity: dict, fresh: bool, begun: Begun) -> 
 
     folder.mkdir(mode=0o700, exist_ok=True)
     remove_run(folder)
-    write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: begun._asdict()}, indent=1))
+    write_whole(folder / "run.json", json.dumps({**identity, BEGUN_WITH: optimizer}, indent=1))
     # A run that was killed before its first checkpoint keeps the rates it has tried.
     if rates and earlier == identity:
         keep_rates(folder, rates)
@@ -2597,21 +2469,19 @@ def last_checkpoint(folder: Path, tell: Callable = lambda text: None) -> Path | 
 
 
 def damage_of_checkpoint(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, "" if nothing is: sizes, checksums of torch's files, headers, JSON.
+    """What is wrong with a checkpoint, "" if nothing is found: checksums of torch's files, headers, JSON.
 
     Raises OSError if a file cannot be read, which may be temporary.
     """
-    sizes = read_json_object(checkpoint / "complete")
-    state = read_json_object(checkpoint / "trainer_state.json")
-    if not sizes or not is_state(state, update_of(checkpoint)):
-        return "trainer_state.json or the mark of its end cannot be read"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is cut or missing"
+    path = checkpoint / "complete"
+    try:
+        names = json.loads(path.read_bytes())
+        path = checkpoint / "trainer_state.json"
+        state = TrainerState.load_from_json(path)
+        if state.global_step != update_of(checkpoint) or not evaluations(state.log_history):
+            return f"{path.name} is not its state"
 
-    for path in filter(Path.is_file, checkpoint.iterdir()):
-        try:
+        for path in {checkpoint / name for name in names} | set(checkpoint.iterdir()):
             if path.suffix in (".pt", ".pth"):
                 with zipfile.ZipFile(path) as parts:
                     damaged = parts.testzip()
@@ -2619,27 +2489,12 @@ def damage_of_checkpoint(checkpoint: Path) -> str:
                 with safe_open(path, framework="pt"):
                     damaged = None
             else:
-                continue
-        except (zipfile.BadZipFile, SafetensorError):
-            damaged = path.name
-        if damaged:
-            return f"{path.name} is damaged"
+                damaged = not path.exists()
+            if damaged:
+                return f"{path.name} is damaged or missing"
+    except (FileNotFoundError, ValueError, TypeError, zipfile.BadZipFile, SafetensorError):
+        return f"{path.name} is damaged or missing"
     return ""
-
-
-def is_state(state: dict, update: int) -> bool:
-    """Whether Trainer can continue from this content of trainer_state.json, after `update` updates."""
-    log = state.get("log_history")
-    best = state.get("best_metric")
-    return (
-        set(state) <= set(inspect.signature(TrainerState).parameters)
-        and state.get("global_step") == update
-        and isinstance(log, list)
-        and all(isinstance(entry, dict) for entry in log)
-        and any("eval_loss" in entry for entry in log)
-        and (best is None or is_number(best))
-        and isinstance(state.get("stateful_callbacks"), dict)
-    )
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -2698,7 +2553,6 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
         most = max(1, positions - positions // 4)
         sampling = sampling | {"max_new_tokens": min(report["answer_tokens"], most)}
 
-    # Whoever loads the folder samples with our settings.
     generation = GenerationConfig(
         **sampling,
         do_sample=True,
@@ -2724,16 +2578,11 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
 
 
 def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
-    """Tokens that nine of ten posts of the author's have at most, their end of text included.
-
-    Other conversations count only where there are no posts: replies are shorter.
-    """
-    posts = []
-    others = []
-    for conversation, (_, scored) in zip(conversations, tokenized, strict=True):
-        lengths = posts if conversation.get("kind") == "post" else others
-        lengths.append(sum(scored))
-    return math.ceil(np.quantile(posts or others, 0.9))
+    """Tokens that nine of ten posts have at most, their end of text included; replies count only without posts."""
+    lengths = [sum(scored) for _, scored in tokenized]
+    pairs = zip(conversations, lengths, strict=True)
+    posts = [length for conversation, length in pairs if conversation.get("kind") == "post"]
+    return math.ceil(np.quantile(posts or lengths, 0.9))
 
 
 def without_samples(log: list[dict]) -> list[dict]:
@@ -2756,8 +2605,8 @@ def stop_tokens(tokenizer) -> list[int]:
     """The tokens that end an answer: the one that closes it in this template, and the end of text."""
     exchange = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     ids, scored = conversation_tokens(tokenizer, exchange)
-    last_scored = max(place for place, counts in enumerate(scored) if counts)
-    return sorted({ids[last_scored], tokenizer.eos_token_id})
+    *_, last_scored = (token for token, counts in zip(ids, scored, strict=True) if counts)
+    return sorted({last_scored, tokenizer.eos_token_id})
 
 
 def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
@@ -2776,19 +2625,18 @@ def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, r
 
 def draw_curve(log_history: list[dict], path: Path) -> None:
     """Loss over updates as a picture: training, validation, and the base model's validation as a line."""
-    updates = [entry for entry in log_history if "loss" in entry]
-    # The first evaluation is the base model's.
-    measured = evaluations(log_history)
-    base_loss = measured[0]["eval_loss"]
-
     # pyplot keeps every figure and may look for a screen. Small, so that its text is readable on a phone.
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
-    steps = [entry["step"] for entry in updates]
-    axes.plot(steps, [entry["loss"] for entry in updates], color="0.5", label="train, each update")
-    steps = [entry["step"] for entry in measured]
-    label = "validation: posts it never saw"
-    axes.plot(steps, [entry["eval_loss"] for entry in measured], marker="o", color="tab:blue", label=label)
+    styles = {
+        "loss": {"color": "0.5", "label": "train, each update"},
+        "eval_loss": {"color": "tab:blue", "marker": "o", "label": "validation: posts it never saw"},
+    }
+    for key, style in styles.items():
+        entries = [entry for entry in log_history if key in entry]
+        steps = [entry["step"] for entry in entries]
+        axes.plot(steps, [entry[key] for entry in entries], **style)
+    base_loss = evaluations(log_history)[0]["eval_loss"]
     axes.axhline(base_loss, linestyle="--", color="tab:orange", label="base model on the same posts")
 
     axes.set(xlabel="updates", ylabel="loss (nats per token)", title="Blue below the dashed line: it learned")
@@ -2804,10 +2652,9 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     after = best["eval_bits_per_byte"]
     unseen = f"over {conversations} conversations it never saw"
     if after >= before:
-        return (
-            f"Validation did not fall ({before:.4f} bits per byte before, {after:.4f} after, {unseen}): "
-            "it did not learn; more posts, more EPOCHS or another LEARNING_RATE may help."
-        )
+        bits = f"{before:.4f} bits per byte before, {after:.4f} after, {unseen}"
+        remedy = "more posts, more EPOCHS or another LEARNING_RATE may help"
+        return f"Validation did not fall ({bits}): it did not learn; {remedy}."
 
     # With two digits a smaller change would read "fell from 1.28 to 1.28".
     visible = before - after >= 0.01
@@ -2822,7 +2669,7 @@ STILL_LEARNING = 0.04
 
 def tell_epochs(base: dict, later: list[dict]) -> str:
     """Whether more epochs would help, from the evaluations after the base model's; "" if nothing was learned."""
-    *earlier, last = later
+    last = later[-1]
     best = min(later, key=lambda entry: entry["eval_loss"])
     gain = base["eval_loss"] - best["eval_loss"]
     if gain <= 0:
@@ -2830,10 +2677,9 @@ def tell_epochs(base: dict, later: list[dict]) -> str:
 
     if best is not last:
         return f"It was best after epoch {best['epoch']:.1f}, and that model was kept: more epochs would not help."
-    if not earlier:
+    if len(later) == 1:
         return "Only one evaluation, so it is unknown whether more epochs would help."
-    lately = earlier[-1]["eval_loss"] - last["eval_loss"]
-    if lately > STILL_LEARNING * gain:
+    if later[-2]["eval_loss"] - last["eval_loss"] > STILL_LEARNING * gain:
         return "It was still learning when it ended: more EPOCHS would help."
     return "It hardly changed at the end: more epochs would bring little."
 
@@ -2844,7 +2690,6 @@ def tell_epochs(base: dict, later: list[dict]) -> str:
 DRIVER_NEEDED = {"11": 450, "12": 525, "13": 580}
 
 CARD_OF_WSL = Path("/dev/dxg")  # also exists for cards of Intel and AMD
-OTHER_PYTORCH = "another PyTorch for it (https://pytorch.org/get-started/locally)"
 
 
 def check_card(cpu_wanted: bool) -> None:
@@ -2855,26 +2700,38 @@ def check_card(cpu_wanted: bool) -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if cpu_wanted or hidden:
         return
-
-    if torch.cuda.is_available():
-        try:
-            torch.ones(1, device="cuda").item()
-        except RuntimeError as error:
-            if "no kernel image" not in str(error):
-                raise
-            name = torch.cuda.get_device_name()
-            generation = ".".join(map(str, torch.cuda.get_device_capability()))
-            sys.exit(
-                f"PyTorch {torch.__version__} has no kernels for {name} (compute capability {generation}): install "
-                f"{OTHER_PYTORCH}, or train without the card, which is slow: --cpu."
-            )
+    try:
+        torch.ones(1, device="cuda").item()
         return
+    except (RuntimeError, AssertionError) as error:  # the second without CUDA
+        if torch.cuda.is_available() and "no kernel image" not in str(error):
+            raise
+        reason = brief(error).split(". ")[0]
 
-    name = find_nvidia_card()
-    if name and not torch.accelerator.is_available():
-        sys.exit(f"{name} is there and {what_keeps_from_cuda()}, or train without the card, which is slow: --cpu.")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else find_nvidia_card()
+    if name and (torch.cuda.is_available() or not torch.accelerator.is_available()):
+        sys.exit(
+            f"{name} is there and PyTorch {torch.__version__} cannot use it ({reason}): {tell_remedy(reason)}, "
+            "or train without the card, which is slow: --cpu."
+        )
     if CARD_OF_WSL.exists() and not name:
         say("WSL sees a graphics card and no NVIDIA driver: if it is NVIDIA's, install its driver in Windows.")
+
+
+def tell_remedy(reason: str) -> str:
+    """What to do about an NVIDIA card that PyTorch cannot use for this reason, in its own words."""
+    other_pytorch = "install another PyTorch for it (https://pytorch.org/get-started/locally)"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if "No CUDA GPUs" in reason and visible != "0":
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the cards: set it to 0"
+    if "no kernel image" in reason or torch.version.cuda is None:
+        return other_pytorch
+
+    needed = DRIVER_NEEDED.get(torch.version.cuda.split(".")[0], "of the same age")
+    return (
+        f"CUDA {torch.version.cuda} needs the driver {needed} or newer; update it (for WSL, in Windows) and restart, "
+        f"or {other_pytorch}"
+    )
 
 
 def find_nvidia_card() -> str:
@@ -2892,30 +2749,6 @@ def find_nvidia_card() -> str:
 
     cards = Path("/proc/driver/nvidia/gpus")
     return "An NVIDIA card" if cards.is_dir() and any(cards.iterdir()) else ""
-
-
-def what_keeps_from_cuda() -> str:
-    """Why PyTorch does not use the NVIDIA card of this machine, and what to do: the second half of a sentence."""
-    built_with = torch.version.cuda
-    if built_with is None:
-        return f"PyTorch {torch.__version__} was built without CUDA: install {OTHER_PYTORCH}"
-
-    # The reason is the first sentence of the error at initialisation.
-    try:
-        torch.cuda.init()
-        reason = "it does not say why"
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if "No CUDA GPUs" in reason and visible != "0":
-        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of the cards: set it to 0"
-
-    needed = DRIVER_NEEDED.get(built_with.split(".")[0], "of the same age")
-    return (
-        f"PyTorch {torch.__version__} cannot use it ({reason}): CUDA {built_with} needs the driver {needed} or newer; "
-        f"update it (for WSL, in Windows) and restart, or install {OTHER_PYTORCH}"
-    )
 
 
 def prepare_card(device: torch.device) -> None:
@@ -2948,12 +2781,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def is_on_windows_drive(folder: Path) -> bool:
     """Whether the folder is on a Windows drive under WSL, such as /mnt/c."""
     is_wsl = "microsoft" in platform.release().lower()
-    _, *names = folder.resolve().parts
-    return is_wsl and names[:1] == ["mnt"] and len("".join(names[1:2])) == 1
+    return is_wsl and bool(re.match("/mnt/[a-z](/|$)", str(folder.resolve())))
 
 
 # ---------------------------------------------------------------------------- speed on a CPU
-# Nothing here changes what the model learns. SummedCrossEntropy and CastWeightsOnce are also used on a card.
+# SummedCrossEntropy and CastWeightsOnce are also used on a card.
 #
 #     trick                                                          tokens/s      gain
 #     keep_freed_memory: memory is not asked for anew each time      75-80 -> 86   10 %
@@ -2981,13 +2813,11 @@ def fuse_activations(config) -> dict[str, str]:
 
 
 def use_sparse_embedding_gradient(model) -> None:
-    """Make the input embedding's gradient sparse: only the rows that were read.
-
-    Only if it is added to the output layer's, which makes it dense, as AdamW and DistributedDataParallel need it.
-    """
+    """Make the input embedding's gradient sparse: only the rows that were read."""
     embedding = model.get_input_embeddings()
     output = model.get_output_embeddings()
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and model.device.type == "cpu"
+    # The output layer's gradient is added to it, which makes it dense, as AdamW and DistributedDataParallel need it.
     is_tied = output is not None and output.weight is embedding.weight
     embedding.sparse = alone and is_tied and embedding.weight.requires_grad
 
@@ -2999,8 +2829,7 @@ LOSS_PIECE = defaultdict(lambda: 64, cuda=512)
 class SummedCrossEntropy(torch.autograd.Function):
     """Sum of the negative log-likelihoods, in nats, of targets (tokens,) under logits (tokens, vocabulary).
 
-    The gradient is made in the same pass, some tokens at a time in float32 and kept in bfloat16 under bfloat16 logits,
-    where autograd would hold several float32 tensors of that size.
+    The gradient is made in the same pass, some tokens at a time, where autograd would hold several tensors of its size.
     """
 
     @staticmethod
@@ -3033,12 +2862,11 @@ class SummedCrossEntropy(torch.autograd.Function):
 class CastWeightsOnce(TrainerCallback):
     """Lets the batches of an update share one low-precision copy of the weights.
 
-    Autocast keeps such copies until its outermost context ends. This context casts nothing itself, as backward passes
-    run in it, too.
+    Autocast keeps such copies until its outermost context ends.
     """
 
     def __init__(self, device: torch.device):
-        self.casting = torch.autocast(device.type, enabled=False)
+        self.casting = torch.autocast(device.type, enabled=False)  # as backward passes run in it, too
 
     def on_train_begin(self, args, state, control, model, **_):
         # float16's loss scaling adds a wrapper that copies the logits to float32, 100 MB.
@@ -3056,13 +2884,12 @@ def rounds_attention(device: str, precision: str, checkpointing: bool) -> bool:
     return device == "cpu" and precision == "bf16" and not checkpointing
 
 
-@contextlib.contextmanager
+@contextmanager
 def attention_in_bfloat16() -> Iterator[None]:
     """Attention written out, its scores and their sums in bfloat16, for a forward pass that a backward pass follows.
 
     Forward and backward of a layer of GPT2-medium then take 18 ms instead of 29 on two Zen 4 cores, as torch's fused
-    kernel converts to float32 and back. It keeps the attention's weights, tokens x tokens a head, for the backward
-    pass. Evaluation stays with the fused kernel.
+    kernel converts to float32 and back. It keeps the attention's weights, tokens x tokens a head.
     """
     usual = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of the CPU too, whatever the name says
@@ -3076,14 +2903,10 @@ def attention_in_bfloat16() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Make glibc keep large blocks instead of mapping new ones for every tensor."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    mmap_threshold = -3  # options of mallopt(3)
-    trim_threshold = -1
-    top_pad = -2
-    libc.mallopt(mmap_threshold, 32 << 20)
-    libc.mallopt(trim_threshold, 1 << 30)
-    libc.mallopt(top_pad, 64 << 20)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD
 
 
 def free_model() -> None:
@@ -3103,9 +2926,9 @@ def give_back_memory() -> None:
 
 
 # ---------------------------------------------------------------------------- for Ollama
-# A Modelfile describes a model to Ollama: weights, template, stop strings and sampling settings. The template is in
-# Go's template language, so it is built from pieces of the model's own template, which is Jinja. Ollama fills in the
-# messages, with all system messages in .System, and adds an empty answer at the end.
+# A Modelfile describes a model to Ollama. Its template is in Go's template language, so it is built from pieces of the
+# model's own, which is Jinja. Ollama fills in the messages, with all system messages in .System, and adds an empty
+# answer at the end.
 MARK = "\ue000"  # stands for the content of a message; no template contains this private-use character
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "num_predict"}
 # Ollama reserves memory for num_ctx tokens at once; Llama 3.2's 131,072 would need more than its weights.
@@ -3113,10 +2936,7 @@ LONGEST_CHAT = 4_096  # tokens
 
 
 def modelfile(tokenizer, stops: list[str], positions: int, sampling: dict) -> str:
-    """Text of the Modelfile for blog-model.gguf, which `make gguf` writes.
-
-    `stops` are the strings that end an answer, `positions` is the number of tokens that the model can read at once.
-    """
+    """Text of the Modelfile for blog-model.gguf, which `make gguf` writes; `stops` are strings that end an answer."""
     # Ollama drops the beginning of a text longer than num_ctx, so half of it is for the prompt.
     context = min(positions, LONGEST_CHAT)
     longest_answer = max(1, context // 2)
@@ -3159,23 +2979,19 @@ def ollama_template(tokenizer) -> str:
         if not before.startswith(start):  # the template has a default system message (SmolLM2)
             start = "{{ if .System }}{{ else }}" + start + "{{ end }}"
 
-    cases = []
-    for role, turn in turns.items():
-        content = turn.replace(MARK, "{{ .Content }}")
-        cases.append(f'if eq .Role "{role}" }}}}{content}{{{{ ')
+    contents = {role: turn.replace(MARK, "{{ .Content }}") for role, turn in turns.items()}
+    cases = [f'if eq .Role "{role}" }}}}{content}{{{{ ' for role, content in contents.items()]
     return start + "{{ range .Messages }}{{ " + "else ".join(cases) + "end }}{{ end }}" + answer
 
 
 def render_marks(tokenizer, *roles: str, asked: bool = False) -> str:
-    """Messages of these roles, each with MARK for content; "" if the template refuses them.
-
-    Without the beginning-of-sequence token, which llama.cpp adds itself.
-    """
+    """Messages of these roles, each with MARK for content; "" if the template refuses them."""
     messages = [{"role": role, "content": MARK} for role in roles]
     try:
         text = render_or_raise(tokenizer, messages, asked)
     except TEMPLATE_ERRORS:  # for a combination of turns that the data does not have
         return ""
+    # llama.cpp adds the beginning-of-sequence token itself.
     return text.removeprefix(tokenizer.bos_token) if starts_with_bos(tokenizer) else text
 
 

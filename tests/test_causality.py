@@ -2,17 +2,12 @@
 
 import pytest
 import torch
+from training import run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_model
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(train_model, "CONTEXT_TOKENS", 64)
-    monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 8)
-    monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
-    monkeypatch.setattr(train_model, "LEARNING_RATE", 1e-2)
+pytestmark = pytest.mark.usefixtures("small_training")
 
 
 def tiny(architecture: str, **sizes):
@@ -75,8 +70,8 @@ def test_a_row_that_is_wrong_only_where_it_is_long_is_caught():
     assert not train_model.is_causal(model, "fp32")
 
 
-def run(base, data, output, monkeypatch, only_in_half: bool) -> int:
-    """A run in bfloat16 whose model looks ahead."""
+def train_looking_ahead(monkeypatch, only_in_half: bool) -> None:
+    """In bfloat16."""
     load = train_model.load_for_training
 
     def broken(*arguments):
@@ -86,21 +81,20 @@ def run(base, data, output, monkeypatch, only_in_half: bool) -> int:
 
     monkeypatch.setattr(train_model, "load_for_training", broken)
     monkeypatch.setattr(train_model, "pick_precision", lambda *_: "bf16")
-    arguments = ["--base-model", str(base), "--data-dir", str(data), "--output-dir", str(output), "--max-steps", "1"]
-    return train_model.main(["--cpu", *arguments])
 
 
 def test_where_half_precision_looks_ahead_the_run_goes_on_in_float32(
     gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
-    assert run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch, only_in_half=True) == 0
+    train_looking_ahead(monkeypatch, only_in_half=True)
+    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1", "--cpu")
     said = capsys.readouterr().err
     assert said.count("In bf16 this CPU lets tokens see those after them: going on in float32.\n") == 1
-    report = train_model.read_json_object(tmp_path / "model" / "training_report.json")
     assert report["plan"]["precision"] == report["settings"]["precision"] == "fp32"
 
 
 def test_where_float32_looks_ahead_too_nothing_is_trained(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    train_looking_ahead(monkeypatch, only_in_half=False)
     with pytest.raises(SystemExit, match=r"^Tokens of .* see those after them, so it cannot learn to write: choose"):
-        run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch, only_in_half=False)
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1", "--cpu")
     assert not (tmp_path / "model").exists()

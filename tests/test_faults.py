@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
@@ -201,20 +203,18 @@ def test_a_run_that_does_not_begin_leaves_nothing_behind(home):
     assert tree(home) == before
 
 
-def test_whatever_the_umask_is_a_model_is_its_owner_s_alone(gpt2_folder, data_folder, tmp_path):
-    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), preexec_fn=lambda: os.umask(0))
-    process.communicate()
-    folder = tmp_path / "model"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
-
-
-def test_no_file_of_a_model_folder_holds_a_sample_or_says_where_it_was_made(gpt2_folder, data_folder, tmp_path):
-    report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
+def test_a_model_folder_is_its_owner_s_alone_and_holds_no_sample_and_no_path(gpt2_folder, data_folder, tmp_path):
+    umask = os.umask(0)
+    try:
+        report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o700
     assert not [entry for entry in report["log"] if "sample" in entry]
     assert report["settings"]["base_model"] == os.path.relpath(gpt2_folder, tmp_path / "model")
     for path in (tmp_path / "model").iterdir():
         text = path.read_bytes()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert str(tmp_path).encode() not in text and str(gpt2_folder).encode() not in text, path.name
 
 
@@ -257,7 +257,7 @@ def write(name: str, text: str):
 
 
 def template(text: str):
-    return write("chat_template.jinja", text)
+    return write(TEMPLATE, text)
 
 
 def without(*names: str):
@@ -273,7 +273,10 @@ def last(tensors: dict) -> str:
 
 
 WEIGHTS = "model.safetensors"
+PICKLED = '{"weight_map": {"a": "pytorch_model.bin"}}'
+TEMPLATE = "chat_template.jinja"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1519984962\n"
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 SAYS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
 BROKEN_MODELS = {
     "a tensor is missing": (edit_weights(lambda t: t.pop(last(t))), "lacks .*: it is incomplete"),
@@ -282,19 +285,10 @@ BROKEN_MODELS = {
     "another shape": (edit_json("config.json", n_positions=128), "in another shape"),
     "another architecture": (edit_json("config.json", model_type="gpt_neo"), "lacks|Cannot load"),
     "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "NaN or infinite weights"),
-    "an infinite number": (
-        edit_weights(lambda t: t[last(t)].view(-1)[0].fill_(math.inf)),
-        "NaN or infinite weights",
-    ),
-    "weights cut": (lambda folder: cut_in_half(folder / "model.safetensors"), "model.safetensors is cut or damaged"),
-    "weights of noise": (
-        lambda folder: make_noise(folder / "model.safetensors"),
-        "model.safetensors is cut or damaged",
-    ),
-    "weights in a pickle": (
-        lambda folder: pickle_weights(folder),
-        "Cannot load .*model.safetensors",
-    ),
+    "an infinite number": (edit_weights(lambda t: t[last(t)][0].fill_(math.inf)), "NaN or infinite weights"),
+    "weights cut": (lambda folder: cut_in_half(folder / WEIGHTS), "model.safetensors is cut or damaged"),
+    "weights of noise": (lambda folder: make_noise(folder / WEIGHTS), "model.safetensors is cut or damaged"),
+    "weights in a pickle": (lambda folder: pickle_weights(folder), "Cannot load .*model.safetensors"),
     "no weights": (without("model.safetensors"), "Cannot load"),
     "weights of git-lfs": (write("model.safetensors", POINTER), "run `git lfs pull` in"),
     "tokenizer of git-lfs": (write("tokenizer.json", POINTER), "tokenizer.json is only a pointer to the file"),
@@ -302,27 +296,15 @@ BROKEN_MODELS = {
     "config is a list": (write("config.json", "[]"), "config.json is not a JSON object"),
     "config too deep": (write("config.json", "[" * 100_000), "config.json is cut or damaged"),
     "config of odd sizes": (edit_json("config.json", n_embd="wide"), "Cannot load"),
-    "generation config is a list": (
-        write("generation_config.json", "[]"),
-        "generation_config.json is not a JSON object",
-    ),
+    "generation config is a list": (write("generation_config.json", "[]"), "generation_config.json is not a JSON"),
     "a config of no width": (edit_json("config.json", n_embd=0, hidden_size=0), "Cannot load"),
     "an activation of nobody's": (edit_json("config.json", activation_function="evil"), "Cannot load"),
     "a config that returns tuples": (edit_json("config.json", return_dict=False, output_attentions=True), "^$"),
     "stop strings": (edit_json("generation_config.json", stop_strings=["e"], return_dict_in_generate=True), "^$"),
     "an odd end": (edit_json("generation_config.json", eos_token_id="x"), "Cannot load|^$"),
-    "whole numbers as weights": (
-        edit_weights(lambda t: t.update({last(t): t[last(t)].to(torch.int8)})),
-        "as I8: use the model that it was quantised from",
-    ),
-    "an index that names a pickle": (
-        write("model.safetensors.index.json", '{"weight_map": {"a": "pytorch_model.bin"}}'),
-        "names a pickle, which is never loaded",
-    ),
-    "a template that is a pipe": (
-        lambda folder: os.mkfifo(folder / "chat_template.jinja"),
-        "chat_template.jinja is not",
-    ),
+    "whole numbers as weights": (edit_weights(lambda t: t.update({last(t): t[last(t)].to(torch.int8)})), "as I8: use"),
+    "an index that names a pickle": (write(f"{WEIGHTS}.index.json", PICKLED), "names a pickle, which is never loaded"),
+    "a template that is a pipe": (lambda folder: os.mkfifo(folder / TEMPLATE), "chat_template.jinja is not"),
     "no config": (without("config.json"), "Cannot load"),
     "no tokenizer": (
         without("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
@@ -359,21 +341,12 @@ BROKEN_MODELS = {
     "template: types": (template("{{ 1 + 'a' }}"), "chat template of .* fails"),
     "template: division": (template("{{ 1 // 0 }}"), "chat template of .* fails"),
     "template: a long range": (template("{% for i in range(10**9) %}x{% endfor %}"), "chat template of .* fails"),
-    "template: loops": (
-        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + SAYS),
-        "chat template of .* fails",
-    ),
+    "template: loops": (template(LOOPS + SAYS), "chat template of .* fails"),
     "template: long": (template("{{ 'a' * 200000 }}" + SAYS), "makes 200,0"),
     "template: nothing": (template("{{ '' }}"), "leaves out part of the conversation"),
-    "template: of the question alone": (
-        template("{{ messages[0]['content'] }}"),
-        "leaves out part of the conversation",
-    ),
+    "template: of the question alone": (template("{{ messages[0]['content'] }}"), "leaves out part of the"),
     "template: refuses": (template("{{ raise_exception('no') }}"), "chat template of .* fails"),
-    "template: of code": (
-        template("{{ ''.__class__.__mro__[1].__subclasses__() }}" + SAYS),
-        "chat template of .* fails",
-    ),
+    "template: of code": (template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "chat template of .* fails"),
 }
 
 
@@ -631,48 +604,42 @@ def test_no_model_is_loaded_with_kernels_from_the_hub(gpt2_folder, monkeypatch):
     assert train_model.hub.HF_HUB_DISABLE_TELEMETRY
 
 
-SLOW_START = """
-import train_model as t, os, signal, sys
-def slow(*_):
-    print("waiting", file=sys.stderr, flush=True)
-    signal.pause()
-t.{function} = slow
-"""
-MOMENTS = {"before the data is read": "check_data_folder", "in the search for a rate": "try_rate"}
-
-
 @pytest.mark.parametrize("number", train_model.STOP_SIGNALS)
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_outside_of_training_is_one_sentence(moment, number, gpt2_folder, data_folder, tmp_path):
-    begin = SLOW_START.format(function=MOMENTS[moment])
-    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "model"), "--learning-rate", "auto"]
-    process = start(*arguments, launcher=("-c", begin + DRIVER))
-    while "waiting" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    _, rest = process.communicate()
-    assert process.returncode == 1
-    assert rest.splitlines() == [
-        "Stopped: run the same command again; it continues from the last checkpoint, if there is one."
-    ]
+@pytest.mark.parametrize("moment", ["check_data_folder", "try_rate"])
+def test_a_signal_outside_of_training_is_one_sentence(
+    moment, number, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_model, moment, lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit, match=r"^Stopped: run the same command again; it continues from the last [^\n]*\.$"):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", "--learning-rate", "auto")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_training_leaves_a_checkpoint(number, gpt2_folder, data_folder, tmp_path):
-    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"))
-    while "update 5/9" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    _, rest = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in rest
+def test_a_signal_in_training_leaves_a_checkpoint(number, gpt2_folder, data_folder, tmp_path, monkeypatch):
+    begin = train_model.Progress.on_step_begin
+
+    def signalled(self, args, state, *given, **options):
+        begin(self, args, state, *given, **options)
+        if state.global_step == 5:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(train_model.Progress, "on_step_begin", signalled)
+    with pytest.raises(SystemExit, match="^Stopped after update 6 of 9: run the same command again to continue"):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9")
     assert train_model.last_checkpoint(tmp_path / "model-unfinished")
 
 
+TWICE = """
+import signal, train_model as t
+def again(folder):
+    try: signal.raise_signal(2)
+    finally: signal.raise_signal(2)
+t.check_data_folder = again
+"""
+
+
 def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_folder, tmp_path):
-    twice = "import signal, train_model as t\n"
-    twice += "def again(folder):\n try: signal.raise_signal(2)\n finally: signal.raise_signal(2)\n"
-    twice += "t.check_data_folder = again\n"
-    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), launcher=("-c", twice + DRIVER))
+    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), launcher=("-c", TWICE + DRIVER))
     _, said = process.communicate()
     assert process.returncode == 1 and said.strip().startswith("Stopped at once") and "Traceback" not in said
 
@@ -688,16 +655,21 @@ def test_under_nohup_a_closed_window_is_no_reason_to_stop(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_result_that_cannot_be_printed_is_said_and_the_model_is_there(gpt2_folder, data_folder, tmp_path):
-    arguments = [sys.executable, "-c", DRIVER, *flags(gpt2_folder, data_folder, tmp_path / "model")]
-    with Path("/dev/full").open("w", encoding="utf-8") as full:
-        process = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith("Cannot print on stdout"), process.stderr
+class Full(io.StringIO):
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_result_that_cannot_be_printed_is_said_and_the_model_is_there(
+    gpt2_folder, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(SystemExit, match="^Cannot print on stdout"):
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "1")
     assert (tmp_path / "model" / "config.json").exists()
 
 
-def test_the_disk_plan_counts_what_an_unfinished_run_holds(gpt2_folder, tmp_path, monkeypatch):
+def test_the_disk_plan_counts_what_an_unfinished_run_holds(tmp_path, monkeypatch):
     places = train_model.Places(tmp_path / "model")
     (places.unfinished / "checkpoint-5").mkdir(parents=True)
     (places.unfinished / "checkpoint-5" / "optimizer.pt").write_bytes(bytes(1_000_000))

@@ -1,25 +1,13 @@
 """train_model.py: low-rank adapters, their merging and their exactness."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_model_folder
-from torch.nn import functional
-from training import (
-    DRIVER,
-    SCRIPT,
-    flags,
-    losses,
-    run,
-    settings_with,
-    start,
-    stop_at,
-    train_this_way,
-)
+from training import losses, run, settings_with, stopped, train_this_way
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -85,11 +73,17 @@ def test_the_frozen_weights_survive_merging_bit_by_bit(precision, gpt2_folder, r
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     for _ in range(3):
         with train_model.merged(model, 42):
-            assert not all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    frozen = {weight.dtype for weight in model.parameters() if weight.dim() > 1 and not weight.requires_grad}
-    assert frozen == {{"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)}
-    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {torch.float32}
+            assert is_changed(model, before)
+    assert not is_changed(model, before)
+
+    held_in = train_model.HALF_PRECISION.get(precision, torch.float32)
+    for weight in model.parameters():
+        is_frozen_matrix = weight.dim() > 1 and not weight.requires_grad
+        assert weight.dtype == (held_in if is_frozen_matrix else torch.float32)
+
+
+def is_changed(model, before: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,10 +102,12 @@ def test_adapters_learn_and_leave_a_folder_as_full_training_does(
 
     monkeypatch.setattr(train_model, "LORA_RANK", 0)
     run(base_folder, data_folder, tmp_path / "full", "--max-steps", "1")
-    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("model", "full")]
-    assert names[0] == names[1] and "model.safetensors" in names[0]
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "full")]
-    assert configs[0] == configs[1] and configs[0]["use_cache"]
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert files == {path.name for path in (tmp_path / "full").iterdir()}
+    assert "model.safetensors" in files
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "full" / "config.json").read_text())
+    assert config["use_cache"]
 
     # Every linear layer has learned, and what no adapter stands beside is the base's to the last bit.
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -170,28 +166,14 @@ def test_a_merge_into_bfloat16_keeps_in_the_mean_what_each_weight_would_lose():
 
 
 def test_layers_hand_on_float32_over_a_base_in_half_precision(llama_folder, rank_4):
-    model, seen = adapted(llama_folder, "fp16"), []
+    model = adapted(llama_folder, "fp16")
+    seen = set()
     for layer in model.get_base_model().model.layers:
-        layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+        layer.register_forward_hook(lambda layer, inputs, output: seen.update([inputs[0].dtype, output.dtype]))
     with train_model.autocast(torch.device("cpu"), "fp16"):
         logits, _ = train_model.scored_logits(model, one_row())
-    assert set(seen) == {(torch.float32, torch.float32)} and logits.dtype == torch.float16
-
-
-def test_adapters_in_float16_get_the_gradients_of_float32(gpt2_folder, rank_4):
-    """What the card with 8 GB does: a scaler takes gradients of float32 weights only."""
-    gradients = []
-    for precision in ("fp32", "fp16"):
-        model = adapted(gpt2_folder, precision).train()
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.SGD(trained, lr=0.0)
-        with train_model.autocast(torch.device("cpu"), precision):
-            logits, targets = train_model.scored_logits(model, one_row())
-            loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
-    assert functional.cosine_similarity(*gradients, dim=0) > 0.999
+    assert seen == {torch.float32}
+    assert logits.dtype == torch.float16
 
 
 def test_adapters_learn_the_same_with_recomputed_activations(llama_folder, data_folder, tmp_path, rank_4, monkeypatch):
@@ -213,45 +195,17 @@ def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
         in_bfloat16(monkeypatch)
     flags = ("--max-steps", "7", "--learning-rate", "1e-2")
     whole = run(gpt2_folder, data_folder, tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(ZeroDivisionError):
-            run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
 
     # A checkpoint has the adapters and no copy of the base model, and names nobody who could be asked for one.
-    checkpoint = train_model.last_checkpoint(tmp_path / "killed-unfinished")
-    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
-    assert not json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"]
+    checkpoint = train_model.last_checkpoint(stopped(gpt2_folder, data_folder, tmp_path / "killed", *flags))
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert not (checkpoint / "model.safetensors").exists()
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert not config["base_model_name_or_path"]
 
     capsys.readouterr()
     continued = run(gpt2_folder, data_folder, tmp_path / "killed", *flags)
     assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     assert losses(continued) == losses(whole)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
-    assert weights[0] == weights[1]
-
-
-ADAPTED_DRIVER = DRIVER.replace(
-    "sys.exit",
-    """
-t.LORA_RANK = 4
-t.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]  # with recomputed activations
-sys.exit""",
-)
-
-
-def test_two_processes_train_the_adapters_of_one(rank_4, llama_folder, data_folder, tmp_path):
-    """Also with recomputed activations, which find no gradient twice."""
-    learn = ["--max-steps", "3", "--learning-rate", "1e-2"]
-    alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
-    (tmp_path / "driver.py").write_text(ADAPTED_DRIVER)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "driver.py"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [*flags(llama_folder, data_folder, tmp_path / "together")[:-2], *learn]
-    process = start(*arguments, launcher=launcher, env=environment)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
-    assert together["plan"]["checkpointing"]
-    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    weights = (tmp_path / "killed" / "model.safetensors").read_bytes()
+    assert weights == (tmp_path / "whole" / "model.safetensors").read_bytes()

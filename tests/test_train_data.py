@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import conversations
 from torch.nn import functional
-from training import TALK
+from training import TALK, settings_with
 
 import train_model
 
@@ -27,49 +27,41 @@ def marked(tokenizer, messages) -> list[tuple[str, bool]]:
     return runs
 
 
-def test_plain_template_scores_answers_and_their_end(gpt2_folder):
-    assert marked(train_model.load_tokenizer(gpt2_folder), TALK) == [
+USER = "<|im_start|>user\n"
+ASSISTANT = "<|im_start|>assistant\n"
+END = "<|im_end|>"
+THOUGHT = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
+HI = f"{USER}hi{END}\n{ASSISTANT}"
+SO = f"{USER}so?{END}\n{ASSISTANT}"
+SCORED = {
+    "plain": [
         ("User: hi\nAssistant:", False),
         (" hello<|endoftext|>", True),
         ("\nUser: so?\nAssistant:", False),
         (" bread <3<|endoftext|>", True),
         ("\n", False),
-    ]
-
-
-def test_chatml_template_scores_answers_and_their_end(llama_folder):
-    assert marked(train_model.load_tokenizer(llama_folder), TALK) == [
-        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", False),
-        ("hello<|im_end|>", True),
-        ("\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("bread <3<|im_end|>", True),
+    ],
+    "ChatML": [(HI, False), (f"hello{END}", True), (f"\n{SO}", False), (f"bread <3{END}", True), ("\n", False)],
+    "the author speaks first": [(ASSISTANT, False), (f"hello{END}", True), ("\n", False)],
+    "earlier turns are rewritten": [
+        (HI, False),
+        (f"[thought]hello{END}", True),
+        (f"\n{HI}hello{END}\n{SO}", False),
+        (f"[thought]bread <3{END}", True),
         ("\n", False),
-    ]
+    ],
+}
 
 
-def test_an_author_who_speaks_first_is_scored(llama_folder):
-    assert marked(train_model.load_tokenizer(llama_folder), TALK[1:2]) == [
-        ("<|im_start|>assistant\n", False),
-        ("hello<|im_end|>", True),
-        ("\n", False),
-    ]
-
-
-def test_a_template_that_rewrites_earlier_turns_loses_none(llama_folder):
-    tokenizer = train_model.load_tokenizer(llama_folder)
-    thought = "{% if loop.last and message['role'] == 'assistant' %}{{ '[thought]' }}{% endif %}"
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "'\n' + message['content']", f"'\n' }}}}{thought}{{{{ message['content']"
-    )
-    start, end = "<|im_start|>", "<|im_end|>\n"
-    first, second = f"{start}user\nhi{end}{start}assistant\n", f"{start}user\nso?{end}{start}assistant\n"
-    assert marked(tokenizer, TALK) == [
-        (first, False),
-        ("[thought]hello<|im_end|>", True),
-        ("\n" + first + "hello" + end + second, False),
-        ("[thought]bread <3<|im_end|>", True),
-        ("\n", False),
-    ]
+@pytest.mark.parametrize("case", SCORED)
+def test_answers_and_their_end_are_scored(case, gpt2_folder, llama_folder):
+    tokenizer = train_model.load_tokenizer(gpt2_folder if case == "plain" else llama_folder)
+    if case == "earlier turns are rewritten":
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "'\n' + message['content']", f"'\n' }}}}{THOUGHT}{{{{ message['content']"
+        )
+    messages = TALK[1:2] if case == "the author speaks first" else TALK
+    assert marked(tokenizer, messages) == SCORED[case]
 
 
 TURN = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -82,58 +74,33 @@ PROMPT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
         # The turn ends in plain text: the end of text is added, and every word is scored.
         (
             f"{TURN} + '\n' }}}}{PROMPT}' }}}}{{% endif %}}",
-            [("hello\n<|im_end|>", True), ("bread <3\n<|im_end|>", True)],
+            ["hello\n<|im_end|>", "bread <3\n<|im_end|>"],
         ),
         # Two control tokens close a turn: the first one is the end, the second is the template's.
         (
             f"{TURN} + '<|im_end|><|endoftext|>' }}}}{PROMPT}' }}}}{{% endif %}}",
-            [("hello<|im_end|>", True), ("bread <3<|im_end|>", True)],
+            ["hello<|im_end|>", "bread <3<|im_end|>"],
         ),
         # The prompt opens a thought that finished turns lack: the model is trained as it will be asked.
         (
             f"{TURN} + '<|im_end|>\n' }}}}{PROMPT}[thought]' }}}}{{% endif %}}",
-            [("hello<|im_end|>", True), ("bread <3<|im_end|>", True)],
+            ["hello<|im_end|>", "bread <3<|im_end|>"],
         ),
         # Control tokens before what is said close nothing.
         (
             "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|endoftext|>' + m['content'] + '<|im_end|>' }}"
             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
-            [("<|endoftext|>hello<|im_end|>", True), ("<|endoftext|>bread <3<|im_end|>", True)],
+            ["<|endoftext|>hello<|im_end|>", "<|endoftext|>bread <3<|im_end|>"],
         ),
     ],
 )
 def test_odd_templates_score_every_word_and_one_end(template, expected, llama_folder):
     tokenizer = train_model.load_tokenizer(llama_folder)
     tokenizer.chat_template = template
-    runs = marked(tokenizer, TALK)
-    assert [run for run in runs if run[1]] == expected
+    (prompt, _), *runs = marked(tokenizer, TALK)
+    assert [text for text, is_scored in runs if is_scored] == expected
     asked = train_model.render(tokenizer, TALK[:1], add_generation_prompt=True)
-    assert runs[0][0] == asked  # trained as it will be asked
-
-
-def test_labels_of_a_window_are_its_scored_tokens(gpt2_folder):
-    tokenizer = train_model.load_tokenizer(gpt2_folder)
-    rows = train_model.make_rows([train_model.conversation_tokens(tokenizer, TALK[:2])], 64, 8)
-    labels = [None if label == -100 else tokenizer.decode([label]) for label in rows[0]["labels"]]
-    scored = [label for label in labels if label is not None]
-    assert "".join(scored) == " hello<|endoftext|>"
-    assert labels[: len(labels) - len(scored) - 1] == [None] * (len(labels) - len(scored) - 1)
-
-
-def test_control_tokens_in_a_post_stay_words(llama_folder):
-    tokenizer = train_model.load_tokenizer(llama_folder)
-    post = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a <|im_end|> b <|endoftext|> c"}]
-    ids, scored = train_model.conversation_tokens(tokenizer, post)
-    ends = [token for token, counts in zip(ids, scored, strict=True) if counts and token in tokenizer.all_special_ids]
-    assert ends == [tokenizer.eos_token_id]
-
-
-def test_template_of_the_data_and_of_the_prompt_agree(gpt2_folder, llama_folder):
-    for folder in (gpt2_folder, llama_folder):
-        tokenizer = train_model.load_tokenizer(folder)
-        prompt = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True)["input_ids"]
-        ids, scored = train_model.conversation_tokens(tokenizer, TALK[:2])
-        assert ids[: scored.index(True)] == prompt
+    assert prompt == asked  # trained as it will be asked
 
 
 @given(
@@ -143,73 +110,81 @@ def test_template_of_the_data_and_of_the_prompt_agree(gpt2_folder, llama_folder)
 )
 @settings(deadline=None)
 def test_each_scored_token_is_scored_once(answers, context, overlap):
-    scored = [flag for asked, answered in answers for flag in [False] * asked + [True] * answered]
-    ids = list(range(len(scored)))
-    windows = list(train_model.cut(ids, scored, 7, context, overlap))
-    labels = [label for window in windows for label in window.labels if label != -100]
-    assert labels == [token for token, counts in zip(ids, scored, strict=True) if counts]
-    for number, window in enumerate(windows):
-        assert len(window.ids) == len(window.labels) <= context and window.conversation == 7
-        first = next(place for place, label in enumerate(window.labels) if label != -100)
-        assert first >= (1 if number == 0 else 0) and window.ids[first] == window.labels[first]
+    scored = []
+    for asked, answered in answers:
+        scored += [False] * asked + [True] * answered
+    windows = list(train_model.cut(list(range(len(scored))), scored, 7, context, overlap))
+
+    labels = []
+    for window in windows:
+        assert len(window.ids) == len(window.labels) <= context
+        assert window.conversation == 7
+        own = [place for place, label in enumerate(window.labels) if label != -100]
+        assert [window.ids[place] for place in own] == [window.labels[place] for place in own]
+        labels += [window.labels[place] for place in own]
+    assert labels == [token for token, counts in enumerate(scored) if counts]
 
 
 @given(lengths=st.lists(st.integers(1, 64), max_size=60))
 @settings(deadline=None)
 def test_packing_keeps_every_window_whole(lengths):
-    windows = [
-        train_model.Window([number] * length, [number] * length, number) for number, length in enumerate(lengths)
-    ]
-    groups = train_model.pack(windows, 64)
-    assert sorted(window.conversation for group in groups for window in group) == list(range(len(lengths)))
-    assert all(sum(len(window.ids) for window in group) <= 64 for group in groups)
+    windows = [train_model.Window([0] * length, [0] * length, number) for number, length in enumerate(lengths)]
+    packed = []
+    for group in train_model.pack(windows, 64):
+        assert sum(len(window.ids) for window in group) <= 64
+        packed += [window.conversation for window in group]
+    assert sorted(packed) == list(range(len(lengths)))
 
 
 def test_short_posts_share_rows(gpt2_folder, data_folder):
     tokenizer = train_model.load_tokenizer(gpt2_folder)
     entries = train_model.read_conversations(data_folder / "train_data.jsonl")
     tokenized = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in entries]
-    packed, alone = (train_model.make_rows(tokenized, 64, 8, packed) for packed in (True, False))
+    packed = train_model.make_rows(tokenized, 64, 8)
+    alone = train_model.make_rows(tokenized, 64, 8, packed=False)
     assert len(packed) < 0.8 * len(alone)
-    assert train_model.scored_tokens(packed) == train_model.scored_tokens(alone) == sum(sum(s) for _, s in tokenized)
+    tokens = sum(sum(scored) for _, scored in tokenized)
+    assert train_model.scored_tokens(packed) == train_model.scored_tokens(alone) == tokens
 
 
 # ---------------------------------------------------------------------------- packed documents
 @pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
 def test_packed_documents_do_not_see_each_other(shape, request):
     folder = request.getfixturevalue(shape)
-    tokenizer, model = train_model.load_tokenizer(folder), train_model.load_for_training(folder).eval()
-    posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(3, words=8)]
-    row = train_model.make_rows(posts, 200, 8)[0]
-    assert len(set(row["conversation"])) == 3
-    batch = train_model.collate([row])
+    model = train_model.load_for_training(folder).eval()
+    posts = train_model.tokenize(train_model.load_tokenizer(folder), conversations(3, words=8))
+    [row] = train_model.make_rows(posts, 200, 8)
+    order = list(dict.fromkeys(row["conversation"]))
+    assert len(order) == 3
+
+    alone = []
     with torch.no_grad():
-        packed, _ = train_model.scored_logits(model, batch)
-        alone = [
-            train_model.scored_logits(model, train_model.collate([one]))[0]
-            for one in (
-                train_model.make_rows([posts[number]], 200, 8)[0] for number in dict.fromkeys(row["conversation"])
-            )
-        ]
+        packed, _ = train_model.scored_logits(model, train_model.collate([row]))
+        for number in order:
+            rows = list(train_model.make_rows([posts[number]], 200, 8))
+            logits, _ = train_model.scored_logits(model, train_model.collate(rows))
+            alone.append(logits)
     assert torch.allclose(packed, torch.cat(alone), atol=1e-4)
     assert train_model.keeps_documents_apart(model)
 
 
 def test_losses_are_exact(gpt2_folder):
     """Against the plainest computation there is: each post alone, whole, in the model's own forward."""
-    tokenizer, model = train_model.load_tokenizer(gpt2_folder), train_model.load_for_training(gpt2_folder).eval()
-    posts = [train_model.conversation_tokens(tokenizer, entry["messages"]) for entry in conversations(6, words=20)]
+    model = train_model.load_for_training(gpt2_folder).eval()
+    posts = train_model.tokenize(train_model.load_tokenizer(gpt2_folder), conversations(6, words=20))
     measured = train_model.conversation_losses(model, train_model.make_rows(posts, 200, 8))
     for (ids, scored), nats in zip(posts, measured, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0]
-        expected = functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
-        assert nats == pytest.approx(expected[torch.tensor(scored[1:])].sum().item(), abs=1e-3)
+        losses = functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        expected = losses[torch.tensor(scored[1:])].sum()
+        assert nats == pytest.approx(expected.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 64, 150])
 def test_the_loss_and_its_gradient_are_those_of_cross_entropy(tokens):
-    logits, targets = torch.randn(tokens, 40, requires_grad=True), torch.arange(tokens) % 40
+    logits = torch.randn(tokens, 40, requires_grad=True)
+    targets = torch.arange(tokens) % 40
     loss = train_model.SummedCrossEntropy.apply(logits, targets) * 0.3
     expected = functional.cross_entropy(logits, targets, reduction="sum") * 0.3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -236,24 +211,26 @@ def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folde
     assert layers and set(layers) == {0.25}
 
 
-def test_float16_with_loss_scaling_gives_the_gradients_of_float32(gpt2_folder):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_float16_with_loss_scaling_gives_the_gradients_of_float32(rank, gpt2_folder):
     """As far as a CPU allows: Trainer refuses float16 there, so the scaler is driven by hand."""
-    model, device = train_model.load_for_training(gpt2_folder).train(), torch.device("cpu")
     batch = train_model.collate([{"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}])
-    scaler, optimizer, gradients = torch.amp.GradScaler("cpu"), torch.optim.SGD(model.parameters(), lr=0.0), {}
+    gradients = []
     for precision in ("fp32", "fp16"):
-        optimizer.zero_grad()
-        with train_model.autocast(device, precision):
+        model = train_model.load_for_training(gpt2_folder)
+        if rank:
+            model = train_model.add_adapters(model, precision, settings_with(lora_rank=rank))
+        trained = [weight for weight in model.train().parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in trained} == {torch.float32}
+        scaler = torch.amp.GradScaler("cpu")
+        with train_model.autocast(torch.device("cpu"), precision):
             logits, targets = train_model.scored_logits(model, batch)
             loss = train_model.SummedCrossEntropy.apply(logits, targets) / 4096
         assert logits.dtype == (torch.float16 if precision == "fp16" else torch.float32)
         scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        gradients[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        scaler.step(optimizer)
-        scaler.update()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert functional.cosine_similarity(*gradients.values(), dim=0) > 0.9999
+        scaler.unscale_(torch.optim.SGD(trained, lr=0.0))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
+    assert functional.cosine_similarity(*gradients, dim=0) > (0.999 if rank else 0.9999)
 
 
 def test_float16_keeps_the_gradient_of_rare_tokens():

@@ -3,10 +3,10 @@
 import argparse
 import errno
 import io
-import json
 import math
 import os
 import resource
+import shutil
 import stat
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import conversations
 from training import flags, model_folder, run, start
 from transformers import AutoModelForCausalLM
 
@@ -23,37 +22,27 @@ import train_model
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
-def broken(folder: Path, *, train: str | None = None, val: str | None = None) -> Path:
-    good = json.dumps(conversations(1)[0]) + "\n"
-    folder.mkdir()
-    (folder / "train_data.jsonl").write_text(good * 3 if train is None else train)
-    (folder / "val_data.jsonl").write_text(good if val is None else val)
-    return folder
+TURN = '{"messages": [{"role": "user", "content": "x"}%s]}\n'
+BROKEN = [
+    (
+        "train",
+        '{"messages": [{"role": "assistant", "content": "x"}]}\n{"messages": [\n',
+        "line 2 holds no conversation",
+    ),
+    ("train", TURN % "", "line 1 holds no conversation"),
+    ("val", TURN % ', {"role": "assistant", "content": ""}', "line 1 holds no conversation"),
+    ("val", TURN % ', {"role": "assistant", "content": "\\ud83d"}', "line 1 holds no conversation"),
+    ("val", TURN % ', {"role": 3, "content": "x"}', "line 1 holds no conversation"),
+    ("val", "", "val_data.jsonl is empty"),
+]
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (
-            {"train": '{"messages": [{"role": "assistant", "content": "x"}]}\n{"messages": [\n'},
-            "line 2 holds no conversation",
-        ),
-        ({"train": '{"messages": [{"role": "user", "content": "x"}]}\n'}, "line 1 holds no conversation"),
-        (
-            {"val": '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}\n'},
-            "line 1 holds no conversation",
-        ),
-        (
-            {"val": '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\\ud83d"}]}\n'},
-            "line 1 holds no conversation",
-        ),
-        ({"val": '{"messages": [{"role": 3, "content": "x"}]}\n'}, "line 1 holds no conversation"),
-        ({"val": ""}, "val_data.jsonl is empty"),
-    ],
-)
-def test_broken_data_is_named(files, message, gpt2_folder, tmp_path):
+@pytest.mark.parametrize(("split", "text", "message"), BROKEN)
+def test_broken_data_is_named(split, text, message, gpt2_folder, data_folder, tmp_path):
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    (data / f"{split}_data.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
-        run(gpt2_folder, broken(tmp_path / "data", **files), tmp_path / "model")
+        run(gpt2_folder, data, tmp_path / "model")
 
 
 def test_missing_things_are_one_sentence(gpt2_folder, data_folder, tmp_path):
@@ -163,17 +152,15 @@ def test_json_gets_no_number_that_it_cannot_hold():
     }
 
 
-@pytest.mark.parametrize("flag", ["--learning-rate=nan", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"])
+@pytest.mark.parametrize(
+    "flag", ["--learning-rate=nan", "--learning-rate=high", "--learning-rate=inf", "--epochs=inf", "--max-steps=-1"]
+)
 def test_numbers_out_of_range_are_one_sentence(flag):
+    name, value = flag.split("=")
     with pytest.raises(
-        SystemExit, match=rf"^train_model.py: argument {flag.split('=')[0]}: '.*' must be .*a (whole )?number"
+        SystemExit, match=rf"^train_model.py: argument {name}: '{value}' must be (\"auto\" or )?a (whole )?number"
     ):
         train_model.main([flag])
-
-
-def test_a_word_that_is_no_rate_is_one_sentence():
-    with pytest.raises(SystemExit, match="'high' must be \"auto\" or a number above 0"):
-        train_model.main(["--learning-rate", "high"])
 
 
 def test_a_full_disk_leaves_the_old_model(gpt2_folder, data_folder, tmp_path):
@@ -197,16 +184,17 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(gpt2_folder, data_
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
     ],
-    ids=["of the card", "of cuBLAS", "of the computer"],
+    ids=["of the card", "of cuBLAS", "at the start of cuBLAS", "of the computer"],
 )
 def test_out_of_memory_names_the_settings(error, gpt2_folder, data_folder, tmp_path, monkeypatch):
     def starved(*_, **__):
         raise error
 
     monkeypatch.setattr(train_model, "scored_logits", starved)
-    with pytest.raises(SystemExit, match="run the same command again, which makes a new plan"):
+    with pytest.raises(SystemExit, match="run the same command again, which makes a new plan and continues"):
         run(gpt2_folder, data_folder, tmp_path / "model")
 
 

@@ -16,10 +16,11 @@ from training import (
     losses,
     make_checkpoint,
     make_noise,
+    nine_updates,
     run,
     start,
-    stop_at,
     stopped_and_continued,
+    stopped_run,
     train_this_way,
 )
 
@@ -30,7 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(number, gpt2_folder, data_folder, tmp_path, capsys):
-    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
     process = start(*flags(gpt2_folder, data_folder, tmp_path / "killed"))
     for line in process.stderr:
         if "update 5/9" in line:
@@ -43,7 +43,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(number, gpt2
     capsys.readouterr()
     continued = run(gpt2_folder, data_folder, tmp_path / "killed", "--max-steps", "9")
     assert "Continuing the run that stopped after update" in capsys.readouterr().err
-    assert losses(continued) == losses(whole)
+    assert losses(continued) == losses(nine_updates(gpt2_folder, data_folder))
 
 
 def test_a_stopped_run_with_8_bit_averages_ends_as_if_nothing_had_happened(
@@ -62,19 +62,10 @@ def test_a_stopped_run_with_8_bit_averages_ends_as_if_nothing_had_happened(
             loaded.extend(value.dtype for value in averages.values() if torch.is_tensor(value))
 
     monkeypatch.setattr(train_model.BlogTrainer, "_load_optimizer_and_scheduler", watched)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *more)
     assert losses(continued) == losses(whole)
     # The MLP's weights are large enough to have theirs in one byte each.
     assert {torch.uint8, torch.float32} <= set(loaded)
-
-
-def unfinished_run(base: Path, data: Path, output: Path, monkeypatch) -> Path:
-    """The folder of a run that died in its sixth update."""
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(ZeroDivisionError):
-            run(base, data, output, "--max-steps", "9")
-    return output.with_name(output.name + "-unfinished")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,7 +85,7 @@ OTHER_RUNS = [
 def test_only_fresh_throws_an_unfinished_run_away(
     flag, setting, message, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
-    unfinished = unfinished_run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch)
+    unfinished = shutil.copytree(stopped_run(gpt2_folder, data_folder), tmp_path / "model-unfinished")
     before = contents(unfinished)
     if setting and setting[0] == "OTHER DATA":
         data_folder = shutil.copytree(data_folder, tmp_path / "data")
@@ -113,13 +104,8 @@ def test_only_fresh_throws_an_unfinished_run_away(
 
 
 def change_state(**values):
-    """A state of the same size in bytes as the one that is noted."""
-
     def change(path: Path) -> None:
-        text = json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values})
-        path.write_text(text, encoding="utf-8")
-        sizes = json.loads((path.parent / "complete").read_text(encoding="utf-8"))
-        (path.parent / "complete").write_text(json.dumps({**sizes, path.name: len(text)}), encoding="utf-8")
+        path.write_bytes(json.dumps({**json.loads(path.read_bytes()), **values}).encode())
 
     return change
 
@@ -127,38 +113,45 @@ def change_state(**values):
 DAMAGED = [
     ("run.json", cut_in_half, "run.json cannot be read"),
     ("run.json", lambda path: path.write_text("[]"), "run.json cannot be read"),
-    ("rates.json", lambda path: path.write_text("{"), ""),
-    ("checkpoint-5/trainer_state.json", cut_in_half, "cannot be continued"),
-    ("checkpoint-5/trainer_state.json", change_state(global_step=9), "cannot be continued"),
-    ("checkpoint-5/trainer_state.json", change_state(log_history=[]), "cannot be continued"),
-    ("checkpoint-5/trainer_state.json", change_state(stateful_callbacks=5), "cannot be continued"),
-    ("checkpoint-5/trainer_state.json", change_state(of_another_version=1), "cannot be continued"),
-    ("checkpoint-5/complete", lambda path: path.write_text(""), "cannot be continued"),
-    ("checkpoint-5/optimizer.pt", cut_in_half, "optimizer.pt is cut or missing"),
-    ("checkpoint-5/optimizer.pt", make_noise, "optimizer.pt is damaged"),
-    ("checkpoint-5/scheduler.pt", Path.unlink, "scheduler.pt is cut or missing"),
-    ("checkpoint-5/rng_state.pth", make_noise, "rng_state.pth is damaged"),
-    ("checkpoint-5/model.safetensors", cut_in_half, "model.safetensors is cut or missing"),
-    ("checkpoint-5/model.safetensors", make_noise, "model.safetensors is damaged"),
+    ("checkpoint-5/trainer_state.json", cut_in_half, "trainer_state.json is damaged or missing"),
+    ("checkpoint-5/trainer_state.json", change_state(global_step=9), "trainer_state.json is not its state"),
+    ("checkpoint-5/trainer_state.json", change_state(log_history=[]), "trainer_state.json is not its state"),
+    ("checkpoint-5/trainer_state.json", change_state(stateful_callbacks=5), "trainer_state.json is damaged"),
+    ("checkpoint-5/trainer_state.json", change_state(of_another_version=1), "trainer_state.json is damaged"),
+    ("checkpoint-5/complete", lambda path: path.write_text(""), "complete is damaged or missing"),
+    ("checkpoint-5/optimizer.pt", cut_in_half, "optimizer.pt is damaged or missing"),
+    ("checkpoint-5/optimizer.pt", make_noise, "optimizer.pt is damaged or missing"),
+    ("checkpoint-5/scheduler.pt", Path.unlink, "scheduler.pt is damaged or missing"),
+    ("checkpoint-5/rng_state.pth", make_noise, "rng_state.pth is damaged or missing"),
+    ("checkpoint-5/model.safetensors", cut_in_half, "model.safetensors is damaged or missing"),
+    ("checkpoint-5/model.safetensors", make_noise, "model.safetensors is damaged or missing"),
 ]
 
 
-@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["again", "fresh"])
 @pytest.mark.parametrize(("name", "damage", "said"), DAMAGED)
 def test_what_is_damaged_of_an_unfinished_run_is_said_and_the_run_starts_over(
-    name, damage, said, fresh, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
+    name, damage, said, gpt2_folder, data_folder, tmp_path, capsys
 ):
-    unfinished = unfinished_run(gpt2_folder, data_folder, tmp_path / "model", monkeypatch)
-    (unfinished / "rates.json").write_text("{}")
+    unfinished = shutil.copytree(stopped_run(gpt2_folder, data_folder), tmp_path / "model-unfinished")
+    settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
+    identity = train_model.identity_of_run(settings, "fp32")
     damage(unfinished / name)
     capsys.readouterr()
+    train_model.open_unfinished(unfinished, identity, fresh=False, optimizer=OPTIMIZER)
+    assert said in capsys.readouterr().err
+    assert {path.name for path in unfinished.iterdir()} == {"run.json", "train_model.lock"}
+
+
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)], ids=["again", "fresh"])
+@pytest.mark.parametrize("name", ["run.json", "rates.json", "checkpoint-5/optimizer.pt"])
+def test_a_run_over_damaged_files_ends_as_a_whole_run(name, fresh, gpt2_folder, data_folder, tmp_path):
+    unfinished = shutil.copytree(stopped_run(gpt2_folder, data_folder), tmp_path / "model-unfinished")
+    (unfinished / name).write_text("{")
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", *fresh)
-    assert sum("loss" in entry for entry in report["log"]) == 9
-    if not fresh:
-        assert said in capsys.readouterr().err
+    assert losses(report) == losses(nine_updates(gpt2_folder, data_folder))
 
 
-BEGUN = train_model.Begun("adamw_torch_fused", int(8e9))
+OPTIMIZER = "adamw_torch_fused"
 
 
 def test_a_half_written_checkpoint_is_not_used(tmp_path):
@@ -178,7 +171,7 @@ def test_a_finished_run_that_was_not_cleared_away_is_not_continued(gpt2_folder, 
     make_checkpoint(unfinished / "checkpoint-9", 1.0)
     (unfinished / "rates.json").write_text('{"0.1": 1.0}')
     (unfinished / "run.json").write_text(json.dumps(identity))
-    train_model.open_unfinished(unfinished, {**identity, "seed": 7}, fresh=False, begun=BEGUN)
+    train_model.open_unfinished(unfinished, {**identity, "seed": 7}, fresh=False, optimizer=OPTIMIZER)
     assert [path.name for path in unfinished.iterdir()] == ["run.json"]
     assert not capsys.readouterr().err
 
@@ -187,24 +180,8 @@ def test_every_setting_is_part_of_the_identity_of_a_run(gpt2_folder, data_folder
     """But for those that are named as making no difference; so a new setting cannot be forgotten."""
     settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
     before = train_model.identity_of_run(settings, "bf16")
-    assert set(before) == {
-        "base_model",
-        "context_tokens",
-        "dropout",
-        "epochs",
-        "evaluations_per_epoch",
-        "learning_rate",
-        "lora_rank",
-        "max_steps",
-        "overlap_tokens",
-        "patience",
-        "precision",
-        "rows_per_update",
-        "seed",
-        "train_sha256",
-        "val_sha256",
-        "warmup_share",
-    }
+    others = set(vars(settings)) - train_model.NOT_IN_THE_IDENTITY
+    assert set(before) == others | {"train_sha256", "val_sha256"}
     for name in vars(settings):
         changed = train_model.identity_of_run(replace(settings, **{name: data_folder}), "bf16")
         differ = [key for key in before if changed[key] != before[key]]
@@ -216,12 +193,18 @@ def test_a_checkpoint_of_float16_is_not_continued_in_bfloat16(gpt2_folder, data_
     settings = train_model.parse_arguments(flags(gpt2_folder, data_folder, tmp_path / "model"))
     settings = replace(settings, precision="auto")
     unfinished = tmp_path / "model-unfinished"
-    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
+    train_model.open_unfinished(
+        unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, optimizer=OPTIMIZER
+    )
     make_checkpoint(unfinished / "checkpoint-5", None)
 
     settings = replace(settings, precision="fp16")
-    train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, begun=BEGUN)
+    train_model.open_unfinished(
+        unfinished, train_model.identity_of_run(settings, "fp16"), fresh=False, optimizer=OPTIMIZER
+    )
     assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=re.escape("had PRECISION = 'fp16' (now 'bf16')")):
-        train_model.open_unfinished(unfinished, train_model.identity_of_run(settings, "bf16"), fresh=False, begun=BEGUN)
+        train_model.open_unfinished(
+            unfinished, train_model.identity_of_run(settings, "bf16"), fresh=False, optimizer=OPTIMIZER
+        )
     assert (unfinished / "checkpoint-5").exists()

@@ -1,12 +1,16 @@
 """train_model.py: the search for a learning rate."""
 
+import functools
+from pathlib import Path
+
 import pytest
-from training import losses, run, stop_at, stopped_and_continued
+from training import KEPT, losses, run, stopped, stopped_and_continued
 
 import train_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
+LEARN = ("--max-steps", "9", "--learning-rate", "auto")
 TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
 
 
@@ -14,6 +18,12 @@ TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
 def tries(monkeypatch) -> None:
     monkeypatch.setattr(train_model, "RATES_TO_TRY", TRIED)
     monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", TRIED)
+
+
+@functools.cache
+def found_rate(base: Path, data: Path) -> dict:
+    """The report of a whole run that tries these."""
+    return run(base, data, Path(KEPT.name, "found"), *LEARN)
 
 
 def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
@@ -57,8 +67,7 @@ def test_adapters_are_tried_at_rates_of_their_own(gpt2_folder, data_folder, tmp_
 def test_a_run_killed_in_its_trials_tries_only_what_is_left(
     gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
 ):
-    more = ("--max-steps", "9", "--learning-rate", "auto")
-    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
+    whole = found_rate(gpt2_folder, data_folder)
     tried = []
     try_rate = train_model.try_rate
 
@@ -70,10 +79,10 @@ def test_a_run_killed_in_its_trials_tries_only_what_is_left(
 
     monkeypatch.setattr(train_model, "try_rate", dying_at_the_second)
     with pytest.raises(SystemExit, match="Stopped: run the same command again; it continues"):
-        run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+        run(gpt2_folder, data_folder, tmp_path / "killed", *LEARN)
     assert not (tmp_path / "killed").exists()
 
-    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *more)
+    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *LEARN)
     assert tried == [1e-4, 1e-2, 1e-2, 1e30]
     assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
 
@@ -81,19 +90,14 @@ def test_a_run_killed_in_its_trials_tries_only_what_is_left(
 def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
     gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
 ):
-    more = ("--max-steps", "9", "--learning-rate", "auto")
-    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *more)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", monkeypatch, *more)
+    whole = found_rate(gpt2_folder, data_folder)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
     assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
 
 
 def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
-    learn = ("--max-steps", "9", "--learning-rate", "auto")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(ZeroDivisionError):
-            run(gpt2_folder, data_folder, tmp_path / "model", *learn)
+    stopped(gpt2_folder, data_folder, tmp_path / "model", *LEARN)
 
     tried = []
 
@@ -102,5 +106,5 @@ def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, 
         return trial.settings.learning_rate
 
     monkeypatch.setattr(train_model, "try_rate", remember)
-    run(gpt2_folder, data_folder, tmp_path / "model", *learn, "--fresh")
+    run(gpt2_folder, data_folder, tmp_path / "model", *LEARN, "--fresh")
     assert tried == list(TRIED)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from tiny import conversations, make_model_folder, write_jsonl
-from training import DRIVER, SCRIPT, TALK, flags, losses, run, start, stop_at, train_this_way
+from training import DRIVER, SCRIPT, TALK, flags, losses, nine_updates, run, start, stopped, train_this_way
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -18,36 +18,33 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
     report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
     names = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {
-        "model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-    } <= names
-    assert {"README.md", "training_report.json", "loss_curve.png"} <= names
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert {"chat_template.jinja", "README.md", "training_report.json", "loss_curve.png"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
-        AutoTokenizer.from_pretrained(tmp_path / "model"),
-    )
-    assert model.config.use_cache and model.config.activation_function == "gelu_new"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.use_cache
+    assert model.config.activation_function == "gelu_new"
     assert model.config.n_ctx == 256  # without which llama.cpp's converter stops
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
-    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id] and model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert model.generation_config.do_sample
     inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**inputs, max_new_tokens=5).shape[1] <= inputs["input_ids"].shape[1] + 5
 
-    assert report["data"]["train"]["conversations"] == 40 and report["data"]["train"]["private"] == 14
-    assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
-    val = report["data"]["val"]
-    bits = report["best"]["eval_loss"] * val["author_tokens"] / math.log(2) / val["author_bytes"]
-    assert report["best"]["eval_bits_per_byte"] == pytest.approx(bits)
+    trained = report["data"]["train"]
+    held_out = report["data"]["val"]
+    best = report["best"]
+    assert trained["conversations"] == 40
+    assert trained["private"] == 14
+    assert best["eval_loss"] < report["base"]["eval_loss"]
+    bits = best["eval_loss"] * held_out["author_tokens"] / math.log(2) / held_out["author_bytes"]
+    assert best["eval_bits_per_byte"] == pytest.approx(bits)
     output = capsys.readouterr()
     assert "it learned. It" in output.out
-    assert f"{report['data']['train']['author_tokens']:,} scored an epoch" in output.err
+    assert f"{trained['author_tokens']:,} scored an epoch" in output.err
 
 
 def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_folder, tmp_path):
@@ -57,29 +54,25 @@ def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("rows_at_once", [2, 4])
-def test_an_update_is_the_same_however_many_rows_go_through_at_once(
-    rows_at_once, gpt2_folder, data_folder, tmp_path, monkeypatch
-):
+def test_an_update_is_the_same_however_many_rows_go_through_at_once(gpt2_folder, data_folder, tmp_path, monkeypatch):
     """Over more than an epoch, so that rows which only fill up the last update are among them."""
     flags = ("--epochs", "2", "--learning-rate", "1e-2")
-    one_by_one = run(gpt2_folder, data_folder, tmp_path / "one-by-one", *flags)
-    train_this_way(monkeypatch, rows_at_once=rows_at_once)
-    together = run(gpt2_folder, data_folder, tmp_path / "together", *flags)
-    assert together["plan"]["rows_at_once"] == rows_at_once
-    assert together["plan"]["accumulation"] * rows_at_once == one_by_one["plan"]["accumulation"]
-    assert losses(one_by_one) == pytest.approx(losses(together), abs=1e-4)
+    one_by_one = run(gpt2_folder, data_folder, tmp_path / "model", *flags)
+    for rows_at_once in (2, 4):
+        train_this_way(monkeypatch, rows_at_once=rows_at_once)
+        together = run(gpt2_folder, data_folder, tmp_path / "model", *flags)
+        plan = together["plan"]
+        assert plan["rows_at_once"] == rows_at_once
+        assert plan["accumulation"] * rows_at_once == one_by_one["plan"]["accumulation"]
+        assert losses(one_by_one) == pytest.approx(losses(together), abs=1e-4)
 
 
 def test_a_run_goes_on_with_other_rows_at_once_as_on_another_card(
     gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
 ):
-    whole = run(gpt2_folder, data_folder, tmp_path / "whole", "--max-steps", "9")
-    with monkeypatch.context() as patch:
-        train_this_way(patch, rows_at_once=4)
-        stop_at(patch, 5)
-        with pytest.raises(ZeroDivisionError):
-            run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
+    whole = nine_updates(gpt2_folder, data_folder)
+    train_this_way(monkeypatch, rows_at_once=4)
+    stopped(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
     capsys.readouterr()
     train_this_way(monkeypatch, rows_at_once=2)
     moved = run(gpt2_folder, data_folder, tmp_path / "moved", "--max-steps", "9")
@@ -103,11 +96,11 @@ def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_p
     """BLOOM has a row for each window, so more updates than the plan before loading says."""
     base = make_model_folder(tmp_path / "base", "bloom", False, n_head=2, n_layer=2)
     report = run(base, data_folder, tmp_path / "model", "--epochs", "1")
-    plans = re.findall(r"([\d,]+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
-    assert len(plans) == 2 and int(plans[0][0]) < int(plans[1][0])
-    updates = report["log"][-1]["step"]
-    assert int(plans[1][1]) == updates > int(plans[0][1])
-    measured = [entry["step"] for entry in report["log"] if "eval_loss" in entry]
+    plans = re.findall(r"(\d+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
+    [(rows, fewer), (more_rows, updates)] = [map(int, plan) for plan in plans]
+    assert rows < more_rows
+    assert fewer < updates == report["log"][-1]["step"]
+    measured = [entry["step"] for entry in train_model.evaluations(report["log"])]
     assert measured == [0, math.ceil(updates / 2), updates]
 
 
@@ -142,28 +135,37 @@ def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkey
 
 
 # ---------------------------------------------------------------------------- several processes
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2", "--standalone")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0")
+# With recomputed activations, which find no gradient twice.
+ADAPTED = "import train_model as t\nt.LORA_RANK = 4\nt.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]\n"
+
+
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        ("torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-        ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"),
-    ],
-    ids=["torchrun", "accelerate launch"],
+    ("launcher", "prepare", "rank"),
+    [(TORCHRUN, "", 0), (ACCELERATE, "", 0), (TORCHRUN, ADAPTED, 4)],
+    ids=["torchrun", "accelerate launch", "adapters"],
 )
-def test_two_processes_give_the_losses_of_one(launcher, gpt2_folder, data_folder, tmp_path):
+def test_two_processes_give_the_losses_of_one(
+    launcher, prepare, rank, llama_folder, data_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_model, "LORA_RANK", rank)
     learn = ["--max-steps", "3", "--learning-rate", "auto"]
-    alone = run(gpt2_folder, data_folder, tmp_path / "alone", *learn)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    launcher = ("-m", *launcher, str(tmp_path / "driver.py"))
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "together")[:-2], *learn]
-    process = start(*arguments, launcher=launcher, env=environment)
+    alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
+    (tmp_path / "driver.py").write_text(prepare + DRIVER)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    arguments = [*flags(llama_folder, data_folder, tmp_path / "together")[:-2], *learn]
+    process = start(*arguments, launcher=("-m", *launcher, str(tmp_path / "driver.py")), env=environment)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert output.count("Validation") == 1 and errors.count("update 3/3  train") == 1
+    assert output.count("Validation") == 1
+    assert errors.count("update 3/3  train") == 1
     assert errors.count("is the best and is used") == 1
+
     together = json.loads((tmp_path / "together" / "training_report.json").read_text())
+    assert together["plan"]["checkpointing"] == bool(prepare)
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    assert together["learning_rate"]["used"] == alone["learning_rate"]["used"]
-    tried = [report["learning_rate"]["bits_per_byte_of_tried"] for report in (together, alone)]
-    assert tried[0] == pytest.approx(tried[1], abs=1e-5)
+    rate = together["learning_rate"]
+    assert rate["used"] == alone["learning_rate"]["used"]
+    assert rate["bits_per_byte_of_tried"] == pytest.approx(alone["learning_rate"]["bits_per_byte_of_tried"], abs=1e-5)

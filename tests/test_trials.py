@@ -1,80 +1,67 @@
 """LEARNING_RATE = "auto" in train_model.py: what the trials cost, and what they are."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from training import run, settings_with
 
 import train_model
 
 
-def run_of(updates: int, held_out_rows: int, rows_per_update: int = 8, length: int = 512) -> train_model.Run:
-    """A run of so many updates, with an evaluation after every fourth."""
-
-    def rows(count: int) -> Dataset:
-        return Dataset.from_dict({"input_ids": [[1] * length] * count, "labels": [[1] * length] * count})
-
-    settings = replace(train_model.parse_arguments([]), rows_per_update=rows_per_update)
+def run_of(updates: int, held_out_rows: int) -> train_model.Run:
+    """A run of so many updates of 8 rows, with an evaluation after every fourth."""
+    row = {"input_ids": [1] * 512, "labels": [1] * 512}
+    rows_of = {
+        "train": Dataset.from_list([row] * 40),
+        "val": Dataset.from_list([row] * held_out_rows),
+    }
     plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 2, 4, 4, parameters=0, updates=updates)
     data = {"val": {"author_bytes": 1000 * held_out_rows}}
-    return train_model.Run(settings, Path(), plan, {"train": rows(40), "val": rows(held_out_rows)}, data)
+    return train_model.Run(settings_with(rows_per_update=8), Path(), plan, rows_of, data)
 
 
 def cost(run: train_model.Run) -> float:
     """In rows: three passes through those of an update, one through those of an evaluation."""
-    evaluations = 1 + run.plan.updates / run.plan.evaluate_every
-    held_out = len(run.rows_of["val"])
-    return 3 * run.plan.updates * run.settings.rows_per_update + evaluations * held_out
+    plan = run.plan
+    trained = plan.updates * run.settings.rows_per_update
+    evaluations = 1 + plan.updates / plan.evaluate_every
+    return 3 * trained + evaluations * len(run.rows_of["val"])
 
 
 @pytest.mark.parametrize("held_out_rows", [1, 5, 40, 400])
 @pytest.mark.parametrize("updates", [12, 24, 50, 500])
 def test_the_trials_cost_a_quarter_of_the_run_at_most(updates, held_out_rows):
-    run = run_of(updates, held_out_rows)
-    trial = train_model.shortened(run, times=3)
-    assert 3 * (cost(trial) - len(trial.rows_of["val"])) <= 0.25 * cost(run)  # no trial measures the base model
+    whole = run_of(updates, held_out_rows)
+    trial = train_model.shortened(whole, times=3)
+    plan = trial.plan
+    held_out = len(trial.rows_of["val"])
+    own_cost = cost(trial) - held_out  # no trial measures the base model
+    assert 3 * own_cost <= 0.25 * cost(whole)
 
-    assert 2 <= trial.plan.updates == trial.settings.max_steps <= 5
-    assert trial.plan.rows_at_once * trial.plan.accumulation == trial.settings.rows_per_update
-    assert trial.data["val"]["author_bytes"] == pytest.approx(1000 * len(trial.rows_of["val"]))
+    assert 2 <= plan.updates <= 5
+    assert plan.updates == trial.settings.max_steps
+    assert plan.rows_at_once * plan.accumulation == trial.settings.rows_per_update
+    assert trial.data["val"]["author_bytes"] == pytest.approx(1000 * held_out)
 
 
-def test_a_long_run_has_trials_of_five_whole_updates_that_all_held_out_posts_measure():
-    trial = train_model.shortened(run_of(updates=500, held_out_rows=40), times=3)
-    assert (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"])) == (5, 8, 40)
-
-
-def test_a_run_of_an_update_has_trials_that_learn():
-    trial = train_model.shortened(run_of(updates=1, held_out_rows=3), times=3)
-    assert (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"])) == (2, 2, 1)
+@pytest.mark.parametrize(("updates", "held_out_rows", "size"), [(500, 40, (5, 8, 40)), (1, 3, (2, 2, 1))])
+def test_trials_of_a_long_and_of_the_shortest_run(updates, held_out_rows, size):
+    trial = train_model.shortened(run_of(updates, held_out_rows), times=3)
+    assert (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"])) == size
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_training")
 def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tmp_path, monkeypatch, capsys):
     """With a schedule of its own: each rate's bits are those of a run of so many updates, also of the second one."""
-    for name, value in {"CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8, "ROWS_PER_UPDATE": 4, "PRECISION": "fp32"}.items():
-        monkeypatch.setattr(train_model, name, value)
     monkeypatch.setattr(train_model, "RATES_TO_TRY", (1e-3, 1e-2))
     monkeypatch.setattr(train_model, "TRIALS_SHARE", 10)  # whole updates, and all held-out posts
 
-    def run(name: str, *flags: str) -> dict:
-        folder = [
-            "--base-model",
-            str(gpt2_folder),
-            "--data-dir",
-            str(data_folder),
-            "--output-dir",
-            str(tmp_path / name),
-        ]
-        assert train_model.main(["--cpu", *folder, *flags]) == 0
-        return json.loads((tmp_path / name / "training_report.json").read_text())
-
-    found = run("found", "--max-steps", "6", "--learning-rate", "auto")
+    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "6", "--learning-rate", "auto")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
     assert said[0] == "rate     each of 0.001, 0.01 has a trial of 5 updates of 4 rows, from the same start"
     assert said[2].endswith(" bits per byte on posts it never saw, 2 of 2 tried, 0 s left")
-    short = run("short", "--max-steps", "5", "--learning-rate", "1e-2")
+    short = run(gpt2_folder, data_folder, tmp_path / "short", "--max-steps", "5", "--learning-rate", "1e-2")
     measured = train_model.evaluations(short["log"])[-1]["eval_bits_per_byte"]
     assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured

@@ -1,10 +1,11 @@
 """Training runs for tests: whole ones, killed ones, and settings that make them small and exact."""
 
+import functools
 import json
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,19 +23,21 @@ TALK = [
 ]
 
 
+# Short windows, float32, a known rate: fast on a CPU and comparable to the last digit.
+SMALL = {
+    "CONTEXT_TOKENS": 64,
+    "OVERLAP_TOKENS": 8,
+    "ROWS_PER_UPDATE": 4,
+    "PRECISION": "fp32",
+    "CHECKPOINT_MINUTES": 0,
+    "LEARNING_RATE": 1e-4,
+}
+
+
 @pytest.fixture
-def small_training(monkeypatch):
-    """Short windows, float32, a known rate: fast on a CPU and comparable to the last digit."""
-    monkeypatch.setattr(train_model, "CONTEXT_TOKENS", 64)
-    monkeypatch.setattr(train_model, "OVERLAP_TOKENS", 8)
-    monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
-    monkeypatch.setattr(train_model, "PRECISION", "fp32")
-    monkeypatch.setattr(train_model, "CHECKPOINT_MINUTES", 0)
-    monkeypatch.setattr(train_model, "LEARNING_RATE", 1e-4)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def small_training(monkeypatch) -> None:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(train_model, name, value)
 
 
 def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
@@ -63,10 +66,9 @@ def rank_4(monkeypatch):
     monkeypatch.setattr(train_model, "LORA_RANK", 4)
 
 
-DRIVER = """
+DRIVER = f"""
 import sys, train_model as t
-t.CONTEXT_TOKENS, t.OVERLAP_TOKENS, t.ROWS_PER_UPDATE, t.PRECISION, t.CHECKPOINT_MINUTES = 64, 8, 4, "fp32", 0
-t.LEARNING_RATE = 1e-4
+vars(t).update({SMALL})
 sys.exit(t.main(sys.argv[1:]))
 """
 
@@ -103,12 +105,33 @@ def stop_at(monkeypatch, update: int) -> None:
     monkeypatch.setattr(train_model.BlogTrainer, "training_step", dying)
 
 
-def stopped_and_continued(base: Path, data: Path, output: Path, monkeypatch, *more: str) -> dict:
-    with monkeypatch.context() as patch:
+def stopped(base: Path, data: Path, output: Path, *more: str) -> Path:
+    """The unfinished folder of a run that died in its sixth update."""
+    with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 5)
         with pytest.raises(ZeroDivisionError):
             run(base, data, output, *more)
+    return output.with_name(output.name + "-unfinished")
+
+
+def stopped_and_continued(base: Path, data: Path, output: Path, *more: str) -> dict:
+    stopped(base, data, output, *more)
     return run(base, data, output, *more)
+
+
+KEPT = tempfile.TemporaryDirectory()  # for runs that several tests look at
+
+
+@functools.cache
+def nine_updates(base: Path, data: Path) -> dict:
+    """The report of a whole run of nine updates."""
+    return run(base, data, Path(KEPT.name, "whole"), "--max-steps", "9")
+
+
+@functools.cache
+def stopped_run(base: Path, data: Path) -> Path:
+    """The unfinished folder of the same run, which died in its sixth update; to be copied, not changed."""
+    return stopped(base, data, Path(KEPT.name, "stopped"), "--max-steps", "9")
 
 
 def cut_in_half(path: Path) -> None:
@@ -124,7 +147,7 @@ def make_checkpoint(folder: Path, best_metric: float | None) -> None:
     state = {"best_metric": best_metric, "global_step": int(folder.name.split("-")[1]), "stateful_callbacks": {}}
     state = json.dumps({**state, "log_history": [{"eval_loss": 1.0}]})
     (folder / "trainer_state.json").write_text(state)
-    (folder / "complete").write_text(json.dumps({"trainer_state.json": len(state)}))
+    (folder / "complete").write_text('["trainer_state.json"]')
 
 
 def model_folder(path: Path, content: str, **more: str) -> Path:
