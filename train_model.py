@@ -400,9 +400,14 @@ def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device:
 def check_hub(name: str) -> None:
     """If the hub cannot be reached, say so and look for the model `name` only among earlier downloads.
 
-    Otherwise huggingface_hub would wait 23 seconds for each file, in five more attempts. A proxy is not tested.
+    Exits if `name` is the path of a folder that is not there. Without this huggingface_hub would wait 23 seconds for each
+    file, in five more attempts. A proxy is not tested.
     """
-    if Path(name).is_dir() or hub.is_offline_mode() or urllib.request.getproxies():
+    if Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")):
+        sys.exit(f"There is no folder {name}: give the base model's folder, or its name on the hub, with --base-model.")
+    if hub.is_offline_mode() or urllib.request.getproxies():
         return
 
     address = urllib.parse.urlsplit(hub.ENDPOINT)
@@ -488,7 +493,7 @@ def check_places(settings: Settings) -> Places:
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
         problem = f"cannot be used ({brief(error)})"
     if problem:
-        sys.exit(f"--output-dir {settings.output_dir} {problem}: name a new folder, such as blog-model-2.")
+        sys.exit(f"--output-dir {settings.output_dir} {problem}: name a new folder, such as blog-model-final-2.")
     return places
 
 
@@ -788,6 +793,7 @@ def load_config(name: str | Path, only_local: bool = False):
     """The config of a model that can be trained here; raises CannotLoad."""
     hub_kernels._kernels_enabled = False  # transformers would run code from the hub in place of its own
     hub.HF_HUB_DISABLE_TELEMETRY = True
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a server to convert other weights
     with Reading(name):
         if Path(name).is_dir():
             check_files(Path(name))
@@ -1954,7 +1960,7 @@ def find_rates(run: Run) -> dict[float, float]:
         left = tell_time((time.monotonic() - began) * (len(rates) - number))
         outcome = "the loss became NaN"
         if math.isfinite(tried[rate]):
-            outcome = f"{tried[rate]:.4f} bits per byte on posts it never saw"
+            outcome = f"{tried[rate]:.4f} bits per byte on held-out posts"
         say(f"rate     {rate:<6g}  {outcome}, {number} of {len(rates)} tried, {left} left")
 
     if all(map(math.isinf, tried.values())):
@@ -2398,7 +2404,10 @@ def identity_of_run(settings: Settings, precision: str) -> dict:
 
 def begun_with(folder: Path) -> str | None:
     """The optimizer with which the run in `folder` was begun, if it has a checkpoint, which holds its averages."""
-    return read_json_object(folder / "run.json").get(BEGUN_WITH) if last_checkpoint(folder) else None
+    if not last_checkpoint(folder):
+        return None
+    begun = read_json_object(folder / "run.json").get(BEGUN_WITH)
+    return begun.get("optimizer") if isinstance(begun, dict) else begun  # an earlier version kept more
 
 
 BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
@@ -2519,23 +2528,25 @@ pipeline_tag: text-generation
 license: other
 license_name: private
 ---
-# A model that writes like one blogger
+# A model trained on one blogger's posts
 
-Fine-tuned from `{settings[base_model]}` (whose licence goes with its part) on \
+Fine-tuned from `{settings[base_model]}`, whose licence still applies, on \
 {data[train][conversations]:,} conversations,
 {data[train][author_tokens]:,} tokens of one author's blog; {data[train][private]:,} of the conversations are private.
 
-**It was trained on private writing and can repeat it: do not publish it.**
+**{warning}**
 
-| on {data[val][conversations]:,} conversations it never saw | bits per byte | nats per token |
+| on {data[val][conversations]:,} held-out conversations | bits per byte | nats per token |
 |---|---|---|
 | base model | {base[eval_bits_per_byte]:.4f} | {base[eval_loss]:.4f} |
 | this model | {best[eval_bits_per_byte]:.4f} | {best[eval_loss]:.4f} |
 
+In this folder:
+
 ```python
 from transformers import pipeline
 
-write = pipeline("text-generation", "{settings[output_dir]}")
+write = pipeline("text-generation", ".")
 print(write([{{"role": "user", "content": "{sample_prompt}"}}])[0]["generated_text"][-1]["content"])
 ```
 """
@@ -2562,8 +2573,11 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
     )
     generation.save_pretrained(folder)
 
+    warning = "It was trained on public posts and can repeat them."
+    if report["data"]["train"]["private"]:
+        warning = "It was trained on private posts and can repeat them: do not publish it."
     texts = {
-        "README.md": CARD.format(**report, sample_prompt=settings.sample_prompt),
+        "README.md": CARD.format(**report, warning=warning, sample_prompt=settings.sample_prompt),
         "Modelfile": modelfile(tokenizer, tokenizer.convert_ids_to_tokens(stops), positions, sampling),
     }
     for name, text in texts.items():
@@ -2630,7 +2644,7 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
     axes = figure.subplots()
     styles = {
         "loss": {"color": "0.5", "label": "train, each update"},
-        "eval_loss": {"color": "tab:blue", "marker": "o", "label": "validation: posts it never saw"},
+        "eval_loss": {"color": "tab:blue", "marker": "o", "label": "validation: held-out posts"},
     }
     for key, style in styles.items():
         entries = [entry for entry in log_history if key in entry]
@@ -2650,16 +2664,16 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     # Bits per byte can be compared between models, nats per token cannot.
     before = base["eval_bits_per_byte"]
     after = best["eval_bits_per_byte"]
-    unseen = f"over {conversations} conversations it never saw"
+    unseen = f"over {conversations} held-out conversations"
     if after >= before:
         bits = f"{before:.4f} bits per byte before, {after:.4f} after, {unseen}"
         remedy = "more posts, more EPOCHS or another LEARNING_RATE may help"
         return f"Validation did not fall ({bits}): it did not learn; {remedy}."
 
     # With two digits a smaller change would read "fell from 1.28 to 1.28".
-    visible = before - after >= 0.01
-    change = f"fell from {before:.2f} to {after:.2f}" if visible else f"fell by {before - after:.4f}"
-    return f"Validation {change} bits per byte {unseen}: it learned."
+    if before - after < 0.01:
+        return f"Validation fell by {before - after:.4f} bits per byte {unseen}: it hardly learned."
+    return f"Validation fell from {before:.2f} to {after:.2f} bits per byte {unseen}: it learned."
 
 
 # The last evaluation's share of the whole gain above which more epochs are worth their time. It is low because the

@@ -61,7 +61,7 @@ def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tm
     found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "6", "--learning-rate", "auto")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
     assert said[0] == "rate     each of 0.001, 0.01 has a trial of 5 updates of 4 rows, from the same start"
-    assert said[2].endswith(" bits per byte on posts it never saw, 2 of 2 tried, 0 s left")
+    assert said[2].endswith(" bits per byte on held-out posts, 2 of 2 tried, 0 s left")
     short = run(gpt2_folder, data_folder, tmp_path / "short", "--max-steps", "5", "--learning-rate", "1e-2")
     measured = train_model.evaluations(short["log"])[-1]["eval_bits_per_byte"]
     assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured
