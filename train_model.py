@@ -400,8 +400,8 @@ def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device:
 def check_hub(name: str) -> None:
     """If the hub cannot be reached, say so and look for the model `name` only among earlier downloads.
 
-    Exits if `name` is the path of a folder that is not there. Without this huggingface_hub would wait 23 seconds for each
-    file, in five more attempts. A proxy is not tested.
+    Exits if `name` is the path of a folder that is not there. Without this huggingface_hub would wait 23 seconds for
+    each file, in five more attempts. A proxy is not tested.
     """
     if Path(name).is_dir():
         return
