@@ -2,7 +2,7 @@
 
     python benchmarks/bench_recipes.py --base-model sample/model --data-dir data [--rates 2e-5 1e-4 2e-4 auto]
         [--epochs 3] [--posts 18 6] [--name kevquirk] [--words 3000] [--dropouts 0.1] [--overlaps 64] [--ranks 0 16 64]
-        [--seeds 42 43 44] [--first-version] [--bits-alone]
+        [--seeds 42 43 44] [--bits-alone]
 
 `--posts 18 6` takes the first 18 conversations to train on and the first 6 held-out ones: a smaller blog. `--name` is
 what the author is called in sample/strangers/README.md, to be left out of the crowd. A rate is a number, or "auto",
@@ -12,19 +12,14 @@ settings of `--dropouts` and `--overlaps` one by one, at the rate given last.
 Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
 a fortieth of its size (REPORT_SIZE = 0.025), for what is given away: tries until the likeliest 12 tokens that were
 trained on have an even chance to come out. Last `--words` words, which the report's reader judges, who knows all
-training posts of the whole blog. `--bits-alone` leaves the two last out, and
-a first row gives the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
-
-`--first-version` adds a row for the first version of this project, which held its weights in bfloat16, cut every post
-at 512 tokens and took the loss over prompt and answer alike; it gets the same posts, rate and number of updates, and is
-measured by train_model.py's exact evaluation. Prints a table.
+training posts of the whole blog; `--bits-alone` leaves the two last out. A
+first row gives the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
-import math
 import multiprocessing
 import shutil
 import sys
@@ -35,19 +30,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    logging,
-)
+from transformers import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_reader import judge, write
-from bench_train import hardware, peak_gigabytes, stock_rows
+from bench_train import hardware, peak_gigabytes
 
 import test_model
 import train_model
@@ -183,61 +170,6 @@ def base_voice(args: argparse.Namespace) -> Outcome:
         return Outcome("base model", taken=voice_of(args, model))
 
 
-class Measure(TrainerCallback):
-    """Held-out bits per byte before training and after every epoch, by the exact evaluation of train_model.py."""
-
-    def __init__(self, rows, bytes_scored: int):
-        self.rows = rows
-        self.bytes_scored = bytes_scored
-        self.bits = []
-
-    def measure(self, model) -> None:
-        model.eval()
-        nats = train_model.conversation_losses(model, self.rows).sum()
-        self.bits.append(nats / math.log(2) / self.bytes_scored)
-
-    def on_train_begin(self, args, state, control, model, **_):
-        self.measure(model)
-
-    def on_epoch_end(self, args, state, control, model, **_):
-        self.measure(model)
-
-
-def first_recipe(args: argparse.Namespace, data: Path, rate: float) -> Outcome:
-    """The first version's recipe, in as many updates as train_model.py makes of the same posts."""
-    logging.set_verbosity_error()
-    tokenizer = train_model.load_tokenizer(args.base_model)
-    conversations = {split: train_model.read_conversations(data / f"{split}_data.jsonl") for split in SPLITS}
-    tokenized = {split: train_model.tokenize(tokenizer, entries) for split, entries in conversations.items()}
-    settings = train_model.parse_arguments([])
-    ours = {}
-    for split, entries in tokenized.items():
-        ours[split] = train_model.make_rows(entries, 512, settings.overlap_tokens)
-    measure = Measure(ours["val"], train_model.author_bytes(conversations["val"]))
-
-    rows, _ = stock_rows(tokenizer, conversations["train"])
-    updates_per_epoch = math.ceil(len(ours["train"]) / settings.rows_per_update)
-    arguments = TrainingArguments(
-        output_dir="/nonexistent",
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, round(len(rows) / updates_per_epoch)),
-        num_train_epochs=args.epochs,
-        learning_rate=rate,
-        warmup_steps=0.1,
-        bf16=True,
-        use_cpu=True,
-        seed=args.seeds[0],
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    model = AutoModelForCausalLM.from_pretrained(args.base_model, trust_remote_code=False, dtype=torch.bfloat16)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    with contextlib.redirect_stdout(sys.stderr):
-        Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[measure]).train()
-    return Outcome(f"first version, {rate}", measure.bits)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", required=True)
@@ -252,7 +184,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overlaps", type=int, nargs="*", default=[])
     parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="LORA_RANK; 0 trains the whole model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="every row once with each")
-    parser.add_argument("--first-version", action="store_true")
     parser.add_argument("--bits-alone", action="store_true", help="no report and no voice: gains only")
     return parser.parse_args()
 
@@ -278,8 +209,6 @@ def main() -> None:
     with smaller_blog(args.data_dir, args.posts) as data:
         if not args.bits_alone:
             print(apart(base_voice, args).line(args.epochs), flush=True)
-        if args.first_version:
-            print(apart(first_recipe, args, data, args.rates[0]).line(args.epochs), flush=True)
         for (rate, others), seed in itertools.product(tries, args.seeds):
             print(apart(our_recipe, args, data, rate, seed, others).line(args.epochs), flush=True)
 
