@@ -12,8 +12,8 @@ settings of `--dropouts` and `--overlaps` one by one, at the rate given last.
 Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
 a fortieth of its size (REPORT_SIZE = 0.025), for what is given away: tries until the likeliest 12 tokens that were
 trained on have an even chance to come out. Last `--words` words, which the report's reader judges, who knows all
-training posts of the whole blog; `--bits-alone` leaves the two last out. A
-first row gives the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
+training posts of the whole blog; `--bits-alone` leaves the two last out. A first row gives the voice of the base model.
+Minutes are those of the training, gigabytes the most that it took.
 """
 
 import argparse
