@@ -945,10 +945,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 # ---------------------------------------------------------------------------- conversations
 def check_data_folder(folder: Path) -> None:
     """Exits if the data files are not those that extraction_report.json was written with, if there is one."""
-    hashes = read_json_object(folder / "extraction_report.json").get("sha256") or {}
+    hashes = read_json_object(folder / "extraction_report.json").get("sha256")
     for name in DATA_FILES.values():
         path = folder / name
-        if path.is_file() and hashes.get(name) not in (None, file_hash(path)):
+        expected = hashes.get(name) if isinstance(hashes, dict) else None
+        if expected and path.is_file() and expected != file_hash(path):
             sys.exit(
                 f"{path} is not the file that extraction_report.json beside it was written with: run "
                 'extract_blog_data.py again (or, after changing it by hand, take "sha256" out of the report).'
@@ -2407,7 +2408,7 @@ def begun_with(folder: Path) -> str | None:
     if not last_checkpoint(folder):
         return None
     begun = read_json_object(folder / "run.json").get(BEGUN_WITH)
-    return begun.get("optimizer") if isinstance(begun, dict) else begun  # an earlier version kept more
+    return begun if isinstance(begun, str) else None
 
 
 BEGUN_WITH = "begun_with"  # key in run.json, beside those of the identity
