@@ -2986,6 +2986,9 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     return rows
 
 
+NAMES_SHOWN = 5
+
+
 def drop_other_authors(posts: list[Post], settings: Settings):
     """Leaves out what others wrote; if nobody has one of the names in the settings, says so and leaves out nothing."""
     # A name that nobody has is probably the settings' example; with it every signed post would be left out. The cases
@@ -2997,6 +3000,7 @@ def drop_other_authors(posts: list[Post], settings: Settings):
         say(f"No post or comment is by {names}, so every post is treated as yours. {remedy}")
         return
 
+    others = Counter()
     for post in posts:
         # A guest's post is dropped, but the author's replies below it stay.
         is_others = post.authors and not authors.intersection(post.authors)
@@ -3004,6 +3008,15 @@ def drop_other_authors(posts: list[Post], settings: Settings):
             leave_out(post, "other authors")
             post.detail = ", ".join(post.authors)
             post.reason = "" if post.replies else "other author"
+            others.update(post.authors)
+
+    # A mistyped name would otherwise cost these posts without a word.
+    unsigned = authors.difference(*[post.authors for post in posts])
+    if others and unsigned:
+        names = " or ".join(f'"{name}"' for name in sorted(unsigned))
+        theirs = ", ".join(f'{number:,} by "{name}"' for name, number in others.most_common(NAMES_SHOWN))
+        theirs = without_blocked(theirs, settings.blocked_words)
+        say(f"No post is by {names}. Left out as other people's: {theirs}. Add your names to AUTHORS.")
 
 
 # ---------------------------------------------------------------- near-duplicates
@@ -3329,6 +3342,10 @@ def make_report(
     }
 
 
+# Of held-out posts, for the report's question "Is it you?": eleven chunks of 100 words (voice/style.py).
+WORDS_OF_READER = 1_100
+
+
 def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
     """A sentence where chance held out far more or fewer posts than the setting says."""
     total = sum(posts.values())
@@ -3338,7 +3355,7 @@ def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
         return []
 
     said = f"{held_out:,} of {total:,} posts are held out, {share:.0%} instead of {wanted:.0%}"
-    return [f"{said}: a hash of its name decides for each alone, so that a new one moves no other"]
+    return [f"{said}: chance decides for each post alone, so that a new one moves no other"]
 
 
 def count_unread(unread: list[Unread], settings: Settings) -> list[dict]:
@@ -3464,6 +3481,10 @@ def print_report(report: dict, data_dir: Path):
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
     lines += tell_share(report["posts"], report["validation_share"])
+    held_out = report["words"]["validation"]
+    if held_out < WORDS_OF_READER:
+        needed = f"test_model.py --report needs {WORDS_OF_READER:,} to tell whether the model sounds like you"
+        lines.append(f"{held_out:,} words are held out, and {needed}: more posts, or a larger VALIDATION_SHARE")
     lines.append(f"written to {data_dir}: {TRAIN_FILE}, {VALIDATION_FILE}, {REPORT_FILE} (lists every skipped file)")
     print_or_exit("\n".join(lines), f"the data are complete, and {data_dir / REPORT_FILE} has the numbers")
 

@@ -278,7 +278,8 @@ def answer_prompts(
     ended = sum(answer.ended for answer in answers)
     say(f"{ended} of {len(answers)} answers ended by themselves; {tokens:,} tokens, {tokens / seconds:.1f} a second.")
     if ended < len(answers) and not settings.raw:
-        say("The others reached their length (--max-new-tokens) and stop after a whole sentence; --raw shows the rest.")
+        which = "It" if len(answers) == 1 else "The others"
+        say(f"{which} reached the length (--max-new-tokens) and stopped at a whole sentence; --raw shows the rest.")
 
 
 def chat(

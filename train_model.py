@@ -2660,6 +2660,9 @@ def draw_curve(log_history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=180)
 
 
+FEW_HELD_OUT = 5  # conversations; as in the report, which then says that it cannot tell
+
+
 def verdict(base: dict, best: dict, conversations: int) -> str:
     """Whether the model learned, in one sentence; `base` and `best` are evaluations."""
     # Bits per byte can be compared between models, nats per token cannot.
@@ -2674,7 +2677,8 @@ def verdict(base: dict, best: dict, conversations: int) -> str:
     # With two digits a smaller change would read "fell from 1.28 to 1.28".
     if before - after < 0.01:
         return f"Validation fell by {before - after:.4f} bits per byte {unseen}: it hardly learned."
-    return f"Validation fell from {before:.2f} to {after:.2f} bits per byte {unseen}: it learned."
+    doubt = ", as far as so few can tell" if conversations < FEW_HELD_OUT else ""
+    return f"Validation fell from {before:.2f} to {after:.2f} bits per byte {unseen}: it learned{doubt}."
 
 
 # The last evaluation's share of the whole gain above which more epochs are worth their time. It is low because the

@@ -75,7 +75,7 @@ def test_a_folder_without_a_length_is_said(folder, tmp_path, capsys):
     assert said not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("longest", "answers"), [(200, 24), (400, 12), (1_500, 8)])
+@pytest.mark.parametrize(("longest", "answers"), [(200, 24), (400, 12), (1_500, 4)])
 def test_a_report_of_long_answers_begins_with_fewer(longest, answers, monkeypatch):
     monkeypatch.setattr(voice.asking, "request_tokens", lambda *_: [5])
     asked = []
@@ -156,7 +156,7 @@ def test_the_command_shows_the_rest_only_if_asked(flags, folder, tmp_path, write
     test_model.main(["--model-dir", str(folder), "--data-dir", str(tmp_path), "--prompt", "hi", *flags])
     out, err = capsys.readouterr()
     assert ("Bread" in out) == bool(flags)
-    assert ("stop after a whole sentence" in err) == (not flags)
+    assert ("stopped at a whole sentence" in err) == (not flags)
 
 
 # ---------------------------------------------------------------------------- from the user's own words

@@ -375,6 +375,16 @@ def test_other_authors_are_left_out_only_when_the_author_is_known(tmp_path, caps
     assert report["files_kept"] == 1
 
 
+def test_a_mistyped_author_is_said_with_the_posts_that_it_costs(tmp_path, capsys):
+    blog = write_blog(tmp_path / "blog", many_posts(2))
+    write_blog(blog, {"_posts/2006-01-01-a.md": post("words by one of three", author="Ann")})
+    write_blog(blog, {"_posts/2006-01-02-b.md": post("words by another of the three", author="Carla")})
+    run(tmp_path, "--public", str(blog), "--author", "Ann", "--author", "Karla")
+    said = capsys.readouterr()
+    assert 'No post is by "karla". Left out as other people\'s: 1 by "carla". Add your names' in said.err
+    assert "words are held out, and test_model.py --report needs 1,100" in said.out
+
+
 def test_a_post_in_two_repositories_is_kept_once_and_the_public_one_wins(tmp_path):
     words = [f"word{n}" for n in range(100)]
     edited = " ".join([*words[:98], "two", "more", "edits"])

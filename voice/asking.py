@@ -23,7 +23,7 @@ from voice.style import SAME_LANGUAGE, share_of_language
 from voice.word_index import LINE, WordIndex, author_texts, count_words, folded_words, posts_of
 
 ANSWERS_AT_ONCE = 24  # rows of a batch; more are hardly faster and need memory
-FIRST_ANSWERS = 8  # at least; until they are there, nobody knows how many are needed
+FIRST_ANSWERS = 4  # at least; until they are there, nobody knows how many are needed
 FIRST_TOKENS = 4_800  # of all of them at most, for a blog of long posts; 24 answers of 200 tokens
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; limits the loop for a model that writes less

@@ -72,7 +72,9 @@ def load_base(settings: Settings, device: torch.device, precision: str):
         place = str(folders[0]) if folders else name
         return load_model(place, held_in(settings.model_dir, precision), device)
     except CannotLoad as error:
-        say(f"Cannot load the base model {name} ({brief(error)}); skipping comparisons.")
+        reason = f" ({brief(error)})" if folders else ""
+        remedy = "set BASE_MODEL in test_model.py to its folder, or its name on the hub"
+        say(f"Cannot load the base model {name}{reason}: {remedy}. Skipping comparisons.")
         return None
 
 
