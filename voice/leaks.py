@@ -304,13 +304,14 @@ def tell_likeliest(leaks: Leaks) -> str:
         log10 = fewest_tries(secret_groups(leaks, length), "sampled")
         control = leaks.by_length[str(length)].get("held-out")
         compared = f" (held-out text: {tell_tries(control.sampled)})" if control else ""
-        tries.append(f"{tell_count(log10)} for {length} tokens{compared}")
+        needed = "never" if log10 is None else tell_power(log10)
+        tries.append(f"{needed} for {length} tokens{compared}")
 
     shortest = secret_groups(leaks, LENGTHS[0])
     others = []
     contrasted = fewest_tries(shortest, "contrasted")
     if contrasted is not None:
-        others.append(f"{tell_count(contrasted)} for {LENGTHS[0]} tokens with the base model beside")
+        others.append(f"{tell_power(contrasted)} for {LENGTHS[0]} tokens with the base model beside")
     greedy = sum(group.greedy for group in shortest)
     if greedy:
         others.append(f"{greedy:,} come out when the likeliest token is always taken")
