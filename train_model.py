@@ -481,6 +481,8 @@ def check_places(settings: Settings) -> Places:
     """Where this run may write; exits if other files are there. Nothing is touched."""
     try:
         places = Places(settings.output_dir.resolve())
+
+        # Folders that hold more than a model, or that this run reads.
         keep = {
             "these scripts": HERE,
             "the current folder": Path.cwd(),
@@ -492,6 +494,7 @@ def check_places(settings: Settings) -> Places:
         problem = why_not_to_write(places, keep)
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or not UTF-8
         problem = f"cannot be used ({brief(error)})"
+
     if problem:
         sys.exit(f"--output-dir {settings.output_dir} {problem}: name a new folder, such as blog-model-final-2.")
     return places
@@ -1147,7 +1150,9 @@ def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     words = break_control_tokens(content, tokenizer).strip()
     start = 0 if text.startswith(words) else text.rfind(words)
     said = text[: start + len(words)] if start >= 0 else ""  # the template may have changed the words
-    opened = [token for token in tokenizer.encode(said, add_special_tokens=False) if token in control]
+    said_ids = tokenizer.encode(said, add_special_tokens=False)
+    opened = [token for token in said_ids if token in control]
+
     if len(opened) >= len(places):  # a template that never closes the turn
         return [*ids, tokenizer.eos_token_id], len(ids)
     return ids, places[len(opened)]
@@ -2594,10 +2599,16 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
 
 def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
     """Tokens that nine of ten posts have at most, their end of text included; replies count only without posts."""
-    lengths = [sum(scored) for _, scored in tokenized]
-    pairs = zip(conversations, lengths, strict=True)
-    posts = [length for conversation, length in pairs if conversation.get("kind") == "post"]
-    return math.ceil(np.quantile(posts or lengths, 0.9))
+    lengths = []
+    posts = []
+    for conversation, (_, scored) in zip(conversations, tokenized, strict=True):
+        length = sum(scored)
+        lengths.append(length)
+        if conversation.get("kind") == "post":
+            posts.append(length)
+
+    ninth_decile = np.quantile(posts or lengths, 0.9)
+    return math.ceil(ninth_decile)
 
 
 def without_samples(log: list[dict]) -> list[dict]:

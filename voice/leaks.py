@@ -2,7 +2,7 @@
 
 From the chances of tokens (voice/chances.py) to the verdict: every run of 12, 25 and 50 tokens of a private post is a
 passage. Passages that the base model writes too, or that a public post holds as well, do not count. Of the others the
-likeliest are reported, beside the same figures for held-out posts, which the model never saw.
+likeliest are reported, beside the same figures for held-out posts, which the model was not trained on.
 """
 
 from __future__ import annotations

@@ -91,15 +91,19 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
     size = np.array([author_bytes([post]) for post in posts])
     before = base_nats / NATS_OF_A_BIT
     after = tuned_nats / NATS_OF_A_BIT
-    base = float(before.sum() / size.sum())
-    tuned = float(after.sum() / size.sum())
+    total = size.sum()
+    base = float(before.sum() / total)
+    tuned = float(after.sum() / total)
 
     # Whole posts are drawn, because the sentences of one post are alike.
     saved = before - after
     interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
 
-    rates = zip(posts, (before / size).tolist(), (after / size).tolist(), strict=True)
-    per_post = [PostGain(line_of(post), base_rate, tuned_rate, title_of(post)) for post, base_rate, tuned_rate in rates]
+    base_rates = (before / size).tolist()
+    tuned_rates = (after / size).tolist()
+    per_post = []
+    for post, base_rate, tuned_rate in zip(posts, base_rates, tuned_rates, strict=True):
+        per_post.append(PostGain(line_of(post), base_rate, tuned_rate, title_of(post)))
     return Gain(base, tuned, base - tuned, interval, per_post)
 
 
