@@ -94,8 +94,9 @@ from markdown.inlinepatterns import HtmlInlineProcessor
 
 # ---------------------------------------------------------------- settings
 # Paths are relative to this script's folder.
+# These three are somebody's: put your own folders and names here.
 PUBLIC_BLOGS = ["../judytuna-jekyll"]
-PRIVATE_BLOGS = ["../judytuna-private"]
+PRIVATE_BLOGS = ["../judytuna-private"]  # [] if there is none
 AUTHORS = ["judytuna"]  # names you sign posts and comments with; other people's posts are left out
 DATA_DIR = "data"
 
@@ -481,6 +482,12 @@ def say(text: str, end: str = "\n"):
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
         sys.stderr = None  # or Python would try again at exit
+
+
+def say_loading():
+    """In a terminal, what the first seconds pass with."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        say("Loading libraries ...")
 
 
 def print_or_exit(text: str, remedy: str, end: str = "\n"):
@@ -3296,7 +3303,7 @@ def errors_named(file: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- report
-MOST_ROWS = 5  # of what is not read
+MOST_ROWS = 5  # of a list in the summary
 FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
 MOST_LOSERS = 20  # posts of which the report says by kind what is left out
 
@@ -3475,7 +3482,9 @@ def print_report(report: dict, data_dir: Path):
     if others := sum(row["files"] for row in report["not_read"][MOST_ROWS:]):
         rows["not read: other folders (see the report)"] = others
     if 0 in report["blocked_words"]:
-        rows["private words found nowhere"] = report["blocked_words"].count(0)
+        # By their place in the setting: the terminal need not show them.
+        places = [str(place) for place, uses in enumerate(report["blocked_words"], start=1) if not uses]
+        rows[f"BLOCKED_WORDS found nowhere, number {' '.join(places[:MOST_ROWS])}"] = len(places)
 
     # Names on the left, numbers on the right.
     width = max(map(len, rows))

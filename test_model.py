@@ -53,6 +53,7 @@ from extract_blog_data import (
     parser_of,
     print_or_exit,
     say,
+    say_loading,
 )
 from voice.settings import ROOT, ROWS, Settings
 
@@ -136,6 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     hold_closed_streams()
     parse_arguments(None)  # --help and mistyped flags need no libraries
+    say_loading()
 
 import contextlib
 import textwrap
@@ -161,6 +163,7 @@ from voice.loading import (
     load_base,
     load_tuned,
     positions_of,
+    tell_changed_data,
     wanted_precision,
 )
 from voice.report import COLUMNS, make_report
@@ -197,6 +200,10 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
         say("This model overflows float16; generating in float32.")
         precision = "fp32"
         model = model.float()  # also where it was in half precision
+
+    changed = tell_changed_data(settings)
+    if changed and not args.chat:
+        say(changed)
 
     # The report needs losses in float32 first, so it converts the weights itself.
     if args.report:

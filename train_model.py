@@ -90,6 +90,7 @@ from extract_blog_data import (
     one_of,
     parser_of,
     print_or_exit,
+    say_loading,
     whole,
 )
 
@@ -243,6 +244,7 @@ def use_one_card() -> None:
 if __name__ == "__main__":
     hold_closed_streams()
     parse_arguments(None)  # --help and a wrong flag do not wait for the libraries
+    say_loading()
     use_one_card()  # bitsandbytes looks for cards when it is imported
 
 if sys.platform == "linux":

@@ -26,7 +26,7 @@ def chat(model_folder, monkeypatch, capsys, lines: str, *flags: str) -> list[str
 
 
 def test_chat_remembers_repeats_clears_writes_posts_and_goes_on(model_folder, prompts, monkeypatch, capsys):
-    lines = "hi\nso\n/again\n/begin the kettle\n/post Bread\n\n/clear\n/again\n/nonsense\n/quit\nnever\n"
+    lines = "hi\nso\n/again\n/begin the kettle\n/post Bread\n\n/clear\n/again\n/nonsense\n/post\n/quit\nnever\n"
     out, err = chat(model_folder, monkeypatch, capsys, lines)
     assert out == "one\ntwo\nthree\nfour\nfive\n"
     assert prompts == [
@@ -37,6 +37,7 @@ def test_chat_remembers_repeats_clears_writes_posts_and_goes_on(model_folder, pr
         'User: Write a blog post titled "Bread".\nAssistant:',
     ]
     assert "nothing to repeat" in err and err.count("/quit") == 2  # at the start and after /nonsense
+    assert "There is no /nonsense." in err and "/post needs a text behind it." in err
 
 
 def test_again_after_begin_goes_on_from_the_same_words(model_folder, prompts, monkeypatch, capsys):
@@ -94,7 +95,7 @@ def test_base_answers_the_same_question_and_is_not_remembered(model_folder, monk
 
 
 def answer_with(monkeypatch, texts: list[str]) -> None:
-    def stream(model, tokenizer, prompts, sampling, dice):
+    def stream(model, tokenizer, prompts, *_, **__):
         for _, text in zip(prompts, itertools.cycle(texts), strict=False):
             yield text, voice.sampling.Answer(text, [1], True)
 
@@ -132,7 +133,7 @@ def test_ctrl_c_ends_the_quiz_and_what_was_answered_counts(moment, model_folder,
     text = "words of the model " * 40
     typed = iter(["1"])
 
-    def stream(*_):
+    def stream(*_, **__):
         yield text, voice.sampling.Answer(text, [1], True)
         if moment == "writing":
             raise KeyboardInterrupt

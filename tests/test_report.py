@@ -55,6 +55,27 @@ def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, dat
     assert "No clear gain" in result["verdicts"]["learned"]
 
 
+def test_other_data_than_the_model_was_trained_on_are_said_before_and_in_the_report(
+    model_folder, data_folder, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    hashes = {
+        f"{split}_sha256": train_model.file_hash(data_folder / name) for split, name in train_model.DATA_FILES.items()
+    }
+    (folder / "training_report.json").write_text(json.dumps({"settings": hashes}))
+    assert report(folder, data_folder)["warning"] == ""
+
+    data = Path(shutil.copytree(data_folder, tmp_path / "data"))
+    posts = train_model.read_conversations(data / "train_data.jsonl")
+    write_jsonl(data / "train_data.jsonl", posts[1:])
+    capsys.readouterr()
+    warning = report(folder, data)["warning"]
+    assert warning.startswith("train_data.jsonl has changed since this model was trained")
+    out, err = capsys.readouterr()
+    assert warning in " ".join(out.split()) and warning in err
+    assert warning in html.unescape((folder / "voice_report.html").read_text())
+
+
 def test_a_folder_of_other_blogs_without_data_is_left_out_in_a_sentence(
     model_folder, data_folder, tmp_path, monkeypatch, capsys
 ):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 import extract_blog_data as extraction
@@ -169,6 +171,8 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
     most = max(ANSWERS_AT_ONCE, evidence.words // FEWEST_WORDS)
     source = itertools.islice(itertools.cycle(prompts), most)
 
+    # The time left is an upper bound: most answers are shorter. Only a terminal shows it.
+    progress = partial(tqdm, desc="  tokens", total=sampling.max_new_tokens, leave=False, disable=None)
     answers = []
     written = 0
     wanted = min(ANSWERS_AT_ONCE, max(FIRST_ANSWERS, FIRST_TOKENS // sampling.max_new_tokens))
@@ -176,11 +180,12 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
         batch = list(itertools.islice(source, wanted))
         if not batch:
             break
-        answers += whole_answers(model, tokenizer, batch, sampling, rng)
+        say(f"{name} model: writing {len(batch)} answers of at most {sampling.max_new_tokens:,} tokens")
+        answers += whole_answers(model, tokenizer, batch, sampling, rng, progress)
         written = count_words(answer.text for answer in answers)
-        say(f"{name} model: wrote {written:,} words of {evidence.words:,}")
 
         # No more answers than needed, if the next ones are as long as these.
         mean = max(written, 1) / len(answers)
         wanted = min(ANSWERS_AT_ONCE, math.ceil((evidence.words - written) / mean))
+    say(f"{name} model: wrote {written:,} words")
     return answers

@@ -47,8 +47,10 @@ class Chat:
             self.history.clear()
             return False
 
-        # Unknown, or a command without the text that it needs.
-        say(COMMANDS)
+        if command in ("/post", "/begin"):
+            say(f"{command} needs a text behind it.")
+        else:
+            say(f"There is no {command}. {COMMANDS}")
         return False
 
     def ask(self, text: str) -> bool:

@@ -134,6 +134,20 @@ def wanted_precision(settings: Settings) -> str:
     return settings.precision or (trained if trained in training.PRECISIONS else "auto")
 
 
+def tell_changed_data(settings: Settings) -> str:
+    """A sentence if the data are not those that the model was trained on; "" if they are, or if nobody knows."""
+    trained = run_settings(settings.model_dir)
+    for split, name in training.DATA_FILES.items():
+        path = settings.data_dir / name
+        known = name_in(trained, f"{split}_sha256")
+        if known and path.is_file() and training.file_hash(path) != known:
+            return (
+                f"{name} has changed since this model was trained: what is said about copies, leaks and held-out "
+                "posts is about other posts than those of its training. Run train_model.py again."
+            )
+    return ""
+
+
 def name_in(content: dict, key: str) -> str:
     """A text in a JSON object; "" if it is missing or something else."""
     value = content.get(key)

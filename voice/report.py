@@ -28,7 +28,7 @@ from voice import copies, habits, leaks, learned, reader
 from voice.asking import gather_evidence, run_model, without_root
 from voice.chances import chances_of_texts
 from voice.evidence import NO_BREAK, Evidence, NotMeasured, Section
-from voice.loading import base_name, load_base
+from voice.loading import base_name, load_base, tell_changed_data
 from voice.settings import Settings
 
 COLUMNS = 80  # of a terminal
@@ -83,6 +83,7 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
         base=base_name(settings) or "an unknown model",
         seed=evidence.seed,
         size=settings.report_size,
+        warning=tell_changed_data(settings),
         samples=sample_answers(evidence),
     )
     for question in QUESTIONS:
@@ -135,6 +136,7 @@ class Report:
     base: str
     seed: int
     size: float
+    warning: str = ""  # of everything below
     samples: list[tuple[str, list]] = field(default_factory=list)  # (request, pieces of the answer)
     numbers: dict[str, object] = field(default_factory=dict)  # by key of the question
     parts: list[Part] = field(default_factory=list)
@@ -160,6 +162,7 @@ class Report:
         """voice_report.json: numbers by question, and the verdicts; no post's text or name, and no answer."""
         model = Path(self.model).resolve().name
         content = {"model": model, "base": without_root(self.base), "seed": self.seed, "size": self.size}
+        content["warning"] = self.warning
         for key, numbers in self.numbers.items():
             content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.section.verdict for part in self.parts}
@@ -168,6 +171,7 @@ class Report:
     def as_text(self, explain: bool = False) -> str:
         """For the terminal: each verdict and its table, and if wanted what the table means; 80 columns at most."""
         lines = wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval")
+        lines += wrap(self.warning)
         for part in self.parts:
             lines.append("")
             lines += wrap(f"{part.question} {part.section.verdict}")

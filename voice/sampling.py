@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -266,18 +266,19 @@ def stream(
     rng: torch.Generator,
     begun: Sequence[int] = (),
     raw: bool = True,
+    progress: Callable = iter,
 ) -> Iterator[tuple[str, Answer | None]]:
     """(piece of text, the complete answer with its last piece, else None), one prompt after the other.
 
     All are generated together: the first answer is shown as it grows, the next one from where it is by then. `begun`
     are the tokens at the end of every prompt that are the beginning of the answer, and so of its text. Unless `raw`, an
-    answer that has no room to end loses the sentence in which it breaks off.
+    answer that has no room to end loses the sentence in which it breaks off. `progress` sees each step go by.
     """
     tokens = [[] for _ in prompts]
     is_complete = [False for _ in prompts]
     current = 0  # number of the answer that is being shown
     shown = ""  # of its text
-    for step in generate(model, prompts, sampling, rng):
+    for step in progress(generate(model, prompts, sampling, rng)):
         for number, token, is_last in step:
             tokens[number].append(token)
             is_complete[number] = is_last
@@ -305,10 +306,15 @@ def stream(
 
 
 def whole_answers(
-    model, tokenizer, prompts: list[list[int]], sampling: GenerationConfig, rng: torch.Generator
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: GenerationConfig,
+    rng: torch.Generator,
+    progress: Callable = iter,
 ) -> Iterator[Answer]:
     """The answers in the order of the prompts, each as soon as it and those before it are complete."""
-    for _, answer in stream(model, tokenizer, prompts, sampling, rng):
+    for _, answer in stream(model, tokenizer, prompts, sampling, rng, progress=progress):
         if answer is not None:
             yield answer
 
