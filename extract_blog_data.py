@@ -1096,8 +1096,8 @@ FUNCTION_WORD = re.compile(  # English, and some French, Spanish and German
     r"|so|that|the|they|this|to|un|und|une|was|we|were|what|with|you|your|\w+'\w+)\b"
 )
 CODE_SIGN = re.compile(r"[{};<>=$\\|@#_]|\w\(|//|::|->|^\s*(?:\.|-\w|sudo |\w+: )|\w[./]\w")
-# Guesses. Of 58 blocks of nine public blogs and the sample (judgements.py, benchmarks/README.md) they find 55 to be code, and 20 %
-# more or less changes one.
+# Guesses. Of 58 blocks of nine public blogs and the sample (judgements.py, see benchmarks/README.md) they find 55 to be
+# code, and 20 % more or less changes one.
 MOST_CODE_LINES = 0.2  # of the lines of verse or prose
 LEAST_WORDS = 4  # of a sentence in an argument or a capture; a guess
 LEAST_FUNCTION_WORDS = 0.15  # of the words of verse or prose; a word with an accent counts, too
@@ -1603,8 +1603,9 @@ AUTO_REPLY = "<AUTO-REPLY>"  # Pidgin's sign of an automatic answer
 # <name> at the start of a line, which HTML takes for an element: behind a time, or with a sign that no element has
 ANGLED = re.compile(rf"^((?:[(\[]?{STAMP}[)\]]?[ \t]*))?<(\w[^<>\n:/]{{0,29}})>(?=[ \t]+\S)|{AUTO_REPLY}", re.MULTILINE)
 
-# Guesses. The nine public blogs and the sample hold one chat and three interviews (judgements.py, benchmarks/README.md); 20 % more
-# or less, at least one, changes none to four posts. The tests have texts just on either side.
+# Guesses. The nine public blogs and the sample hold one chat and three interviews (judgements.py, see
+# benchmarks/README.md); 20 % more or less, at least one, changes none to four posts. The tests have texts just on
+# either side.
 LINES_BETWEEN = 4  # from one timed line of a chat to the next, that line included: long messages wrap
 LEAST_SPOKEN = 4  # lines of a chat without times; three may be a joke
 LEAST_SPEAKERS = 2  # who speak twice; a list of "eggs: two" has no name twice
@@ -1802,9 +1803,9 @@ LONG_URL = re.compile(
 )
 STARTS_A_LINE = re.compile(rf"{LIST_MARK}|{SAID.pattern}|{TIMED.pattern}")
 
-# When an editor broke the lines. Guesses; nobody has labelled the posts. On nine public blogs and the sample
-# (judgements.py, benchmarks/README.md; 1,460 texts) they find it in 395. 20 % more or less changes at most 8 of these, except for
-# LONGEST_LINE (all, if lines of exactly the width count as too long), SHORTEST_REACH (46 if larger) and
+# When an editor broke the lines. Guesses; nobody has labelled the posts. On nine public blogs and the sample (1,460
+# texts; judgements.py, see benchmarks/README.md) they find it in 395. 20 % more or less changes at most 8 of these,
+# except for LONGEST_LINE (all, if lines of exactly the width count as too long), SHORTEST_REACH (46 if larger) and
 # FULL_LINES_OF_FEW (62 if larger).
 NARROWEST = 52  # characters: columns of verse are narrower
 WIDEST = 140  # characters: paragraphs on one line are wider
