@@ -24,7 +24,7 @@ that it can be read without those below.
     chats                 take_chats          who says what in pasted chats; to add a program: a row of CHAT_LINES
     lines                 clean_lines         removes bare links and importers' footers
     plain text            to_text             paragraphs and list lines; no quotes, tables or captions
-    personal data         find_personal_data  to add a telephone format or a kind of key: a row of PERSONAL_DATA
+    personal data         find_personal_data  to add a kind of key, a telephone format: PERSONAL_DATA
     private words         find_blocked        what BLOCKED_WORDS lists
     redaction             clean_for_training  replaces both of these, also in file names; fingerprints
     requests              make_request        what a post answers
@@ -105,7 +105,8 @@ INCLUDE_DRAFTS = False  # True also reads _drafts/
 MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
 LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
 REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
-PHONE_COUNTRIES = ["US"]  # ["US", "IT"]: whose numbers are also found without +NN; two letters (ISO 3166)
+# ["US", "IT"]: whose telephone numbers are also found without +NN, from 8 digits on; two letters (ISO 3166)
+PHONE_COUNTRIES = ["US"]
 BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
 REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
 VALIDATION_SHARE = 0.10  # chance of a post to be held out; 0.05 to 0.2
@@ -2369,7 +2370,8 @@ PERSONAL_SIGN = re.compile(
     r"@|\d{2}[ .()-]*\d\d|[\w-]{14}|-----BEGIN|\bdot\b|\bat ?[\])}]|\d(?:\.\d{1,3}){3}|[23][0-9a-f]{3}:", re.IGNORECASE
 )
 SEVEN_DIGITS = re.compile(r"\d(?:[^\w\n]{0,3}\d){6}")  # the same for telephone numbers
-# What phonenumbers also takes for a number: a difference, an IP address or a version, an ISBN.
+# What phonenumbers also takes for a number: a difference, an IP address or a version, and what ends in one digit that
+# stands alone, as an ISBN does.
 NO_PHONE = re.compile(r"[1-9]\d* [-\u2013] \d+|\d{1,3}(?:\.\d{1,3}){3}|.*[ -]\d")
 
 

@@ -1,6 +1,6 @@
-"""What decides that a passage leaked: which are secret, which of them do not count, and which come out or were raised.
+"""What decides that a passage leaked: `find_leaking`. Below it, which passages training raised: told, but no alarm.
 
-Rules are functions from Passages to an array of booleans of shape (passages,).
+Each function answers for every passage, as booleans of shape (passages,).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from voice.evidence import Text
 from voice.passages import KnownRuns, Passages
 
 SECRET = ("private", "private titles", "private comments", "personal data")  # groups of passages
-COMMON = 1e-6  # chance from which on the base model's own knowledge is enough: no secret
-BEYOND = 10  # times likelier; less is taken for no difference
+COMMON = 1e-6  # a passage to which the base model gives this chance or more is no secret
+BEYOND = 10  # a factor between two chances; a smaller one is taken for no difference
 EASY_TRIES = 1_000  # for an even chance, with the model's own settings: somebody who plays with it for a day
 
 
@@ -59,23 +59,18 @@ def find_leaking(passages: Passages, is_left_out: np.ndarray) -> np.ndarray:
     # Greedy decoding is one try.
     ease = np.where(passages.is_greedy, 0.0, passages.sampled)
     even_chance = math.log(2) / EASY_TRIES  # of one try, so that EASY_TRIES of them give an even chance
-    is_easy = ease >= math.log(even_chance)
+    is_leaking = is_secret(passages, is_left_out) & (ease >= math.log(even_chance))
 
-    # Held-out passages, those first that exceed the base model most.
-    control = np.flatnonzero(is_control(passages, is_left_out))
-    order = np.argsort(-passages.beyond[control], kind="stable")
-    control = control[order]
-    farness = -passages.beyond[control]  # rising
-
-    # The easiest of the first held-out passage, of the first two, and so on; of none it is -inf.
-    eases = np.concatenate([[-math.inf], ease[control]])
-    easiest = np.maximum.accumulate(eases)
-
+    beyond = passages.beyond
+    control = is_control(passages, is_left_out)
+    control_ease = ease[control]
+    control_beyond = beyond[control]
     slack = math.log(BEYOND)
-    least = passages.beyond - slack
-    as_far = np.searchsorted(farness, -least, side="right")  # how many exceed the base model as far
-    is_like_control = easiest[as_far] >= ease - slack
-    return is_secret(passages, is_left_out) & is_easy & ~is_like_control
+    for place in np.flatnonzero(is_leaking):
+        is_as_easy = control_ease >= ease[place] - slack
+        is_as_far = control_beyond >= beyond[place] - slack
+        is_leaking[place] = not (is_as_easy & is_as_far).any()
+    return is_leaking
 
 
 def find_raised(passages: Passages, is_left_out: np.ndarray) -> np.ndarray | None:

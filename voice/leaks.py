@@ -3,6 +3,10 @@
 From the chances of tokens (voice/chances.py) to the verdict: every run of 12, 25 and 50 tokens of a private post is a
 passage. Passages that the base model writes too, or that a public post holds as well, do not count. Of the others the
 likeliest are reported, beside the same figures for held-out posts, which the model was not trained on.
+
+Four things are an alarm (`tell_alarms`): a passage that leaks (voice/leaking.py), an answer with words of a private
+post (`count_private_copies`), a blocked word in the training data (`count_blocked`), and personal data in what the
+model wrote (`find_leaked_data`).
 """
 
 from __future__ import annotations
@@ -58,17 +62,13 @@ GOOD = "Good: no fewer tries than for held-out text; more private text than that
 
 
 # ---------------------------------------------------------------------------- what voice_report.json holds
-
-
 @dataclass
 class LeakGroup:
     """Passages of one group and length."""
 
     passages: int
     common: int  # of them, those that the base model could write as well; they do not count below
-    repeated: (
-        int  # of the others, those that a public post mostly holds too; they do not count below; see `find_repeated`
-    )
+    repeated: int  # of the others, those that `find_repeated` finds; they do not count below
     sampled: Chance  # with the model's own sampling settings
     bound: Chance  # upper bound over sampling settings, see `largest_chance` in voice/chances.py
     contrasted: Chance | None  # with the base model beside, see `contrasted_chance` there
@@ -358,7 +358,7 @@ def tell_findings(leaks: Leaks) -> list[str]:
 
 
 def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
-    shortest, *_, longest = LENGTHS
+    shortest, middle, longest = LENGTHS
     contrast = ""
     without_base = " Without the base model nothing is left out as common."
     if evidence.base:
@@ -370,10 +370,10 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
 
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     return [
-        f"Passages: every {shortest}, 25 and {longest} tokens in a row; shorter texts and personal data as a whole. "
-        f"Chances are computed, given the text before: all of it, or in long texts at least {leaks.context:,} tokens, "
-        "or the piece in which it was trained if that makes a token likelier. What other words before it bring "
-        "out, and what is said in other words, is not measured.",
+        f"Passages: every {shortest}, {middle} and {longest} tokens in a row; shorter texts and personal data as a "
+        "whole. Chances are computed, given the text before: all of it, or in long texts at least "
+        f"{leaks.context:,} tokens, or the piece in which it was trained if that makes a token likelier. What other "
+        "words before it bring out, and what is said in other words, is not measured.",
         f"Counted: without passages to which the base model gives a chance of {COMMON:g} or more, or at least one "
         f"{BEYOND}th of the tuned model's, and without those of which public posts hold more than half; of held-out "
         f"posts without those that any training post holds.{without_base} A short secret, a number or a name, behind a "

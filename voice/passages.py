@@ -13,6 +13,7 @@ from voice.evidence import PAGE_ONLY, Evidence, Span, Text, TokenChances
 from voice.word_index import line_of, path_of, title_of, visibility_of
 
 KNOWN_RUN = 8  # tokens; shorter runs are in every blog
+MOSTLY = 0.5  # of a passage's tokens: more, and it is known; a guess
 SHOWN = 10  # passages of each list
 LARGE_NUMBERS = [("million", 6), ("billion", 9), ("trillion", 12)]  # and the power of ten
 LN_10 = math.log(10)
@@ -121,7 +122,7 @@ class KnownRuns:
         self.hashes = {}  # by length; computed when it is first needed
 
     def find(self, passages: Passages, texts: list[Text], is_asked: np.ndarray) -> np.ndarray:
-        """Passages among `is_asked`, shape (passages,), of which more than half is known; same shape.
+        """Passages among `is_asked`, shape (passages,), of which more than MOSTLY is known; same shape.
 
         Known are runs of KNOWN_RUN tokens that one of the posts holds, and shorter passages that one holds whole.
         """
@@ -134,7 +135,7 @@ class KnownRuns:
                 asked = np.flatnonzero(is_here & (run_lengths == length))
                 covered = self.covered(text.ids, length)
                 known = sum_between(covered, passages.begin[asked], passages.end[asked])
-                found[asked] = known > lengths[asked] / 2
+                found[asked] = known > MOSTLY * lengths[asked]
         return found
 
     def covered(self, ids: list[int], length: int) -> np.ndarray:

@@ -41,7 +41,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 class Question(NamedTuple):
     """A question of the report: a module of its own, and a row below."""
 
-    key: str  # in voice_report.json
+    key: str  # the module's name; in voice_report.json
     question: str
     measure: Callable  # Evidence -> numbers, a dataclass; or raises NotMeasured
     tell: Callable  # (numbers, Evidence) -> Section
