@@ -247,7 +247,7 @@ def test_decode(data, text, repair):
     ("kind", "row"), [pytest.param(kind, row, id=row.what) for kind, rows in x.PERSONAL_DATA.items() for row in rows]
 )
 @pytest.mark.parametrize("around", ["{}", "so it is {}, she said", "({})"])
-def test_every_kind_of_personal_data_is_found_by_its_own_rule(kind, row, around):
+def test_every_example_of_personal_data_is_found_whole(kind, row, around):
     text = around.format(row.example)
     [found] = x.find_personal_data(text, False, SETTINGS.phone_countries)
     assert found.kind == kind
