@@ -38,8 +38,51 @@ that it can be read without those below.
     command line          main                to add a setting: a row of SETTINGS
 """
 
+# ruff: noqa: E402 - settings are on top, libraries below them
 from __future__ import annotations  # so that the run can come before the classes that it uses
 
+# ---------------------------------------------------------------- settings
+# Paths are relative to this script's folder.
+# These three are somebody's: put your own folders and names here.
+PUBLIC_BLOGS = ["../judytuna-jekyll"]
+PRIVATE_BLOGS = ["../judytuna-private"]  # [] if there is none
+AUTHORS = ["judytuna"]  # names you sign posts and comments with; other people's posts are left out
+DATA_DIR = "data"
+
+FOLDERS = ["_posts"]  # also "_articles" (a collection) or "content/posts": what is read, at any depth
+INCLUDE_DRAFTS = False  # True also reads _drafts/
+MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
+LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
+REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
+# ["US", "IT"]: whose telephone numbers are also found without +NN, from 8 digits on; two letters (ISO 3166)
+PHONE_COUNTRIES = ["US"]
+BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
+REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
+VALIDATION_SHARE = 0.10  # chance of a post to be held out; 0.05 to 0.2
+SIMILARITY = 0.8  # Jaccard index of word 5-grams at which two posts count as one
+MAX_BYTES = 4_000_000  # larger files are not read; the longest real post is under 100,000
+MAX_SECONDS = 3  # processor time for one file
+
+# The user's side of a conversation; {} is the title, the tags, or the title and the opening.
+TITLE_REQUESTS = [
+    'Write a blog post titled "{}".',
+    'Write a post called "{}" for your blog.',
+    'Could you write a blog entry with the title "{}"?',
+    'Your next blog post is titled "{}". Write it.',
+    'Blog about this: "{}".',
+]
+TAG_REQUESTS = ["Write a blog post about {}.", "Tell me something about {}.", "What's new with {}?"]
+GENERAL_REQUESTS = [
+    "What's on your mind today?",
+    "Tell me about your day.",
+    "Write a blog post about whatever you like.",
+    "What have you been up to?",
+    "What's new?",
+]
+REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to add?"
+
+
+# ---------------------------------------------------------------- libraries
 import os
 import signal
 
@@ -91,47 +134,6 @@ from bs4.element import PreformattedString
 from bs4.exceptions import ParserRejectedMarkup
 from markdown.blockprocessors import BlockQuoteProcessor
 from markdown.inlinepatterns import HtmlInlineProcessor
-
-# ---------------------------------------------------------------- settings
-# Paths are relative to this script's folder.
-# These three are somebody's: put your own folders and names here.
-PUBLIC_BLOGS = ["../judytuna-jekyll"]
-PRIVATE_BLOGS = ["../judytuna-private"]  # [] if there is none
-AUTHORS = ["judytuna"]  # names you sign posts and comments with; other people's posts are left out
-DATA_DIR = "data"
-
-FOLDERS = ["_posts"]  # also "_articles" (a collection) or "content/posts": what is read, at any depth
-INCLUDE_DRAFTS = False  # True also reads _drafts/
-MIN_WORDS = 4  # shorter posts are skipped; short posts are voice too, so keep this small
-LINE_BREAKS = "auto"  # "keep" single newlines, "join" them, or "auto": join only where a post is hard-wrapped
-REDACT = True  # False leaves e-mail and IP addresses, telephone, card and bank account numbers and keys in the texts
-# ["US", "IT"]: whose telephone numbers are also found without +NN, from 8 digits on; two letters (ISO 3166)
-PHONE_COUNTRIES = ["US"]
-BLOCKED_WORDS = []  # ["Anna", "12 Elm Street", "Acme"]: whole words, in any case, become [private], whatever REDACT is
-REPLY_DEPTH = 4  # turns of a comment thread before the author's reply, 1 to about 8
-VALIDATION_SHARE = 0.10  # chance of a post to be held out; 0.05 to 0.2
-SIMILARITY = 0.8  # Jaccard index of word 5-grams at which two posts count as one
-MAX_BYTES = 4_000_000  # larger files are not read; the longest real post is under 100,000
-MAX_SECONDS = 3  # processor time for one file
-
-# The user's side of a conversation; {} is the title, the tags, or the title and the opening.
-TITLE_REQUESTS = [
-    'Write a blog post titled "{}".',
-    'Write a post called "{}" for your blog.',
-    'Could you write a blog entry with the title "{}"?',
-    'Your next blog post is titled "{}". Write it.',
-    'Blog about this: "{}".',
-]
-TAG_REQUESTS = ["Write a blog post about {}.", "Tell me something about {}.", "What's new with {}?"]
-GENERAL_REQUESTS = [
-    "What's on your mind today?",
-    "Tell me about your day.",
-    "Write a blog post about whatever you like.",
-    "What have you been up to?",
-    "What's new?",
-]
-REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to add?"
-
 
 # ---------------------------------------------------------------- the run
 CHUNK = 8  # files that a process is given at once; a guess

@@ -18,10 +18,37 @@ Sections: settings; command line (first, because the libraries after it need sec
 mode; chatting; quiz; start and end. Loading, sampling and every question of the report are modules of voice/.
 """
 
-# The parser comes before the heavy imports.
-# ruff: noqa: E402
+# ruff: noqa: E402 - settings are on top; the command line is read before the libraries are loaded, which takes seconds
 from __future__ import annotations
 
+# ---------------------------------------------------------------------------- settings
+MODEL_DIR = "blog-model-final"
+DATA_DIR = "data"
+PROMPTS = [
+    "What's on your mind today?",
+    "What are your thoughts on writing?",
+    "Tell me about your day.",
+    "How do you stay motivated?",
+    "What did you learn this week?",
+    "Write a blog post about something small that made you happy.",
+]
+
+# None: as generation_config.json in the model folder has it.
+MAX_NEW_TOKENS = None  # at most in an answer: as many as nine of ten posts have; 200 tokens are about 150 words
+TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
+TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
+TOP_K = None  # draws from so many tokens at most; transformers has 50 if the file says nothing
+REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
+SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
+PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: what the model was trained in
+
+REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
+BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
+NOT_STRANGERS = []  # names in sample/strangers/README.md: yourself, or a blog that you copied from
+OTHER_BLOGS = []  # data folders of other bloggers, made by extract_blog_data.py; needed for other languages
+
+
+# ---------------------------------------------------------------------------- libraries
 import os
 import signal
 
@@ -56,32 +83,6 @@ from extract_blog_data import (
     say_loading,
 )
 from voice.settings import ROOT, ROWS, Settings
-
-# ---------------------------------------------------------------------------- settings
-MODEL_DIR = "blog-model-final"
-DATA_DIR = "data"
-PROMPTS = [
-    "What's on your mind today?",
-    "What are your thoughts on writing?",
-    "Tell me about your day.",
-    "How do you stay motivated?",
-    "What did you learn this week?",
-    "Write a blog post about something small that made you happy.",
-]
-
-# None: as generation_config.json in the model folder has it.
-MAX_NEW_TOKENS = None  # at most in an answer: as many as nine of ten posts have; 200 tokens are about 150 words
-TEMPERATURE = None  # 0 always takes the likeliest token; 0.7 careful, 1.0 as the model has it, above that wild
-TOP_P = None  # share of the likeliest tokens that are drawn from: 0.9 to 1
-TOP_K = None  # draws from so many tokens at most; transformers has 50 if the file says nothing
-REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in circles, 1.2 costs voice, 1.3 garbles
-SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
-PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: what the model was trained in
-
-REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
-BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
-NOT_STRANGERS = []  # names in sample/strangers/README.md: yourself, or a blog that you copied from
-OTHER_BLOGS = []  # data folders of other bloggers, made by extract_blog_data.py; needed for other languages
 
 
 # ---------------------------------------------------------------------------- command line

@@ -29,9 +29,42 @@ Each line is a section below.
     signals and errors   main                 every error is one sentence
 """
 
-# ruff: noqa: E402 - the command line is read before the libraries are loaded, which takes seconds
+# ruff: noqa: E402 - settings are on top; the command line is read before the libraries are loaded, which takes seconds
 from __future__ import annotations  # so that the run may stand above the classes that it uses
 
+# ---------------------------------------------------------------------------- settings
+BASE_MODEL = "gpt2-medium"  # a name on the Hugging Face hub, or a model folder; 355M parameters fit 8 GB
+DATA_DIR = "data"
+OUTPUT_DIR = "blog-model-final"
+
+CONTEXT_TOKENS = 512  # longer posts are cut into windows of this length, shorter ones share one
+OVERLAP_TOKENS = 32  # the last tokens of a window begin the next one, as context, and are not scored twice
+ROWS_PER_UPDATE = 8  # 4,096 tokens; how many rows are computed at once depends on the memory
+EPOCHS = 3
+MAX_STEPS = 0  # updates; 0 = as many as the epochs need
+# "auto" tries three for a few updates each and uses the best (`find_rates`), as none is best for every model: on
+# two real blogs SmolLM2-135M wants 2e-4 and Gemma 3 270M 5e-5 (benchmarks/README.md); GPT2-medium is not measured.
+# 2e-5 is too low to learn the voice, and 4e-4 overfits.
+LEARNING_RATE = "auto"
+WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
+# 0 trains all weights; 16 adapters on a frozen base model, so that 1 to 1.7 billion parameters fit 8 GB (64: 1 GB more,
+# and room for more text). Adapters need ten times the LEARNING_RATE, 1e-3 (benchmarks/README.md); "auto" does that.
+LORA_RANK = 0
+DROPOUT = 0.0  # GPT-2 was trained with 0.1; it costs a fifth of the speed on a CPU
+PRECISION = "auto"  # the fastest native one; or "bf16", "fp16", "fp32"; the weights that are trained are float32
+SEED = 42
+
+EVALUATIONS_PER_EPOCH = 2
+PATIENCE = 3  # evaluations without a better one before training stops early
+CHECKPOINT_MINUTES = 10  # of training that a crash can cost; GPT2-medium's checkpoint is 4.3 GB; 0 = every update
+SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
+# The best of a small grid on two real blogs (benchmarks/README.md): most like the author without repeating itself more.
+# A repetition penalty of 1.1 costs some of the voice; without one, 3 to 7 % of an answer repeats what it said before.
+# "auto" lets an answer be as long as nine of ten posts (`answer_length`).
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": "auto"}
+
+
+# ---------------------------------------------------------------------------- libraries
 import os
 import signal
 
@@ -93,37 +126,6 @@ from extract_blog_data import (
     say_loading,
     whole,
 )
-
-# ---------------------------------------------------------------------------- settings
-BASE_MODEL = "gpt2-medium"  # a name on the Hugging Face hub, or a model folder; 355M parameters fit 8 GB
-DATA_DIR = "data"
-OUTPUT_DIR = "blog-model-final"
-
-CONTEXT_TOKENS = 512  # longer posts are cut into windows of this length, shorter ones share one
-OVERLAP_TOKENS = 32  # the last tokens of a window begin the next one, as context, and are not scored twice
-ROWS_PER_UPDATE = 8  # 4,096 tokens; how many rows are computed at once depends on the memory
-EPOCHS = 3
-MAX_STEPS = 0  # updates; 0 = as many as the epochs need
-# "auto" tries three for a few updates each and uses the best (`find_rates`), as none is best for every model: on
-# two real blogs SmolLM2-135M wants 2e-4 and Gemma 3 270M 5e-5 (benchmarks/README.md); GPT2-medium is not measured.
-# 2e-5 is too low to learn the voice, and 4e-4 overfits.
-LEARNING_RATE = "auto"
-WARMUP_SHARE = 0.1  # of all updates, rising to the learning rate; it falls to zero afterwards
-# 0 trains all weights; 16 adapters on a frozen base model, so that 1 to 1.7 billion parameters fit 8 GB (64: 1 GB more,
-# and room for more text). Adapters need ten times the LEARNING_RATE, 1e-3 (benchmarks/README.md); "auto" does that.
-LORA_RANK = 0
-DROPOUT = 0.0  # GPT-2 was trained with 0.1; it costs a fifth of the speed on a CPU
-PRECISION = "auto"  # the fastest native one; or "bf16", "fp16", "fp32"; the weights that are trained are float32
-SEED = 42
-
-EVALUATIONS_PER_EPOCH = 2
-PATIENCE = 3  # evaluations without a better one before training stops early
-CHECKPOINT_MINUTES = 10  # of training that a crash can cost; GPT2-medium's checkpoint is 4.3 GB; 0 = every update
-SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
-# The best of a small grid on two real blogs (benchmarks/README.md): most like the author without repeating itself more.
-# A repetition penalty of 1.1 costs some of the voice; without one, 3 to 7 % of an answer repeats what it said before.
-# "auto" lets an answer be as long as nine of ten posts (`answer_length`).
-SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": "auto"}
 
 
 # ---------------------------------------------------------------------------- command line
