@@ -2641,6 +2641,7 @@ def stop_tokens(tokenizer) -> list[int]:
 
 def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
     """Load the folder as a user would and measure it again: its loss must be the reported one."""
+    say("Loading the saved model, to measure it once more ...")
     model = load_model(folder)
     if plan["lora_rank"]:
         hold_in_half(model, plan["precision"])
