@@ -7,7 +7,7 @@
     python test_model.py --page             the same on a page in the browser (after `make page`)
     python test_model.py --quiz             two texts: which one did you write? Answer 1 or 2
     python test_model.py --report           measures, and writes voice_report.json and voice_report.html
-    python test_model.py --report --quick   a tenth of the words and public posts, with wide ranges
+    python test_model.py --report --quick   a tenth of the words, with wide ranges
     python test_model.py --report --explain what each row means, too
 
 Reads blog-model-final/, data/ (what it was trained on, and the held-out posts) and, for the report, the base model and
@@ -42,7 +42,7 @@ REPETITION_PENALTY = None  # 1 = none; 1.05 keeps small models from going in cir
 SEED = None  # a number gives the same answers every time; None gives others, and 42 in the report
 PRECISION = None  # "auto", "bf16", "fp16" or "fp32" to write with; None: what the model was trained in
 
-REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 1 x 60 public posts read for leaks; 0.5: half of it, wider ranges
+REPORT_SIZE = 1.0  # 1 x 6,000 words from each model, 60 training posts looked at; 0.5: half of it, wider ranges
 BASE_MODEL = ""  # a name or folder; "" = the one that training_report.json names
 NOT_STRANGERS = []  # names in sample/strangers/README.md: yourself, or a blog that you copied from
 OTHER_BLOGS = []  # data folders of other bloggers, made by extract_blog_data.py; needed for other languages

@@ -74,7 +74,7 @@ def post(title: str, text: str) -> dict:
 def gather(model: Path, base: str, data: BlogData) -> Evidence:
     tuned, tokenizer = load_tuned(model)
     evidence = Evidence(data, WordIndex(data.train), tokenizer=tokenizer)
-    evidence.texts = pick_texts(evidence, public=60)
+    evidence.texts = pick_texts(evidence)
     sampling = read_sampling(tuned.generation_config, tokenizer, test_model.parse_arguments([])[0])
     evidence.chances = chances_of_texts(tuned, load_model(base), evidence, sampling)
     return evidence

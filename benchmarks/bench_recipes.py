@@ -71,7 +71,7 @@ class Outcome:
         """The columns REPORTED: what somebody might get out of the training posts."""
         copied = self.seen["copies"]["tuned"]["share"]
         by_group = self.seen["leaks"]["by_length"][str(LENGTHS[0])]
-        groups = [group for name, group in by_group.items() if name != "held-out"]
+        groups = [group for name, group in by_group.items() if name != "held-out"]  # none without private posts
         return [f"{copied:.2%}", fewest_tries(groups, "bound"), fewest_tries(groups, "sampled")]
 
 
@@ -95,7 +95,10 @@ def fewest_tries(groups: list[dict], chance: str) -> str:
 
 @contextlib.contextmanager
 def smaller_blog(folder: Path, posts: list[int] | None) -> Iterator[Path]:
-    """A data folder with the first conversations of each split, or `folder` itself if `posts` is None."""
+    """A data folder with the first conversations of each split, or `folder` itself if `posts` is None.
+
+    In the small one every conversation counts as private, so that the leak check reads it.
+    """
     if posts is None:
         yield folder
         return
@@ -104,7 +107,9 @@ def smaller_blog(folder: Path, posts: list[int] | None) -> Iterator[Path]:
         for split, number in zip(SPLITS, posts, strict=True):
             name = f"{split}_data.jsonl"
             with (folder / name).open(encoding="utf-8") as lines:
-                Path(scratch, name).write_text("".join(itertools.islice(lines, number)), encoding="utf-8")
+                chosen = [json.loads(line) | {"visibility": "private"} for line in itertools.islice(lines, number)]
+            text = "".join(json.dumps(conversation) + "\n" for conversation in chosen)
+            Path(scratch, name).write_text(text, encoding="utf-8")
         # Its hashes are those of the whole data.
         report = json.loads((folder / "extraction_report.json").read_text(encoding="utf-8"))
         report.pop("sha256", None)

@@ -75,7 +75,7 @@ def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():
     """Fewest tries of all texts that were trained on, and never those of held-out posts."""
     groups = {
         "private": {"bound": {"log10_tries": 12.0}, "sampled": {"log10_tries": None}},
-        "public": {"bound": {"log10_tries": 3.0}, "sampled": {"log10_tries": 30.0}},
+        "private titles": {"bound": {"log10_tries": 3.0}, "sampled": {"log10_tries": 30.0}},
         "held-out": {"bound": {"log10_tries": 1.0}, "sampled": {"log10_tries": 1.0}},
     }
     seen = {"copies": {"tuned": {"share": 0.0123}}, "leaks": {"by_length": {"12": groups}}}

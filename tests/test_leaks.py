@@ -44,7 +44,7 @@ def post(text: str, visibility: str = "private", **more) -> dict:
 
 def gather(tuned, base, tokenizer, train: list[dict], held_out: list[dict] = []) -> Evidence:  # noqa: B006
     evidence = Evidence(BlogData(train=train, held_out=held_out), WordIndex(train), tokenizer=tokenizer, positions=512)
-    evidence.texts = pick_texts(evidence, public=100)
+    evidence.texts = pick_texts(evidence)
     evidence.chances = chances_of_texts(tuned, base, evidence, sampling())
     return evidence
 
@@ -227,6 +227,15 @@ def test_a_sentence_in_many_surroundings_is_named_first_and_counted(reciting):
         assert details.quotes[0].is_private and details.quotes[0].text.strip(" .") in SECRET
 
 
+def test_without_a_private_post_nothing_is_read_and_that_is_said(reciting):
+    tuned, base, tokenizer, posts = reciting
+    evidence = gather(tuned, base, tokenizer, [entry | {"visibility": "public"} for entry in posts], held_out=posts)
+    assert evidence.texts == []
+    told = leaks.tell(leaks.measure(evidence), evidence)
+    assert told.verdict == "The training data have no private post."
+    assert not told.is_alarm
+
+
 def test_a_base_model_passed_off_as_tuned_leaks_nothing(reciting):
     _, base, tokenizer, posts = reciting
     evidence = gather(base, base, tokenizer, posts)
@@ -355,7 +364,6 @@ def test_comments_on_private_posts_are_checked_and_only_a_marked_stand_in_is_not
     for conversation, expected in [
         (thread(opening, "private"), 1),
         (thread(opening, "private", stand_in=True), 0),
-        (thread(opening, "public"), 0),
     ]:
         evidence = gather(model, None, tokenizer, [conversation])
         groups = [span.group for span in evidence.texts[0].spans]

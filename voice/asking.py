@@ -29,7 +29,7 @@ FIRST_ANSWERS = 4  # at least; until they are there, nobody knows how many are n
 FIRST_TOKENS = 4_800  # of all of them at most, for a blog of long posts; 24 answers of 200 tokens
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; limits the loop for a model that writes less
-PUBLIC_TEXTS = 60  # for the leak check, at full size; all private and held-out ones are in it
+DRAWN_POSTS = 60  # training posts, at full size, of which those that gained least are shown
 USUAL_WINDOW = (512, 32)  # tokens of a window, of them overlapping, for a model without a training report
 
 
@@ -62,8 +62,15 @@ def gather_evidence(settings: Settings, model, tokenizer, precision: str) -> Evi
     add_other_blogs(evidence, settings.other_blogs)
     for problem in evidence.left_out:
         say(problem)
-    evidence.texts = pick_texts(evidence, max(1, round(PUBLIC_TEXTS * settings.report_size)))
+    evidence.drawn = draw_posts(posts_of(blog.train), max(1, round(DRAWN_POSTS * settings.report_size)))
+    evidence.texts = pick_texts(evidence)
     return evidence
+
+
+def draw_posts(posts: list[dict], number: int) -> list[dict]:
+    """So many of the posts at most; the same ones every time, so that two reports compare."""
+    order = np.random.default_rng(42).permutation(len(posts))
+    return [posts[place] for place in sorted(order[:number])]
 
 
 def window_of_training(recipe: dict, positions: int) -> tuple[int, int]:
@@ -146,8 +153,9 @@ def run_model(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, 
     run = ModelRun()
     held_out = evidence.blog.held_out
     if held_out:
-        say(f"{name} model: loss of {len(held_out)} held-out conversations")
+        say(f"{name} model: loss of {len(held_out)} held-out and {len(evidence.drawn)} training conversations")
         run.held_out_nats = losses_of(model, tokenizer, evidence, held_out)
+        run.drawn_nats = losses_of(model, tokenizer, evidence, evidence.drawn)
 
     # The losses above are exact; from here on the weights are those that answers are generated with.
     model = model.to(DTYPES[evidence.precision])

@@ -22,7 +22,6 @@ from train_model import break_control_tokens, conversation_tokens
 from voice.evidence import Evidence, Span, Text, TokenChances
 from voice.loading import name_in, positions_of
 from voice.sampling import next_token_chances
-from voice.word_index import visibility_of
 
 # Sampling settings for which the bound holds, in addition to any top-k, top-p and min-p; see `largest_chance`.
 HOTTEST = 1.5  # temperature; above it a small model writes no sentences
@@ -38,24 +37,20 @@ TEXTS_A_MESSAGE = 25
 
 
 # ---------------------------------------------------------------------------- texts
-def pick_texts(evidence: Evidence, public: int) -> list[Text]:
-    """All private texts, `public` public ones, and all held-out ones."""
-    others = [post for post in evidence.blog.train if visibility_of(post) == "public"]
-    # The same ones every time, so that two reports compare.
-    rng = np.random.default_rng(42)
-    chosen = sorted(rng.permutation(len(others))[:public])
-    trained = evidence.private_posts() + [others[place] for place in chosen]
-
-    texts = [text_of(evidence, post, is_held_out=False) for post in trained]
-    texts += [text_of(evidence, post, is_held_out=True) for post in evidence.blog.held_out]
+def pick_texts(evidence: Evidence) -> list[Text]:
+    """All private texts, and all held-out ones to compare with; none if nothing is private."""
+    private = evidence.private_posts()
+    held_out = evidence.blog.held_out if private else []
+    texts = [text_of(evidence, post, is_held_out=False) for post in private]
+    texts += [text_of(evidence, post, is_held_out=True) for post in held_out]
     return texts
 
 
 def text_of(evidence: Evidence, post: dict, is_held_out: bool) -> Text:
-    """The author's turns; of training texts also personal data in them, private titles and readers' comments."""
+    """The author's turns; of private texts also personal data in them, their titles and readers' comments."""
     tokenizer = evidence.tokenizer
     ids, scored = conversation_tokens(tokenizer, post["messages"])
-    group = "held-out" if is_held_out else visibility_of(post)
+    group = "held-out" if is_held_out else "private"
     specials = set(tokenizer.all_special_ids)
 
     spans = []
@@ -70,7 +65,7 @@ def text_of(evidence: Evidence, post: dict, is_held_out: bool) -> Text:
             continue
         turn = ids[begin:end]
         text = tokenizer.decode(turn, clean_up_tokenization_spaces=False)
-        found = personal_data_in(text, post, evidence) if is_author else others_words_in(text, post, evidence)
+        found = personal_data_in(text, evidence) if is_author else others_words_in(text, post, evidence)
         for name, left, right in found:
             first, last = tokens_at(tokenizer, turn, left, right)
             spans.append(Span(name, begin + first, begin + last))
@@ -86,18 +81,14 @@ def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
         begin = end
 
 
-def personal_data_in(text: str, conversation: dict, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
+def personal_data_in(text: str, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
     """(group, begin, end) of e-mail addresses, numbers and keys: REDACT was off, or no rule matched."""
-    # As in extraction: an id in a link of a public post is no key.
-    is_public = visibility_of(conversation) == "public"
-    for _, begin, end, _ in find_personal_data(text, is_public, evidence.phone_countries):
+    for _, begin, end, _ in find_personal_data(text, False, evidence.phone_countries):
         yield "personal data", begin, end
 
 
 def others_words_in(text: str, conversation: dict, evidence: Evidence) -> Iterator[tuple[str, int, int]]:
     """(group, begin, end) of what a turn before the author's holds of a private post: its title, or comments on it."""
-    if visibility_of(conversation) == "public":
-        return
     group = "private titles"
     wanted = [name_in(conversation, "title")]
     if conversation.get("kind") == "reply":

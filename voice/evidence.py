@@ -40,7 +40,7 @@ class BlogData:
 class Span(NamedTuple):
     """Tokens begin to end of a conversation, which may be worth keeping secret."""
 
-    group: str  # "private", "public", "held-out", "private titles", "private comments" or "personal data"
+    group: str  # "private", "held-out", "private titles", "private comments" or "personal data"
     begin: int
     end: int
 
@@ -73,6 +73,7 @@ class ModelRun:
 
     answers: list[Answer] = field(default_factory=list)  # to the requests of held-out posts
     held_out_nats: np.ndarray | None = None  # loss of each held-out conversation
+    drawn_nats: np.ndarray | None = None  # loss of each conversation of `Evidence.drawn`
 
     def texts(self) -> list[str]:
         return [answer.text for answer in self.answers]
@@ -90,6 +91,7 @@ class Evidence:
     # Settings of extract_blog_data.py.
     blocked_words: tuple[str, ...] = ()
     phone_countries: tuple[str, ...] = ("US",)
+    drawn: list[dict] = field(default_factory=list)  # of the training posts, to see how each was learned
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones to compare with
     chances: list[TokenChances] = field(default_factory=list)  # one for each of the texts
     requests: list[str] = field(default_factory=list)

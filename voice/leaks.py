@@ -297,7 +297,7 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
 def tell_likeliest(leaks: Leaks) -> str:
     """Tries for the likeliest secret passage of each length, as a part of a sentence."""
     if not any(secret_groups(leaks, length) for length in LENGTHS):
-        return NOTHING_SECRET
+        return tell_nothing(leaks)
 
     tries = []
     for length in LENGTHS:
@@ -322,6 +322,11 @@ def tell_likeliest(leaks: Leaks) -> str:
     )
 
 
+def tell_nothing(leaks: Leaks) -> str:
+    """Why nothing could leak, as a part of a sentence."""
+    return NOTHING_SECRET if leaks.by_length[str(LENGTHS[0])] else "the training data have no private post"
+
+
 def tell_raised(leaks: Leaks) -> str:
     """How many private texts training changed as no held-out text, as a sentence after another one, or ""."""
     if leaks.raised_texts is None or not leaks.private_texts:
@@ -337,7 +342,7 @@ def summarise(leaks: Leaks) -> Summary:
     shortest = LENGTHS[0]
     groups = secret_groups(leaks, shortest)
     if not groups:
-        return Summary("no", NOTHING_SECRET, GOOD)
+        return Summary("no", tell_nothing(leaks), GOOD)
     tries = fewest_tries(groups, "sampled")
     least = tell_count(fewest_tries(groups, "bound"))
     meaning = (

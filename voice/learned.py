@@ -24,7 +24,7 @@ from voice.word_index import line_of, path_of, title_of, visibility_of
 MIN_POSTS = 5  # held out: of fewer the interval says nothing
 GOOD = "Good: the whole range of the gain is above 0"
 LEAST_GAINED = 10  # posts that are shown
-LEAST_GAINED_TOKENS = 200  # of such a post: a sentence alone does not tell whose it is
+LEAST_GAINED_BYTES = 600  # of such a post, about 120 words: a sentence alone does not tell whose it is
 
 
 @dataclass
@@ -108,18 +108,13 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
 
 
 def least_gained(evidence: Evidence) -> list[PostMark]:
-    """The training posts that gained least: pasted articles, guests, lyrics."""
+    """Of the training posts that were drawn those that gained least: pasted articles, guests, lyrics."""
     marks = []
-    for text, chances in zip(evidence.texts, evidence.chances, strict=True):
-        if text.is_held_out or len(text.ids) < LEAST_GAINED_TOKENS:
-            continue
-        saved = chances.plain - chances.base  # nats, (tokens,)
-        author = [span for span in text.spans if span.group in ("private", "public")]
-        nats = sum(float(saved[span.begin : span.end].sum()) for span in author)
-
-        post = text.post
-        gain = nats / NATS_OF_A_BIT / author_bytes([post])
-        marks.append(PostMark(line_of(post), visibility_of(post), gain, path_of(post), title_of(post)))
+    saved = (evidence.base.drawn_nats - evidence.tuned.drawn_nats) / NATS_OF_A_BIT
+    for post, bits in zip(evidence.drawn, saved.tolist(), strict=True):
+        size = author_bytes([post])
+        if size >= LEAST_GAINED_BYTES:
+            marks.append(PostMark(line_of(post), visibility_of(post), bits / size, path_of(post), title_of(post)))
     marks.sort(key=lambda mark: mark.gain)
     return marks[:LEAST_GAINED]
 
@@ -143,7 +138,10 @@ def tell(learned: Learned, evidence: Evidence) -> Section:
     for mark in learned.least_gained:
         caption = f"{mark.title}, {mark.path}: {mark.gain:+.3f} bits per byte"
         odd.append(Quote(caption, "", mark.visibility == "private"))
-    details = [Details("The posts that it gained least on: are they yours?", odd)]
+    drawn = len(evidence.drawn)
+    details = [
+        Details(f"Of {drawn} training posts that were drawn, those that it gained least on: are they yours?", odd)
+    ]
 
     verdict, summary = tell_gain(gain)
     return Section(verdict, rows, meanings=[f"{meaning} {GOOD}."], details=details, summary=summary)
