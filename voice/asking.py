@@ -22,7 +22,7 @@ from voice.loading import DTYPES, is_whole, positions_of, run_settings
 from voice.sampling import Answer, request_tokens, whole_answers
 from voice.settings import ROOT, Settings
 from voice.style import SAME_LANGUAGE, share_of_language
-from voice.word_index import LINE, WordIndex, author_texts, count_words, folded_words, posts_of
+from voice.word_index import LINE, WordIndex, author_texts, count_words, folded_words, posts_of, word_spans
 
 ANSWERS_AT_ONCE = 24  # rows of a batch; more are hardly faster and need memory
 FIRST_ANSWERS = 4  # at least; until they are there, nobody knows how many are needed
@@ -30,6 +30,7 @@ FIRST_TOKENS = 4_800  # of all of them at most, for a blog of long posts; 24 ans
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; limits the loop for a model that writes less
 DRAWN_POSTS = 60  # training posts, at full size, of which those that gained least are shown
+DRAWN_WORDS = 250  # of such a post are read: enough to see whose it is
 USUAL_WINDOW = (512, 32)  # tokens of a window, of them overlapping, for a model without a training report
 
 
@@ -68,9 +69,20 @@ def gather_evidence(settings: Settings, model, tokenizer, precision: str) -> Evi
 
 
 def draw_posts(posts: list[dict], number: int) -> list[dict]:
-    """So many of the posts at most; the same ones every time, so that two reports compare."""
+    """The beginnings of so many posts at most; of the same ones every time, so that two reports compare."""
     order = np.random.default_rng(42).permutation(len(posts))
-    return [posts[place] for place in sorted(order[:number])]
+    drawn = [posts[place] for place in sorted(order[:number])]
+    return [shortened(post, DRAWN_WORDS) for post in drawn]
+
+
+def shortened(post: dict, words: int) -> dict:
+    """A post whose text ends after so many words."""
+    *before, answer = post["messages"]
+    text = answer["content"]
+    ends = [end for _, end in word_spans(text)]
+    if len(ends) > words:
+        text = text[: ends[words - 1]]
+    return post | {"messages": [*before, answer | {"content": text}]}
 
 
 def window_of_training(recipe: dict, positions: int) -> tuple[int, int]:
@@ -153,7 +165,7 @@ def run_model(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, 
     run = ModelRun()
     held_out = evidence.blog.held_out
     if held_out:
-        say(f"{name} model: loss of {len(held_out)} held-out and {len(evidence.drawn)} training conversations")
+        say(f"{name} model: loss of {len(held_out)} held-out conversations and {len(evidence.drawn)} training posts")
         run.held_out_nats = losses_of(model, tokenizer, evidence, held_out)
         run.drawn_nats = losses_of(model, tokenizer, evidence, evidence.drawn)
 

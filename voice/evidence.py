@@ -91,7 +91,7 @@ class Evidence:
     # Settings of extract_blog_data.py.
     blocked_words: tuple[str, ...] = ()
     phone_countries: tuple[str, ...] = ("US",)
-    drawn: list[dict] = field(default_factory=list)  # of the training posts, to see how each was learned
+    drawn: list[dict] = field(default_factory=list)  # beginnings of training posts, to see how each was learned
     texts: list[Text] = field(default_factory=list)  # that could leak, and held-out ones to compare with
     chances: list[TokenChances] = field(default_factory=list)  # one for each of the texts
     requests: list[str] = field(default_factory=list)
