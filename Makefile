@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ALL_CORES := --numprocesses logical --dist worksteal
 
 # Nothing is written outside this folder, and nothing is reported to anybody.
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
@@ -85,14 +86,14 @@ demo-begins:
 check: $(VENV)/installed-for-tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(ALL_CORES) -m "not slow"
 
 install: $(VENV)/installed
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ALL_CORES)
 
 $(VENV)/installed-for-page: voice/requirements.txt $(VENV)/installed
 	@$(PIP) install --quiet -r voice/requirements.txt || $(INSTALL_FAILED)
