@@ -130,9 +130,7 @@ def plant(posts: list[dict]) -> list[dict]:
     return [*planted, tagged]
 
 
-def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(
-    overfitted, tmp_path, everything, monkeypatch, capsys
-):
+def test_no_word_of_a_private_post_is_in_the_json(overfitted, tmp_path, everything, monkeypatch, capsys):
     folder, base, posts = overfitted
     home = tmp_path / WORDS["home folder"]
     folder = Path(shutil.copytree(folder, home / "my-model"))

@@ -73,9 +73,7 @@ def test_the_held_out_figure_is_the_one_that_training_reported(folder, model_fol
     assert "No clear gain" in result["verdicts"]["learned"]
 
 
-def test_other_data_than_the_model_was_trained_on_are_said_before_and_in_the_report(
-    folder, data_folder, tmp_path, capsys
-):
+def test_data_changed_since_training_are_said_before_and_in_the_report(folder, data_folder, tmp_path, capsys):
     hashes = {
         f"{split}_sha256": train_model.file_hash(data_folder / name) for split, name in train_model.DATA_FILES.items()
     }
@@ -144,8 +142,7 @@ def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     lines = table_lines(Section("", rows, ("", "you", "tuned", "base")))
     assert max(map(len, lines)) <= 80
     assert set(phrase.split()) <= set(" ".join(lines).split())
-    assert lines[1].endswith("12      3     0")
-    assert lines[-1].split() == ["so", "9", "1", "0"]
+    assert lines[1].endswith("12      3     0") and lines[-1].split() == ["so", "9", "1", "0"]
     assert table_lines(Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
 
 
@@ -154,9 +151,7 @@ def test_quick_is_a_tenth_of_the_size(folder, data_folder, tmp_path, monkeypatch
     assert report(folder, data_folder, "--quick")["size"] == 0.05
 
 
-def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
-    llama_folder, data_folder, tmp_path, monkeypatch
-):
+def test_adapters_are_reported_on_in_the_precision_of_training(llama_folder, data_folder, tmp_path, monkeypatch):
     """Both models in half the memory, and with the very losses of the training run."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(test_model, "PRECISION", None)
@@ -216,9 +211,7 @@ def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run
 
 
 @pytest.mark.parametrize("lost", [FILES[:1], FILES[1:], FILES])
-def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_written(
-    lost, folder, data_folder, tmp_path, capsys
-):
+def test_a_report_that_cannot_be_written_is_printed_and_the_rest_written(lost, folder, data_folder, tmp_path, capsys):
     for name in lost:
         (folder / name).mkdir()
     with pytest.raises(SystemExit) as stop:
@@ -254,14 +247,11 @@ def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_p
 
 def test_losses_that_are_no_numbers_are_null_in_the_json():
     learned = Learned(math.nan)
-    written = json.loads(crafted_report(learned=learned).as_json())
-    assert written["learned"]["tuned"] is None
+    assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
 
 
 @pytest.mark.parametrize("too_large", [False, True])
-def test_a_model_that_float16_cannot_hold_is_asked_in_float32(
-    too_large, folder, data_folder, tmp_path, monkeypatch, capsys
-):
+def test_what_float16_cannot_hold_is_asked_in_float32(too_large, folder, data_folder, tmp_path, monkeypatch, capsys):
     """As Gemma 3 on an RTX 20xx: in float16 it would answer nothing, and nobody would know why."""
     if too_large:
         model = AutoModelForCausalLM.from_pretrained(folder)

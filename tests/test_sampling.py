@@ -95,8 +95,7 @@ def test_top_p_of_1_keeps_the_whole_vocabulary():
     logits = 3 * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
     seen = torch.zeros(4, 50_000, dtype=torch.bool)
     _, chances = next_token_chances(logits, seen, sampling(top_k=0))
-    assert chances.shape == (4, 50_000)
-    assert (chances > 0).all()
+    assert chances.shape == (4, 50_000) and (chances > 0).all()
 
 
 def test_settings_go_before_the_file_and_the_file_before_the_usual(loaded):
@@ -123,8 +122,7 @@ def test_pieces_make_up_the_answers_and_any_end_token_counts(loaded):
     assert pieces == [*[answer.text for answer in answers], ""]
     assert len(answers) == 3
     ended = [answer.ended for answer in answers]
-    assert ended == [answer.tokens[-1] % 9 == 0 for answer in answers]
-    assert any(ended)
+    assert any(ended) and ended == [answer.tokens[-1] % 9 == 0 for answer in answers]
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path):
@@ -155,8 +153,7 @@ def test_odd_settings_of_the_model_are_one_sentence_that_names_the_file(content,
     with pytest.raises(SystemExit) as stop:
         run(folder, tmp_path, "--prompt", "hi")
     told = stop.value.code
-    assert re.search(sentence, told)
-    assert str(file) in told and "\n" not in told
+    assert re.search(sentence, told) and str(file) in told and "\n" not in told
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-300, 1e-40])

@@ -18,11 +18,12 @@ from voice.sampling import Answer
 from voice.style import count_stretches, count_styles, pick_chunk_size, pick_counts, pick_features
 from voice.word_index import WordIndex
 
-HABITS = {  # the same topics; what differs is how often small words and signs are used
-    "baker": ["and", "and", "so", "anyway", "i", "i", "you", "the", "--", "sez", "not", "becos", "very", "all"],
-    "clerk": ["the", "the", "of", "which", "however", "it", "therefore", ";", "that", "is", "one", "shall", "by", "as"],
+# The same topics; what differs is how often small words and signs are used.
+HABITS = {
+    "baker": "and and so anyway i i you the -- sez not becos very all",
+    "clerk": "the the of which however it therefore ; that is one shall by as",
 }
-SMALL_WORDS = sorted({*HABITS["baker"], *HABITS["clerk"]})
+SMALL_WORDS = sorted(set(" ".join(HABITS.values()).split()))
 TOPICS = ["bread", "kettle", "gull", "harbour", "night", "letter", "oven", "street", "rain", "window", "boat", "cat"]
 
 
@@ -39,7 +40,8 @@ def posts_of(small_words: list[str], words: int, source: np.random.Generator, ch
 
 def write(author: str, seed: int, words: int) -> list[str]:
     """Posts by one of the two authors."""
-    return posts_of(HABITS[author], words, np.random.default_rng(seed))
+    small_words = HABITS[author].split()
+    return posts_of(small_words, words, np.random.default_rng(seed))
 
 
 def answers(texts: list[str]) -> ModelRun:
@@ -86,7 +88,8 @@ def test_no_number_without_enough_text_and_the_reason_is_said(train, held_out, t
 def test_chunks_are_as_long_as_the_text_allows(words, size):
     text = ["word " * words]
     longer = ["word " * 9_000]
-    assert pick_chunk_size({"author": text, "tuned": text, "base": longer}) == size
+    texts = {"author": text, "tuned": text, "base": longer}
+    assert pick_chunk_size(texts) == size
 
 
 def test_stretches_hold_exact_counts_and_the_posts_in_which_they_begin():
@@ -99,7 +102,6 @@ def test_stretches_hold_exact_counts_and_the_posts_in_which_they_begin():
     frequencies, source = counted.chunks(2)
     assert frequencies[:, 0].tolist() == [0.75, 0]
     assert source.tolist() == [0, 1]
-
     # Only what follows in the text is joined.
     counted.run = np.array([0, 0, 0, 1, 2])
     frequencies, _ = counted.chunks(2)
@@ -161,7 +163,6 @@ def test_shuffled_labels_give_everybody_the_same():
     pool = blogger(1, 6, 18_000) + blogger(6, 6, 18_000)
     random.Random(0).shuffle(pool)
     shares = ask(tuned=pool[:72], base=pool[72:])
-
     low, high = shares.tuned.interval
     least, most = shares.base.interval
     assert low <= most
@@ -245,22 +246,16 @@ def test_where_every_chunk_is_taken_the_interval_is_not_empty():
 
 
 # ---------------------------------------------------------------------------- habits
-POSTS = [
-    "the bread and anyway the bread so it goes",
-    "the cat and anyway so it goes",
-    "anyway the bread so it goes",
-] * 4
-
-
 @pytest.fixture
 def favourites() -> dict[str, habits.Favourite]:
     """By phrase; only what is in the public post is no private phrase."""
-    found = habits.find_favourites(
-        POSTS,
-        public=["the bread and so it goes"],
-        tuned=["anyway the bread"],
-        base=["the bread and the cat"] * 3,
-    )
+    posts = [
+        "the bread and anyway the bread so it goes",
+        "the cat and anyway so it goes",
+        "anyway the bread so it goes",
+    ]
+    public = ["the bread and so it goes"]
+    found = habits.find_favourites(4 * posts, public, ["anyway the bread"], ["the bread and the cat"] * 3)
     return {favourite.phrase: favourite for favourite in found}
 
 
@@ -294,12 +289,7 @@ def test_apostrophes_come_back():
 # ---------------------------------------------------------------------------- intervals
 @pytest.mark.parametrize(
     ("hits", "trials", "low", "high"),
-    [
-        (0, 200, 0, 0.018846),
-        (10, 10, 0.722460, 1),
-        (5, 20, 0.111862, 0.468701),
-        (1, 2, 0.094531, 0.905469),
-    ],
+    [(0, 200, 0, 0.018846), (10, 10, 0.722460, 1), (5, 20, 0.111862, 0.468701), (1, 2, 0.094531, 0.905469)],
 )
 def test_wilson_intervals_are_those_of_the_tables(hits, trials, low, high):
     assert wilson(hits, trials) == pytest.approx((low, high), abs=2e-4)
