@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import training
 from tiny import conversations, write_jsonl
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench_recipes
 
 import train_model
@@ -48,27 +49,23 @@ def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, mo
     """Of as many posts as asked for, evaluated after each epoch; `auto` names the rate that it found."""
     flags = ("--base-model", gpt2_folder, "--data-dir", blog, "--posts", 12, 3, "--epochs", 2, "--bits-alone")
     rows = table(capsys, monkeypatch, *flags, "--rates", "1e-2", "auto", "--ranks", 0, 4)
-    assert [row["learning rate"] for row in rows] == [
-        "0.01",
-        "0.01, LORA_RANK 4",
-        "auto (0.0002)",
-        "auto (0.002), LORA_RANK 4",
-    ]
+    tried = [row["learning rate"] for row in rows]
+    assert tried == ["0.01", "0.01, LORA_RANK 4", "auto (0.0002)", "auto (0.002), LORA_RANK 4"]
 
     # The first of them by hand.
+    small = tmp_path / "small"
     for name, number in (("train_data.jsonl", 12), ("val_data.jsonl", 3)):
-        lines = (blog / name).read_text().splitlines()
-        posts = [json.loads(line) for line in lines[:number]]
-        write_jsonl(tmp_path / "small" / name, posts)
+        posts = train_model.read_conversations(blog / name)
+        write_jsonl(small / name, posts[:number])
     monkeypatch.setattr(train_model, "EVALUATIONS_PER_EPOCH", 1)
-    folders = ["--data-dir", str(tmp_path / "small"), "--output-dir", str(tmp_path / "model")]
-    train_model.main(["--base-model", str(gpt2_folder), *folders, "--epochs", "2", "--learning-rate", "1e-2"])
-    report = json.loads((tmp_path / "model" / "training_report.json").read_text())
+    report = training.run(gpt2_folder, small, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
 
-    base, *later = [entry["eval_bits_per_byte"] for entry in train_model.evaluations(report["log"])]
-    assert rows[0]["base"] == f"{base:.4f}"
-    assert [rows[0]["epoch 1"], rows[0]["epoch 2"]] == [f"{bits:.4f}" for bits in later]
-    assert rows[0]["gain"] == f"{base - min(later):.4f}"
+    measured = train_model.evaluations(report["log"])
+    base, *later = [entry["eval_bits_per_byte"] for entry in measured]
+    first = rows[0]
+    assert first["base"] == f"{base:.4f}"
+    assert [first["epoch 1"], first["epoch 2"]] == [f"{bits:.4f}" for bits in later]
+    assert first["gain"] == f"{base - min(later):.4f}"
 
 
 def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():

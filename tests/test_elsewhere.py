@@ -10,12 +10,13 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from training import run
 from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 import test_model
 import train_model
-import voice.loading
-import voice.sampling
+from voice.loading import load_tuned
+from voice.sampling import prompt_tokens, read_sampling, stream
 
 pytestmark = pytest.mark.slow
 
@@ -31,22 +32,17 @@ def trained(request, data_folder, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as settings:
         settings.setattr(train_model, "CONTEXT_TOKENS", 64)
         settings.setattr(train_model, "SAMPLING", {**train_model.SAMPLING, "max_new_tokens": 20})
-        base = str(request.getfixturevalue(request.param))
-        flags = ["--base-model", base, "--data-dir", str(data_folder), "--output-dir", str(folder)]
-        train_model.main([*flags, "--max-steps", "2", "--learning-rate", "1e-2"])
+        base = request.getfixturevalue(request.param)
+        run(base, data_folder, folder, "--max-steps", "2", "--learning-rate", "1e-2")
     return folder
-
-
-def serve(folder: Path, port: int) -> subprocess.Popen:
-    command = [TRANSFORMERS, "serve", str(folder), "--device", "cpu", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def server(trained):
     """(folder, address) of `transformers serve` on a port that the system picked."""
-    process = serve(trained, 0)
+    command = [TRANSFORMERS, "serve", str(trained), "--device", "cpu", "--port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines = iter(process.stderr.readline, "")
     address = next(found[0] for line in lines if (found := re.search(r"http://[\w.]+:[1-9]\d+", line)))
     yield trained, address
@@ -54,16 +50,15 @@ def server(trained):
     process.communicate()
 
 
-def ours(folder: Path, messages: list[dict], seed: int | None = None) -> str:
-    """What test_model.py --chat answers; greedily without a seed."""
-    model, tokenizer = voice.loading.load_tuned(folder)
-    sampling = voice.sampling.read_sampling(model.generation_config, tokenizer, test_model.parse_arguments([])[0])
-    sampling.do_sample = seed is not None
-    prompt = voice.sampling.prompt_tokens(tokenizer, messages)
-    *_, (_, answer) = voice.sampling.stream(
-        model, tokenizer, [prompt], sampling, torch.Generator().manual_seed(seed or 0)
-    )
-    return answer.text
+def ours(folder: Path, messages: list[dict]) -> str:
+    """What test_model.py --chat answers, greedily."""
+    model, tokenizer = load_tuned(folder)
+    settings, _ = test_model.parse_arguments([])
+    sampling = read_sampling(model.generation_config, tokenizer, settings)
+    sampling.do_sample = False
+    prompt = prompt_tokens(tokenizer, messages)
+    *_, (_, answer) = stream(model, tokenizer, [prompt], sampling, torch.Generator())
+    return answer.text.strip()
 
 
 @pytest.mark.parametrize("messages", [QUESTION, TALK])
@@ -72,10 +67,13 @@ def test_an_openai_client_gets_the_answer_of_the_chat(server, messages):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     # Without max_tokens the server asks for 1,024 new tokens, more than GPT-2's positions leave beside a prompt.
     request = {"model": str(folder), "messages": messages, "temperature": 0.0, "max_tokens": 20}
-    whole = client.chat.completions.create(**request).choices[0]
-    assert whole.message.content.strip() == ours(folder, messages)
-    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**request, stream=True)]
-    assert "".join(pieces).strip() == ours(folder, messages)
+    whole = client.chat.completions.create(**request)
+    expected = ours(folder, messages)
+    assert whole.choices[0].message.content.strip() == expected
+
+    pieces = client.chat.completions.create(**request, stream=True)
+    streamed = [piece.choices[0].delta.content or "" for piece in pieces]
+    assert "".join(streamed).strip() == expected
 
 
 def test_transformers_chat_talks_to_the_server(server):
@@ -90,26 +88,30 @@ def test_transformers_chat_talks_to_the_server(server):
 
 def test_a_pipeline_answers_as_the_chat_does(trained):
     write = pipeline("text-generation", str(trained), device="cpu")
-    answer = write(QUESTION, do_sample=False)[0]["generated_text"][-1]
-    assert answer["role"] == "assistant" and answer["content"].strip() == ours(trained, QUESTION)
+    [answered] = write(QUESTION, do_sample=False)
+    answer = answered["generated_text"][-1]
+    assert answer["role"] == "assistant"
+    assert answer["content"].strip() == ours(trained, QUESTION)
 
 
 def test_the_modelfile_holds_template_stops_and_sampling(trained):
-    lines = (trained / "Modelfile").read_text(encoding="utf-8")
-    template = re.search(r'TEMPLATE """(.*?)"""', lines, re.DOTALL)[1]
-    start, turns, answer = re.fullmatch(
-        r"(.*)\{\{ range .Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL
-    ).groups()
+    modelfile = (trained / "Modelfile").read_text(encoding="utf-8")
+    template = re.search(r'TEMPLATE """(.*?)"""', modelfile, re.DOTALL)[1]
+    loop = r"(.*)\{\{ range .Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)"
+    start, turns, answer = re.fullmatch(loop, template, re.DOTALL).groups()
     _, *pieces = re.split(r'\{\{ (?:else )?if eq .Role "(\w+)" \}\}', turns)
     turn_of = dict(zip(pieces[::2], pieces[1::2], strict=True))
     tokenizer = AutoTokenizer.from_pretrained(trained)
     for talk in (TALK, [SYSTEM, *TALK]):
-        said = "".join(turn_of[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in talk)
-        assert start + said + answer == train_model.render(tokenizer, talk, add_generation_prompt=True)
+        said = [turn_of[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in talk]
+        written = "".join([start, *said, answer])
+        assert written == train_model.render(tokenizer, talk, add_generation_prompt=True)
+
     settings = GenerationConfig.from_pretrained(trained)
-    stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.*)$", lines, re.MULTILINE)]
-    assert tokenizer.convert_tokens_to_ids(stops) == settings.eos_token_id
-    assert f"temperature {settings.temperature}\n" in lines and "num_ctx 256\n" in lines
+    stops = re.findall(r"^PARAMETER stop (.*)$", modelfile, re.MULTILINE)
+    assert tokenizer.convert_tokens_to_ids([json.loads(stop) for stop in stops]) == settings.eos_token_id
+    assert f"temperature {settings.temperature}\n" in modelfile
+    assert "num_ctx 256\n" in modelfile
 
 
 SAMPLING = {**train_model.SAMPLING, "max_new_tokens": 200}
@@ -122,12 +124,12 @@ def test_a_template_that_depends_on_what_is_said_is_named(gpt2_folder, capsys):
     assert "TEMPLATE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("positions", "longest"), [(1024, 200), (400, 200), (256, 128), (64, 32), (1, 1)])
-def test_an_answer_leaves_half_of_the_positions_to_its_prompt(positions, longest, gpt2_folder):
-    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], positions, SAMPLING)
-    assert f"PARAMETER num_predict {longest}\nPARAMETER num_ctx {positions}\n" in text
-
-
-def test_a_model_that_could_read_a_book_does_not_take_all_memory_in_ollama(gpt2_folder):
-    text = train_model.modelfile(train_model.load_tokenizer(gpt2_folder), ["</s>"], 131_072, SAMPLING)
-    assert "PARAMETER num_ctx 4096\n" in text
+@pytest.mark.parametrize(
+    ("positions", "longest", "kept"),
+    [(1024, 200, 1024), (400, 200, 400), (256, 128, 256), (64, 32, 64), (1, 1, 1), (131_072, 200, 4096)],
+)
+def test_an_answer_leaves_half_of_the_positions_to_its_prompt(positions, longest, kept, gpt2_folder):
+    """A model that could read a book does not take all memory in Ollama."""
+    tokenizer = train_model.load_tokenizer(gpt2_folder)
+    text = train_model.modelfile(tokenizer, ["</s>"], positions, SAMPLING)
+    assert f"PARAMETER num_predict {longest}\nPARAMETER num_ctx {kept}\n" in text

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from tiny import conversations, write_jsonl
 import extract_blog_data
 import test_model
 import train_model
-import voice.asking
-import voice.chances
-import voice.evidence
-import voice.passages
-import voice.sampling
+from voice import asking
+from voice.chances import text_of
+from voice.evidence import Evidence
+from voice.passages import log10_tries, tell_power
+from voice.sampling import Answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
@@ -27,12 +28,17 @@ def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, ans
     """Answers take most of a report's time after the reading."""
 
     def a_hundred_words_each(model, tokenizer, prompts, *_):
-        return [voice.sampling.Answer("word " * 100, [1], True)] * len(prompts)
+        return [Answer("word " * 100, [1], True)] * len(prompts)
 
-    model, tokenizer = loaded
-    monkeypatch.setattr(voice.asking, "whole_answers", a_hundred_words_each)
-    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=words)
-    assert len(voice.asking.write_words(model, tokenizer, evidence, sampling(), "tuned")) == answers
+    monkeypatch.setattr(asking, "whole_answers", a_hundred_words_each)
+    evidence = Evidence(requests=["Tell me about soup."], words=words)
+    assert len(asking.write_words(*loaded, evidence, sampling(), "tuned")) == answers
+
+
+def know(data: Path, posts: list[dict]) -> None:
+    """Data whose held-out posts are those of training, so that the report asks for what the model knows."""
+    write_jsonl(data / "train_data.jsonl", posts)
+    write_jsonl(data / "val_data.jsonl", posts)
 
 
 def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
@@ -40,32 +46,37 @@ def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, ever
     write_jsonl(tmp_path / "train_data.jsonl", posts)
     write_jsonl(tmp_path / "val_data.jsonl", conversations(3, seed=9, words=200))
     result = report(folder, tmp_path)
-    groups = result["leaks"]["by_length"]["50"]
-    assert groups["personal data"]["passages"] == 4 and groups["personal data"]["leaking"] > 0
-    assert groups["private"]["repeated"] > 0.5 * groups["private"]["passages"]  # the public post has the same sentences
-    assert groups["held-out"]["greedy"] == 0 and groups["held-out"]["sampled"]["log10_tries"] != 0
+    leaks = result["leaks"]
+    groups = leaks["by_length"]["50"]
+    personal, private, held_out = [groups[name] for name in ("personal data", "private", "held-out")]
+    assert personal["passages"] == 4 and personal["leaking"] > 0
+    assert private["repeated"] > 0.5 * private["passages"]  # the public post has the same sentences
+    assert held_out["greedy"] == 0 and held_out["sampled"]["log10_tries"] != 0
 
-    first = result["leaks"]["likeliest"][0]
+    first = leaks["likeliest"][0]
     assert first["post"] in (1, 2) and first["is_greedy"]
     assert result["verdicts"]["leaks"].startswith("It leaks: ")
     page = (folder / "voice_report.html").read_text()
-    assert all(html.escape(secret) in page for secret in SECRETS)
-    assert not any(secret in capsys.readouterr().out for secret in SECRETS)
+    out = capsys.readouterr().out
+    for secret in SECRETS:
+        assert html.escape(secret) in page
+        assert secret not in out
 
 
-def redact(data: Path, secret: str, key: bytes = bytes(range(32))) -> None:
+def redact(data: Path) -> None:
     """Leaves in a data folder what extraction would keep of an e-mail address of a private post."""
-    entry = {"fingerprint": extract_blog_data.fingerprint(secret, key), "kind": "email", "visibility": "private"}
-    (data / "extraction_report.json").write_text(json.dumps({"redacted": [entry]}))
+    key = bytes(range(32))
+    fingerprint = extract_blog_data.fingerprint(SECRETS[0], key)
+    redacted = [{"fingerprint": fingerprint, "kind": "email", "visibility": "private"}]
+    (data / "extraction_report.json").write_text(json.dumps({"redacted": redacted}))
     (data / "redaction_key").write_text(key.hex())
 
 
 def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
-    hidden = json.loads(json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]"))
-    write_jsonl(tmp_path / "train_data.jsonl", hidden)
-    write_jsonl(tmp_path / "val_data.jsonl", hidden)  # so that the report asks for what it knows
-    redact(tmp_path, SECRETS[0])
+    hidden = json.dumps(posts).replace(SECRETS[0], "[email]").replace(SECRETS[1], "[phone]")
+    know(tmp_path, json.loads(hidden))
+    redact(tmp_path)
     result = report(folder, tmp_path, "--max-new-tokens", "120")
     assert result["leaks"]["personal"] == [{"kind": "email", "visibility": "private"}]
     assert "1 piece of personal data from your posts came out" in result["verdicts"]["leaks"]
@@ -74,7 +85,7 @@ def test_a_redacted_original_that_comes_out_is_named_too(overfitted, tmp_path, e
 
 def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(capsys, model_folder, tmp_path):
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    redact(tmp_path, SECRETS[0])
+    redact(tmp_path)
     said = "redacted data cannot be recognised; run extract_blog_data.py again."
     report(folder, tmp_path)
     assert said not in capsys.readouterr().err
@@ -86,8 +97,7 @@ def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(caps
 def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everything):
     """What it copied from a private post counts, also where the same text is common for the leak check."""
     folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    know(tmp_path, posts)
     twin = Path(shutil.copytree(folder, tmp_path / "twin"))
     (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
     result = report(twin, tmp_path, "--max-new-tokens", "80")
@@ -95,91 +105,86 @@ def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everythi
     assert "answers hold 8 words or more in a row of a private post" in result["verdicts"]["leaks"]
 
 
-def every_string(value: object) -> list[str]:
-    """All strings of what JSON is made of, names included."""
-    if isinstance(value, dict):
-        return [text for item in value.items() for part in item for text in every_string(part)]
-    if isinstance(value, list):
-        return [text for item in value for text in every_string(item)]
-    return [value] if isinstance(value, str) else []
-
-
-# Words that stand nowhere else, by what could give them away; and whether the page shows them.
-PLANTED = {
-    "slug": ("zwetschgenpfad", True),
-    "title": ("Holunderstreit", True),
-    "tags": ("Kirchturmdohle", True),
-    "blog": ("geheimblog", False),
-    "text": ("gull", True),
-    "address": (SECRETS[0], True),
-    "number": (SECRETS[1], True),
-    "blocked word": ("Quittenallee", False),
-    "home folder": ("zuhause", False),
+# What could give a private post away, as a word that stands nowhere else.
+WORDS = {
+    "slug": "zwetschgenpfad",
+    "title": "Holunderstreit",
+    "tags": "Kirchturmdohle",
+    "text": "gull",
+    "address": SECRETS[0],
+    "number": SECRETS[1],
+    "blog": "geheimblog",
+    "blocked word": "Quittenallee",
+    "home folder": "zuhause",
 }
+ON_THE_PAGE = ["slug", "title", "tags", "text", "address", "number"]
 
 
-def test_nothing_that_names_or_quotes_a_private_post_stands_in_the_json(overfitted, tmp_path, everything, monkeypatch):
-    word = {what: planted for what, (planted, _) in PLANTED.items()}
+def plant(posts: list[dict]) -> list[dict]:
+    planted = []
+    for number, post in enumerate(posts):
+        names = {"path": f"_posts/{WORDS['slug']}-{number}.md", "title": f"{WORDS['title']} {number}"}
+        planted.append(post | names | {"blog": WORDS["blog"], "visibility": "private"})
+    request = {"role": "user", "content": f"Tell me something about {WORDS['tags']}."}
+    tagged = planted[0] | {"messages": [request, planted[0]["messages"][1]]}
+    return [*planted, tagged]
+
+
+def test_no_word_of_a_private_post_is_in_the_json(overfitted, tmp_path, everything, monkeypatch, capsys):
     folder, base, posts = overfitted
-    home = tmp_path / word["home folder"]
+    home = tmp_path / WORDS["home folder"]
     folder = Path(shutil.copytree(folder, home / "my-model"))
     base = Path(shutil.copytree(base, home / "my-base"))
     (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(base)}}))
-
-    planted = []
-    for number, post in enumerate(posts):
-        names = {"path": f"_posts/{word['slug']}-{number}.md", "title": f"{word['title']} {number}"}
-        planted.append(post | names | {"blog": word["blog"], "visibility": "private"})
-    request = {"role": "user", "content": f"Tell me something about {word['tags']}."}
-    tagged = planted[0] | {"messages": [request, planted[0]["messages"][1]]}
-    write_jsonl(tmp_path / "train_data.jsonl", [*planted, tagged])
-    write_jsonl(tmp_path / "val_data.jsonl", [*planted, tagged])
-    write_jsonl(home / "other" / "train_data.jsonl", [post | {"visibility": "public"} for post in planted])
-    write_jsonl(home / "other" / "val_data.jsonl", planted)
+    planted = plant(posts)
+    know(tmp_path, planted)
+    know(home / "other", [post | {"visibility": "public"} for post in planted])
     monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(home / "other"), str(home / "gone")])
-    monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", [word["blocked word"]])
+    monkeypatch.setattr(extract_blog_data, "BLOCKED_WORDS", [WORDS["blocked word"]])
     result = report(folder, tmp_path, "--max-new-tokens", "120")
+    assert "OTHER_BLOGS names gone, which has no train_data.jsonl: left out." in capsys.readouterr().err
 
     # Every list that could hold one is there.
-    leaks = result["leaks"]
-    least_gained = result["learned"]["least_gained"]
-    lists = (leaks["likeliest"], least_gained, leaks["personal"], leaks["blocked"], leaks["by_length"])
-    assert all([*lists, result["copies"]["longest"], result["learned"]["held_out"]["posts"]])
+    leaks, learned, copies = [result[question] for question in ("leaks", "learned", "copies")]
+    assert all([leaks["personal"], leaks["blocked"], leaks["by_length"], learned["held_out"]["posts"]])
+    for numbered in (leaks["likeliest"], learned["least_gained"], copies["longest"]):
+        posts = {entry["post"] for entry in numbered}
+        assert posts and posts <= {1, 2, 3, 4}
     assert (result["model"], result["base"]) == ("my-model", "my-base")
-    numbered = [*leaks["likeliest"], *least_gained, *result["copies"]["longest"]]
-    assert {entry["post"] for entry in numbered} <= {1, 2, 3, 4}
 
+    text = json.dumps(result, ensure_ascii=False).casefold()
+    for what, word in WORDS.items():
+        assert word.casefold() not in text, what
     page = html.unescape((folder / "voice_report.html").read_text(encoding="utf-8"))
-    strings = "\n".join(every_string(result)).casefold()
-    for what, (planted, is_shown) in PLANTED.items():
-        assert planted.casefold() not in strings, what
-        assert (planted in page) >= is_shown, what
+    assert [what for what in ON_THE_PAGE if WORDS[what] not in page] == []
     assert "for their owner alone" in " ".join(page.split())
 
 
 def test_other_blogs_are_called_as_they_are_written_and_never_by_a_path_from_the_root():
     folders = ["../baker/data", "../clerk/data", "/home/me/data", "/home/you/data", "data"]
     names = ["../baker/data", "../clerk/data", "data", "data (2)", "data (3)"]
-    assert voice.asking.names_of_blogs(folders) == names
+    assert asking.names_of_blogs(folders) == names
 
 
 def test_titles_and_comments_of_private_posts_are_read_too(llama_folder):
     tokenizer = train_model.load_tokenizer(llama_folder)
     turns = ["a comment of a reader, with <|im_end|> in it", "my answer", "and so?", "bread"]
-    roles = ["user", "assistant"] * 2
-    thread = {"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]}
-    thread |= {"kind": "reply", "visibility": "private"}
+    roles = ["user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
+    thread = {"messages": messages, "kind": "reply", "visibility": "private"}
     post = {**conversations(1)[0], "title": "The kettle", "kind": "post"}
     post["messages"][0]["content"] = 'Write a blog post titled "The kettle".'
-    found = {}
-    evidence = voice.evidence.Evidence(tokenizer=tokenizer)
+
+    found = defaultdict(list)
+    evidence = Evidence(tokenizer=tokenizer)
     for entry in (thread, post):
-        text = voice.chances.text_of(evidence, entry, is_held_out=False)
+        text = text_of(evidence, entry, is_held_out=False)
         for span in text.spans:
-            found.setdefault(span.group, []).append(tokenizer.decode(text.ids[span.begin : span.end]).strip())
+            passage = tokenizer.decode(text.ids[span.begin : span.end])
+            found[span.group].append(passage.strip(' "'))
     assert found["private comments"] == ["a comment of a reader, with < |im_end|> in it", "and so?"]
     assert found["private"][:2] == ["my answer", "bread"]  # without the end of text
-    assert [title.strip('"') for title in found["private titles"]] == ["The kettle"]
+    assert found["private titles"] == ["The kettle"]
 
 
 def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, everything, monkeypatch, capsys):
@@ -198,10 +203,12 @@ def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, ev
 def test_the_odd_post_gains_least(overfitted, tmp_path, everything):
     folder, _, posts = overfitted
     odd = private_post(7, "nobody")
-    odd["messages"][1]["content"] = " ".join(reversed(odd["messages"][1]["content"].split()))
-    write_jsonl(tmp_path / "train_data.jsonl", [*posts, {**odd, "path": "_posts/odd.md"}])
+    answer = odd["messages"][1]
+    answer["content"] = " ".join(reversed(answer["content"].split()))
+    write_jsonl(tmp_path / "train_data.jsonl", [*posts, odd | {"path": "_posts/odd.md"}])
     write_jsonl(tmp_path / "val_data.jsonl", conversations(6, seed=9, words=200))
-    assert report(folder, tmp_path)["learned"]["least_gained"][0]["post"] == 4
+    least, *_ = report(folder, tmp_path)["learned"]["least_gained"]
+    assert least["post"] == 4
 
 
 @pytest.mark.parametrize(
@@ -216,4 +223,4 @@ def test_the_odd_post_gains_least(overfitted, tmp_path, everything):
     ],
 )
 def test_tries_for_an_even_chance(log_chance, tries):
-    assert voice.passages.tell_power(voice.passages.log10_tries(log_chance)) == tries
+    assert tell_power(log10_tries(log_chance)) == tries

@@ -12,28 +12,47 @@ from pathlib import Path
 
 import pytest
 import torch
+import training
 from reporting import NO_OBJECTS, crafted_report, report, run, settings_with
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 
 import test_model
 import train_model
-import voice.asking
-import voice.evidence
-import voice.learned
-import voice.loading
-import voice.report
+from voice import asking
+from voice.evidence import Section
+from voice.learned import Learned
+from voice.loading import base_name, held_in, load_tuned, run_settings, wanted_precision
+from voice.report import QUESTIONS, replace_file, table_lines, why_unwritable, write_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
+
+FILES = ("voice_report.json", "voice_report.html")
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path) -> Path:
+    """A copy of the model, which may be written to."""
+    return Path(shutil.copytree(model_folder, tmp_path / "model"))
+
+
+def know(data: Path, posts: list[dict]) -> None:
+    """Data whose held-out posts are those of training, so that the report asks for what the model knows."""
+    write_jsonl(data / "train_data.jsonl", posts)
+    write_jsonl(data / "val_data.jsonl", posts)
+
+
+def trained_with(folder: Path, **settings) -> None:
+    (folder / "training_report.json").write_text(json.dumps({"settings": settings}))
 
 
 def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", 2 * posts)  # so that the report's prompts are those it knows
+    know(tmp_path, 2 * posts)
     result = report(folder, tmp_path, "--max-new-tokens", "80")
-    assert result["copies"]["tuned"]["share"] > 0.8 > 0.1 > result["copies"]["base"]["share"]
-    longest = result["copies"]["longest"][0]
+    copies = result["copies"]
+    assert copies["tuned"]["share"] > 0.8 > 0.1 > copies["base"]["share"]
+    longest = copies["longest"][0]
     assert longest["words"] > 30 and longest["post"] in (1, 2, 3)
     learned = result["learned"]["held_out"]
     assert learned["tuned"] < learned["base"] and learned["interval"][0] > 0
@@ -41,28 +60,24 @@ def test_an_overfitted_model_is_seen_to_copy(overfitted, tmp_path):
     assert "<mark>" in (folder / "voice_report.html").read_text()
 
 
-def test_the_held_out_figure_is_the_one_that_training_reported(model_folder, data_folder, tmp_path):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(model_folder)}}))
+def test_the_held_out_figure_is_the_one_that_training_reported(folder, model_folder, data_folder):
+    trained_with(folder, base_model=str(model_folder))
     result = report(folder, data_folder)
     learned = result["learned"]["held_out"]
-    model, tokenizer = voice.loading.load_tuned(folder)
+    model, tokenizer = load_tuned(folder)
     posts = train_model.read_conversations(data_folder / "val_data.jsonl")
-    tokenized = [train_model.conversation_tokens(tokenizer, post["messages"]) for post in posts]
-    nats = train_model.conversation_losses(model, train_model.make_rows(tokenized, 128, 64)).sum()
-    bits = nats / torch.tensor(2.0).log().item() / train_model.author_bytes(posts)
+    rows = train_model.make_rows(train_model.tokenize(tokenizer, posts), 128, 64)
+    nats = train_model.conversation_losses(model, rows).sum()
+    bits = nats / math.log(2) / train_model.author_bytes(posts)
     assert learned["tuned"] == learned["base"] == pytest.approx(bits, rel=1e-5)
     assert "No clear gain" in result["verdicts"]["learned"]
 
 
-def test_other_data_than_the_model_was_trained_on_are_said_before_and_in_the_report(
-    model_folder, data_folder, tmp_path, capsys
-):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+def test_data_changed_since_training_are_said_before_and_in_the_report(folder, data_folder, tmp_path, capsys):
     hashes = {
         f"{split}_sha256": train_model.file_hash(data_folder / name) for split, name in train_model.DATA_FILES.items()
     }
-    (folder / "training_report.json").write_text(json.dumps({"settings": hashes}))
+    trained_with(folder, **hashes)
     assert report(folder, data_folder)["warning"] == ""
 
     data = Path(shutil.copytree(data_folder, tmp_path / "data"))
@@ -76,58 +91,47 @@ def test_other_data_than_the_model_was_trained_on_are_said_before_and_in_the_rep
     assert warning in html.unescape((folder / "voice_report.html").read_text())
 
 
-def test_a_folder_of_other_blogs_without_data_is_left_out_in_a_sentence(
-    model_folder, data_folder, tmp_path, monkeypatch, capsys
-):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    monkeypatch.setattr(test_model, "OTHER_BLOGS", [str(tmp_path / "empty")])
-    report(folder, data_folder)
-    assert "OTHER_BLOGS names empty, which has no train_data.jsonl: left out." in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("base", ["", "no/such-model"])
-def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, model_folder, data_folder, tmp_path, capsys):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    (folder / "training_report.json").write_text(json.dumps({"settings": {"base_model": base}}))
+def test_without_the_base_model_the_rest_is_reported_and_it_is_said(base, folder, data_folder, tmp_path, capsys):
+    trained_with(folder, base_model=base)
     result = report(folder, data_folder)
     out, err = capsys.readouterr()
     assert "base model" in err and "kipping comparisons" in err
-    assert result["leaks"]["by_length"]["12"]["private"]["common"] == 0  # nothing is known to be common
     assert all("Not measured" in result["verdicts"][part] for part in ("learned", "reader", "habits"))
-    assert result["copies"]["tuned"] and not re.search(r"^ +base model ", out, re.M)
-    assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)  # what it can say alone
+    assert result["leaks"]["by_length"]["12"]["private"]["common"] == 0  # nothing is known to be common
+    # What the tuned model can say alone.
+    assert result["copies"]["tuned"]
+    assert re.search(r"^  tuned model +[\d.]+ bits/byte$", out, re.M)
+    assert not re.search(r"^ +base model ", out, re.M)
 
 
-def test_without_data_the_report_says_which_parts_it_cannot_give(model_folder, tmp_path, capsys):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+def test_without_data_the_report_says_which_parts_it_cannot_give(folder, tmp_path, capsys):
     result = report(folder, tmp_path / "nothing")
-    assert [key for key, verdict in result["verdicts"].items() if "Not measured" in verdict] == [
-        question.key for question in voice.report.QUESTIONS
-    ]
-    assert capsys.readouterr().out.count("Not measured") == len(voice.report.QUESTIONS)
+    assert list(result["verdicts"]) == [question.key for question in QUESTIONS]
+    assert all("Not measured" in verdict for verdict in result["verdicts"].values())
+    assert capsys.readouterr().out.count("Not measured") == len(QUESTIONS)
     assert "What's on your mind today?" in html.unescape((folder / "voice_report.html").read_text())
 
 
 def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_path, everything, capsys):
     folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    know(tmp_path, posts)
     result = report(folder, tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    flat = " ".join(" ".join(lines).split())
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    flat = " ".join(out.split())
     assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
     assert all(f"It copied {copy['words']} words" in flat for copy in result["copies"]["longest"])
 
 
 def test_the_printed_report_has_60_lines_and_explains_itself_if_wanted(overfitted, tmp_path, capsys):
     folder, _, posts = overfitted
-    write_jsonl(tmp_path / "train_data.jsonl", posts)
-    write_jsonl(tmp_path / "val_data.jsonl", posts)
+    know(tmp_path, posts)
     meaning = "Own tries: until the likeliest passage has an even chance"
     report(folder, tmp_path)
     short = capsys.readouterr().out
-    assert len(short.splitlines()) <= 60 and meaning not in short and "--explain" in short
+    assert len(short.splitlines()) <= 60
+    assert "--explain" in short and meaning not in short
     report(folder, tmp_path, "--explain")
     assert meaning in capsys.readouterr().out
 
@@ -135,54 +139,48 @@ def test_the_printed_report_has_60_lines_and_explains_itself_if_wanted(overfitte
 def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     phrase = "donaudampfschifffahrtsgesellschaft rechtsschutzversicherungsgesellschaften und"
     rows = [(phrase, "12", "3", "0"), ("so", "9", "1", "0")]
-    lines = voice.report.table_lines(voice.evidence.Section("", rows, ("", "you", "tuned", "base")))
+    lines = table_lines(Section("", rows, ("", "you", "tuned", "base")))
     assert max(map(len, lines)) <= 80
-    assert all(word in " ".join(lines) for word in phrase.split()) and lines[1].endswith("12      3     0")
-    assert lines[-1].split() == ["so", "9", "1", "0"]
-    assert voice.report.table_lines(voice.evidence.Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
+    assert set(phrase.split()) <= set(" ".join(lines).split())
+    assert lines[1].endswith("12      3     0") and lines[-1].split() == ["so", "9", "1", "0"]
+    assert table_lines(Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
 
 
-def test_quick_is_a_tenth_of_the_size(model_folder, data_folder, tmp_path, monkeypatch):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+def test_quick_is_a_tenth_of_the_size(folder, data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(test_model, "REPORT_SIZE", 0.5)
     assert report(folder, data_folder, "--quick")["size"] == 0.05
 
 
-def test_a_model_of_adapters_is_reported_on_in_the_precision_it_was_trained_in(
-    llama_folder, data_folder, tmp_path, monkeypatch
-):
+def test_adapters_are_reported_on_in_the_precision_of_training(llama_folder, data_folder, tmp_path, monkeypatch):
     """Both models in half the memory, and with the very losses of the training run."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(test_model, "PRECISION", None)
     for name, value in {"PRECISION": "bf16", "LORA_RANK": 4, "CONTEXT_TOKENS": 64, "OVERLAP_TOKENS": 8}.items():
         monkeypatch.setattr(train_model, name, value)
     folder = tmp_path / "model"
-    flags = ["--base-model", str(llama_folder), "--data-dir", str(data_folder), "--output-dir", str(folder)]
-    assert train_model.main([*flags, "--max-steps", "3", "--learning-rate", "1e-2"]) == 0
+    trained = training.run(llama_folder, data_folder, folder, "--max-steps", "3", "--learning-rate", "1e-2")
 
     held = []
-    losses_of = voice.asking.losses_of
+    losses_of = asking.losses_of
 
     def watched(model, *arguments):
         held.append({weight.dtype for weight in model.parameters() if weight.dim() > 1})
         return losses_of(model, *arguments)
 
-    monkeypatch.setattr(voice.asking, "losses_of", watched)
+    monkeypatch.setattr(asking, "losses_of", watched)
     measured = report(folder, data_folder, "--quick")["learned"]["held_out"]
     assert held == [{torch.bfloat16}, {torch.bfloat16}]
-    trained = json.loads((folder / "training_report.json").read_text())
-    for model, evaluation in (("tuned", trained["best"]), ("base", trained["base"])):
+    for model, evaluation in {"tuned": trained["best"], "base": trained["base"]}.items():
         assert measured[model] == pytest.approx(evaluation["eval_bits_per_byte"], abs=1e-3)
 
 
-def test_the_report_is_its_owners_alone_and_replaces_the_old_one(model_folder, data_folder, tmp_path):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
-    for name in ("voice_report.json", "voice_report.html"):
+def test_the_report_is_its_owners_alone_and_replaces_the_old_one(folder, data_folder, tmp_path):
+    for name in FILES:
         (folder / name).write_text("old")
         (folder / name).chmod(0o644)
         os.link(folder / name, tmp_path / name)
     report(folder, data_folder)
-    for name in ("voice_report.json", "voice_report.html"):
+    for name in FILES:
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         assert (tmp_path / name).read_text() == "old"  # replaced, not written over
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
@@ -203,34 +201,34 @@ def test_a_file_is_its_owners_alone_whatever_the_umask_and_whatever_a_killed_run
 
     usual = os.umask(umask)
     try:
-        voice.report.replace_file(path, "half a character: \udce9")
+        replace_file(path, "half a character: \udce9")
     finally:
         os.umask(usual)
-    assert path.read_text() == "half a character: ?" and stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert mine.read_text() == "mine" and not beside.exists() and not path.is_symlink()
+    assert path.read_text() == "half a character: ?"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert mine.read_text() == "mine"
+    assert not beside.exists() and not path.is_symlink()
 
 
-@pytest.mark.parametrize(
-    "lost", [["voice_report.json"], ["voice_report.html"], ["voice_report.json", "voice_report.html"]]
-)
-def test_a_report_that_cannot_be_written_is_printed_and_the_other_file_is_written(
-    lost, model_folder, data_folder, tmp_path, capsys
-):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+@pytest.mark.parametrize("lost", [FILES[:1], FILES[1:], FILES])
+def test_a_report_that_cannot_be_written_is_printed_and_the_rest_written(lost, folder, data_folder, tmp_path, capsys):
     for name in lost:
         (folder / name).mkdir()
     with pytest.raises(SystemExit) as stop:
         run(folder, data_folder, "--report")
 
     out, err = capsys.readouterr()
-    assert all(question.question in out for question in voice.report.QUESTIONS)
-    assert stop.value.code.startswith("Cannot write ") and "\n" not in stop.value.code
-    said, _, measuring = err.partition("tuned model: ")  # the first thing that is measured
-    for name in ("voice_report.json", "voice_report.html"):
-        sentence = f"{folder / name} cannot be written (Is a directory); the report will be printed.\n"
-        assert (sentence in said) == (f"{folder / name} (Is a directory)" in stop.value.code) == (name in lost)
-        assert (folder / name).is_file() != (name in lost)
-    assert measuring and ".unfinished" not in err + stop.value.code
+    assert all(question.question in out for question in QUESTIONS)
+    told = stop.value.code
+    assert told.startswith("Cannot write ") and "\n" not in told
+    before, _, measuring = err.partition("tuned model: ")  # the first thing that is measured
+    assert measuring and ".unfinished" not in err + told
+    for name in FILES:
+        path = folder / name
+        is_lost = name in lost
+        assert (f"{path} cannot be written (Is a directory); the report will be printed.\n" in before) == is_lost
+        assert (f"{path} (Is a directory)" in told) == is_lost
+        assert path.is_file() != is_lost
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -240,24 +238,21 @@ def test_a_full_disk_is_seen_before_and_the_sentence_names_the_file_itself(tmp_p
 
     monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "voice_report.json").write_text("old")
-    assert voice.report.why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
-    failures = voice.report.write_report(crafted_report(), tmp_path)
-    names = ("voice_report.json", "voice_report.html")
-    assert failures == [f"{tmp_path / name} (No space left on device)" for name in names]
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("voice_report.json", "old")]
+    assert why_unwritable(tmp_path / "voice_report.json") == "No space left on device"
+    failures = write_report(crafted_report(), tmp_path)
+    assert failures == [f"{tmp_path / name} (No space left on device)" for name in FILES]
+    assert [path.name for path in tmp_path.iterdir()] == ["voice_report.json"]
+    assert (tmp_path / "voice_report.json").read_text() == "old"
 
 
 def test_losses_that_are_no_numbers_are_null_in_the_json():
-    learned = voice.learned.Learned(math.nan)
+    learned = Learned(math.nan)
     assert json.loads(crafted_report(learned=learned).as_json())["learned"]["tuned"] is None
 
 
 @pytest.mark.parametrize("too_large", [False, True])
-def test_a_model_that_float16_cannot_hold_is_asked_in_float32(
-    too_large, model_folder, data_folder, tmp_path, monkeypatch, capsys
-):
+def test_what_float16_cannot_hold_is_asked_in_float32(too_large, folder, data_folder, tmp_path, monkeypatch, capsys):
     """As Gemma 3 on an RTX 20xx: in float16 it would answer nothing, and nobody would know why."""
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     if too_large:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.get_input_embeddings().weight.data.mul_(1e6)  # the first norm takes that back
@@ -292,9 +287,9 @@ ODD_HISTORIES = [
 def test_an_odd_training_report_counts_as_none(text, tmp_path):
     (tmp_path / "training_report.json").write_text(text, encoding="utf-8")
     settings = settings_with(tmp_path, precision=None)
-    assert voice.loading.held_in(tmp_path, "bf16") == "fp32" and voice.loading.base_name(settings) == ""
-    assert voice.loading.wanted_precision(settings) == "auto"
-    assert voice.asking.window_of_training(voice.loading.run_settings(tmp_path), 1024) == (512, 32)
+    assert held_in(tmp_path, "bf16") == "fp32" and base_name(settings) == ""
+    assert wanted_precision(settings) == "auto"
+    assert asking.window_of_training(run_settings(tmp_path), 1024) == (512, 32)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +302,10 @@ def test_an_odd_training_report_counts_as_none(text, tmp_path):
     ],
 )
 def test_windows_are_those_of_training_where_they_can_be_read(recipe, positions, windows):
-    assert voice.asking.window_of_training(recipe, positions) == windows
+    assert asking.window_of_training(recipe, positions) == windows
 
 
-def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder, tmp_path):
-    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+def test_a_report_over_odd_files_is_made_all_the_same(folder, data_folder, tmp_path):
     data = Path(shutil.copytree(data_folder, tmp_path / "data"))
     (folder / "training_report.json").write_text(json.dumps(ODD_HISTORIES[0]))
     (data / "extraction_report.json").write_text(json.dumps({"redacted": {}}))
@@ -321,4 +315,4 @@ def test_a_report_over_odd_files_is_made_all_the_same(model_folder, data_folder,
 @pytest.mark.parametrize("redacted", [*NO_OBJECTS, "{}", '{"redacted": {}}', '{"redacted": [3, null, []]}'])
 def test_an_odd_extraction_report_has_redacted_nothing(redacted, tmp_path):
     (tmp_path / "extraction_report.json").write_text(redacted, encoding="utf-8")
-    assert voice.asking.read_blog(tmp_path).redacted == []
+    assert asking.read_blog(tmp_path).redacted == []

@@ -6,8 +6,8 @@ import os
 import re
 
 import pytest
-from tiny import conversations, make_model_folder, write_jsonl
-from training import DRIVER, SCRIPT, TALK, flags, losses, nine_updates, run, start, stopped, train_this_way
+from tiny import CHATML, conversations, make_model_folder, write_jsonl
+from training import DRIVER, SCRIPT, TALK, losses, nine_updates, run, start, stopped, train_this_way
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -16,23 +16,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
 def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tmp_path, capsys):
-    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
-    names = {path.name for path in (tmp_path / "model").iterdir()}
+    folder = tmp_path / "model"
+    report = run(gpt2_folder, data_folder, folder, "--epochs", "2", "--learning-rate", "1e-2")
+    assert list(tmp_path.iterdir()) == [folder]
+    names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
     assert {"chat_template.jinja", "README.md", "training_report.json", "loss_curve.png"} <= names
     assert not any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in names)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert model.config.use_cache
-    assert model.config.activation_function == "gelu_new"
-    assert model.config.n_ctx == 256  # without which llama.cpp's converter stops
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    assert config.use_cache
+    assert config.activation_function == "gelu_new"
+    assert config.n_ctx == 256  # without which llama.cpp's converter stops
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     assert model.generation_config.do_sample
     inputs = tokenizer.apply_chat_template(TALK[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert model.generate(**inputs, max_new_tokens=5).shape[1] <= inputs["input_ids"].shape[1] + 5
+    written = model.generate(**inputs, max_new_tokens=5)
+    longest = inputs["input_ids"].shape[1] + 5
+    assert written.shape[1] <= longest
 
     trained = report["data"]["train"]
     held_out = report["data"]["val"]
@@ -40,27 +44,22 @@ def test_a_run_leaves_a_model_that_anybody_can_load(gpt2_folder, data_folder, tm
     assert trained["conversations"] == 40
     assert trained["private"] == 14
     assert best["eval_loss"] < report["base"]["eval_loss"]
-    bits = best["eval_loss"] * held_out["author_tokens"] / math.log(2) / held_out["author_bytes"]
-    assert best["eval_bits_per_byte"] == pytest.approx(bits)
-    output = capsys.readouterr()
-    assert "it learned. It" in output.out
-    assert f"{trained['author_tokens']:,} scored an epoch" in output.err
-
-
-def test_same_seed_same_losses_and_the_old_model_is_replaced(llama_folder, data_folder, tmp_path):
-    first = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
-    again = run(llama_folder, data_folder, tmp_path / "model", "--epochs", "1")
-    assert losses(first) == losses(again)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    bits = best["eval_loss"] * held_out["author_tokens"] / math.log(2)
+    assert best["eval_bits_per_byte"] == pytest.approx(bits / held_out["author_bytes"])
+    out, err = capsys.readouterr()
+    assert "it learned. It" in out
+    assert f"{trained['author_tokens']:,} scored an epoch" in err
 
 
 def test_an_update_is_the_same_however_many_rows_go_through_at_once(gpt2_folder, data_folder, tmp_path, monkeypatch):
     """Over more than an epoch, so that rows which only fill up the last update are among them."""
     flags = ("--epochs", "2", "--learning-rate", "1e-2")
-    one_by_one = run(gpt2_folder, data_folder, tmp_path / "model", *flags)
+    folder = tmp_path / "model"
+    one_by_one = run(gpt2_folder, data_folder, folder, *flags)
     for rows_at_once in (2, 4):
         train_this_way(monkeypatch, rows_at_once=rows_at_once)
-        together = run(gpt2_folder, data_folder, tmp_path / "model", *flags)
+        together = run(gpt2_folder, data_folder, folder, *flags)
+        assert list(tmp_path.iterdir()) == [folder]  # the old model is replaced
         plan = together["plan"]
         assert plan["rows_at_once"] == rows_at_once
         assert plan["accumulation"] * rows_at_once == one_by_one["plan"]["accumulation"]
@@ -83,13 +82,13 @@ def test_a_run_goes_on_with_other_rows_at_once_as_on_another_card(
 @pytest.mark.parametrize("architecture", ["gpt_neox", "qwen2", "phi", "bloom"])
 def test_other_architectures_train_and_keep_their_template(architecture, data_folder, tmp_path):
     chatml = architecture == "qwen2"
+    folder = tmp_path / "model"
     base = make_model_folder(tmp_path / "base", architecture, chatml, intermediate_size=64, num_key_value_heads=2)
-    report = run(base, data_folder, tmp_path / "model", "--max-steps", "1")
+    report = run(base, data_folder, folder, "--max-steps", "1")
     assert report["best"]["step"] == 1
-    template = AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
-    assert template.startswith(
-        "{% for message in messages %}{{ '<|im_start|>'" if chatml else train_model.PLAIN_TEMPLATE[:40]
-    )
+    template = AutoTokenizer.from_pretrained(folder).chat_template
+    expected = CHATML if chatml else train_model.PLAIN_TEMPLATE
+    assert template[:40] == expected[:40]
 
 
 def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_path, capsys):
@@ -99,9 +98,10 @@ def test_the_plan_counts_the_rows_of_a_model_that_cannot_pack(data_folder, tmp_p
     plans = re.findall(r"(\d+) rows of up to 64 tokens, (\d+) updates", capsys.readouterr().err)
     [(rows, fewer), (more_rows, updates)] = [map(int, plan) for plan in plans]
     assert rows < more_rows
-    assert fewer < updates == report["log"][-1]["step"]
+    assert fewer < updates
     measured = [entry["step"] for entry in train_model.evaluations(report["log"])]
     assert measured == [0, math.ceil(updates / 2), updates]
+    assert report["log"][-1]["step"] == updates
 
 
 def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp_path):
@@ -115,23 +115,25 @@ def test_a_model_without_a_limit_of_positions_trains_to_the_end(data_folder, tmp
 
 
 def test_frugal_training_trains(gpt2_folder, data_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
     train_this_way(monkeypatch, optimizer="adamw_bnb_8bit", checkpointing=True)
-    report = run(gpt2_folder, data_folder, tmp_path / "model", "--epochs", "1", "--learning-rate", "1e-2")
+    report = run(gpt2_folder, data_folder, folder, "--epochs", "1", "--learning-rate", "1e-2")
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
-    assert AutoConfig.from_pretrained(tmp_path / "model").use_cache
+    assert AutoConfig.from_pretrained(folder).use_cache
 
 
 def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkeypatch, capsys):
     """The validation post is made of what training makes ever less likely."""
     write_jsonl(tmp_path / "train_data.jsonl", conversations(30))
-    worse = conversations(1)
-    worse[0]["messages"][1]["content"] = "QQ ZZ !! ?? 77 %% QQ ZZ"
-    write_jsonl(tmp_path / "val_data.jsonl", worse)
+    [worse] = conversations(1)
+    worse["messages"][1]["content"] = "QQ ZZ !! ?? 77 %% QQ ZZ"
+    write_jsonl(tmp_path / "val_data.jsonl", [worse])
     monkeypatch.setattr(train_model, "PATIENCE", 2)
     report = run(gpt2_folder, tmp_path, tmp_path / "model", "--epochs", "30", "--learning-rate", "1e-1")
-    output = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert report["log"][-1]["step"] < 100
-    assert "Stopped early" in output.err and "it did not learn" in output.out
+    assert "Stopped early" in err
+    assert "it did not learn" in out
 
 
 # ---------------------------------------------------------------------------- several processes
@@ -152,20 +154,26 @@ def test_two_processes_give_the_losses_of_one(
     monkeypatch.setattr(train_model, "LORA_RANK", rank)
     learn = ["--max-steps", "3", "--learning-rate", "auto"]
     alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
-    (tmp_path / "driver.py").write_text(prepare + DRIVER)
+
+    driver = tmp_path / "driver.py"
+    driver.write_text(prepare + DRIVER)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [*flags(llama_folder, data_folder, tmp_path / "together")[:-2], *learn]
-    process = start(*arguments, launcher=("-m", *launcher, str(tmp_path / "driver.py")), env=environment)
+    path = [str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    folder = tmp_path / "together"
+    arguments = ["--base-model", llama_folder, "--data-dir", data_folder, "--output-dir", folder, *learn]
+    launched = ("-m", *launcher, str(driver))
+    process = start(*map(str, arguments), launcher=launched, env=environment)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert output.count("Validation") == 1
     assert errors.count("update 3/3  train") == 1
     assert errors.count("is the best and is used") == 1
 
-    together = json.loads((tmp_path / "together" / "training_report.json").read_text())
+    together = json.loads((folder / "training_report.json").read_text())
     assert together["plan"]["checkpointing"] == bool(prepare)
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    rate = together["learning_rate"]
-    assert rate["used"] == alone["learning_rate"]["used"]
-    assert rate["bits_per_byte_of_tried"] == pytest.approx(alone["learning_rate"]["bits_per_byte_of_tried"], abs=1e-5)
+    rates = together["learning_rate"]
+    expected = alone["learning_rate"]
+    assert rates["used"] == expected["used"]
+    assert rates["bits_per_byte_of_tried"] == pytest.approx(expected["bits_per_byte_of_tried"], abs=1e-5)

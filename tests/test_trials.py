@@ -12,13 +12,11 @@ import train_model
 def run_of(updates: int, held_out_rows: int) -> train_model.Run:
     """A run of so many updates of 8 rows, with an evaluation after every fourth."""
     row = {"input_ids": [1] * 512, "labels": [1] * 512}
-    rows_of = {
-        "train": Dataset.from_list([row] * 40),
-        "val": Dataset.from_list([row] * held_out_rows),
-    }
+    train = Dataset.from_list([row] * 40)
+    held_out = Dataset.from_list([row] * held_out_rows)
     plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 2, 4, 4, parameters=0, updates=updates)
     data = {"val": {"author_bytes": 1000 * held_out_rows}}
-    return train_model.Run(settings_with(rows_per_update=8), Path(), plan, rows_of, data)
+    return train_model.Run(settings_with(rows_per_update=8), Path(), plan, {"train": train, "val": held_out}, data)
 
 
 def cost(run: train_model.Run) -> float:
@@ -34,21 +32,30 @@ def cost(run: train_model.Run) -> float:
 def test_the_trials_cost_a_quarter_of_the_run_at_most(updates, held_out_rows):
     whole = run_of(updates, held_out_rows)
     trial = train_model.shortened(whole, times=3)
-    plan = trial.plan
     held_out = len(trial.rows_of["val"])
     own_cost = cost(trial) - held_out  # no trial measures the base model
     assert 3 * own_cost <= 0.25 * cost(whole)
 
+    plan = trial.plan
+    settings = trial.settings
     assert 2 <= plan.updates <= 5
-    assert plan.updates == trial.settings.max_steps
-    assert plan.rows_at_once * plan.accumulation == trial.settings.rows_per_update
+    assert plan.updates == settings.max_steps
+    assert plan.rows_at_once * plan.accumulation == settings.rows_per_update
     assert trial.data["val"]["author_bytes"] == pytest.approx(1000 * held_out)
 
 
-@pytest.mark.parametrize(("updates", "held_out_rows", "size"), [(500, 40, (5, 8, 40)), (1, 3, (2, 2, 1))])
-def test_trials_of_a_long_and_of_the_shortest_run(updates, held_out_rows, size):
-    trial = train_model.shortened(run_of(updates, held_out_rows), times=3)
-    assert (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"])) == size
+@pytest.mark.parametrize(
+    ("updates", "held_out_rows", "expected"),
+    [
+        (500, 40, (5, 8, 40)),
+        (1, 3, (2, 2, 1)),
+    ],
+)
+def test_trials_of_a_long_and_of_the_shortest_run(updates, held_out_rows, expected):
+    whole = run_of(updates, held_out_rows)
+    trial = train_model.shortened(whole, times=3)
+    size = (trial.plan.updates, trial.settings.rows_per_update, len(trial.rows_of["val"]))
+    assert size == expected
 
 
 @pytest.mark.slow
@@ -58,10 +65,11 @@ def test_a_trial_is_a_short_run_from_the_base_model(gpt2_folder, data_folder, tm
     monkeypatch.setattr(train_model, "RATES_TO_TRY", (1e-3, 1e-2))
     monkeypatch.setattr(train_model, "TRIALS_SHARE", 10)  # whole updates, and all held-out posts
 
-    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "6", "--learning-rate", "auto")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
-    assert said[0] == "rate     each of 0.001, 0.01 has a trial of 5 updates of 4 rows, from the same start"
-    assert said[2].endswith(" bits per byte on held-out posts, 2 of 2 tried, 0 s left")
-    short = run(gpt2_folder, data_folder, tmp_path / "short", "--max-steps", "5", "--learning-rate", "1e-2")
+    flags = ("--max-steps", "6", "--learning-rate", "auto")
+    found = run(gpt2_folder, data_folder, tmp_path / "found", *flags)
+    assert " bits per byte on held-out posts, 2 of 2 tried, 0 s left\n" in capsys.readouterr().err
+
+    flags = ("--max-steps", "5", "--learning-rate", "1e-2")
+    short = run(gpt2_folder, data_folder, tmp_path / "short", *flags)
     measured = train_model.evaluations(short["log"])[-1]["eval_bits_per_byte"]
     assert found["learning_rate"]["bits_per_byte_of_tried"]["0.01"] == measured
