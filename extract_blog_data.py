@@ -108,6 +108,7 @@ import secrets
 import stat
 import sys
 import threading
+import time
 import tomllib
 import unicodedata
 import zlib
@@ -146,7 +147,7 @@ def extract(settings: Settings):
     check_data_folder(settings.data_dir, sites)
     key = read_or_make_key(settings.data_dir)
     found, unread = list_posts(sites, settings)
-    posts = read_with_progress(found, settings)
+    posts = list(watched(read_all(found, settings), "reading file", len(found)))
 
     # Other people's posts first; otherwise one of them could be kept in place of the author's copy.
     drop_other_authors(posts, settings)
@@ -176,18 +177,6 @@ def extract(settings: Settings):
     files[REPORT_FILE] = encode(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     write_files(settings.data_dir, {KEY_FILE: encode(key.hex() + "\n"), **files})
     print_report(report, settings.data_dir)
-
-
-def read_with_progress(found: list[Post], settings: Settings) -> list[Post]:
-    """The posts filled in; progress goes to stderr."""
-    posts = []
-    for post in read_all(found, settings):
-        posts.append(post)
-        is_last = len(posts) == len(found)
-        if is_last or len(posts) % 50 == 0:
-            end = "\n" if is_last else "\r"
-            say(f"read {len(posts):,} of {len(found):,} files", end)
-    return posts
 
 
 def read_all(posts: list[Post], settings: Settings) -> Iterator[Post]:
@@ -487,10 +476,34 @@ def say(text: str, end: str = "\n"):
         sys.stderr = None  # or Python would try again at exit
 
 
+def is_watched() -> bool:
+    """Whether stderr is a terminal, where one line may replace another."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def say_loading():
     """In a terminal, what the first seconds pass with."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    if is_watched():
         say("Loading libraries ...")
+
+
+def watched(steps: Iterable, what: str, number: int) -> Iterator:
+    """The same steps; in a terminal with how many of `number` are done and how long the others will need."""
+    began = time.monotonic()
+    told = began
+    for done, step in enumerate(steps, start=1):
+        yield step
+        now = time.monotonic()
+        if is_watched() and now - told >= 1:
+            left = tell_time((now - began) / done * (number - done))
+            say(f"{what} {done:,} of {number:,}, {left} left   ", end="\r")
+            told = now
+    if told > began:
+        say(" " * 60, end="\r")
+
+
+def tell_time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def print_or_exit(text: str, remedy: str, end: str = "\n"):

@@ -119,11 +119,14 @@ from extract_blog_data import (
     either,
     flag_type,
     hold_closed_streams,
+    is_watched,
     on_signals,
     one_of,
     parser_of,
     print_or_exit,
     say_loading,
+    tell_time,
+    watched,
     whole,
 )
 
@@ -1395,7 +1398,7 @@ def conversation_losses(model, rows: Dataset) -> np.ndarray:
     losses = np.zeros(conversations)
 
     # One row at a time: nothing is padded, and logits are large.
-    for row in rows:
+    for row in watched(rows, "measuring row", len(rows)):
         batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
         logits, targets = scored_logits(model, batch)
         nats = functional.cross_entropy(logits.float(), targets, reduction="none")
@@ -2315,7 +2318,7 @@ class Progress(TrainerCallback):
             torch.accelerator.synchronize()
         self.seconds += time.monotonic() - self.began
         self.updates += 1
-        if sys.stderr.isatty():
+        if is_watched():
             say(f"update {state.global_step}/{state.max_steps}, {self.time_left(state)} left   ", end="\r")
 
     def time_left(self, state) -> str:
@@ -2344,10 +2347,6 @@ class Progress(TrainerCallback):
 
     def say_line(self, state, text: str) -> None:
         say(f"epoch {state.epoch or 0:.2f}  update {state.global_step}/{state.max_steps}  {text}")
-
-
-def tell_time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 class Checkpoints(TrainerCallback):

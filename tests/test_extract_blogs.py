@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -949,3 +950,19 @@ def test_any_blog_becomes_clean_text_and_the_same_bytes_again(tmp_path_factory, 
     before = contents(tmp_path / "data")
     run_over(tmp_path, encoded)
     assert contents(tmp_path / "data") == before
+
+
+def test_a_long_wait_has_a_line_of_its_own_in_a_terminal_and_none_elsewhere(monkeypatch, capsys):
+    looks = itertools.count(0, 2)  # two seconds from one look at the clock to the next
+    monkeypatch.setattr(x.time, "monotonic", lambda: next(looks))
+    assert list(x.watched("abc", "row", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(x.watched("abc", "row", 3)) == ["a", "b", "c"]
+    lines = [line.strip() for line in capsys.readouterr().err.split("\r")]
+    assert lines == ["row 1 of 3, 4 s left", "row 2 of 3, 2 s left", "row 3 of 3, 0 s left", "", ""]
+
+    # A terminal that is gone ends nothing.
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(x.watched("abc", "row", 3)) == ["a", "b", "c"]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 import extract_blog_data as extraction
 import train_model as training
-from extract_blog_data import say
+from extract_blog_data import say, watched
 from voice.chances import pick_texts
 from voice.evidence import BlogData, Evidence, ModelRun, percent
 from voice.loading import DTYPES, is_whole, positions_of, run_settings
@@ -191,8 +190,8 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
     most = max(ANSWERS_AT_ONCE, evidence.words // FEWEST_WORDS)
     source = itertools.islice(itertools.cycle(prompts), most)
 
-    # The time left is an upper bound: most answers are shorter. Only a terminal shows it.
-    progress = partial(tqdm, desc="  tokens", total=sampling.max_new_tokens, leave=False, disable=None)
+    # The time left is an upper bound: most answers are shorter.
+    progress = partial(watched, what="token", number=sampling.max_new_tokens)
     answers = []
     written = 0
     wanted = min(ANSWERS_AT_ONCE, max(FIRST_ANSWERS, FIRST_TOKENS // sampling.max_new_tokens))
