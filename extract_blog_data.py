@@ -477,8 +477,9 @@ def say(text: str, end: str = "\n"):
 
 
 def is_watched() -> bool:
-    """Whether stderr is a terminal, where one line may replace another."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr is a terminal, where one line may replace another; only the first of several processes may."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    return is_first and sys.stderr is not None and sys.stderr.isatty()
 
 
 def say_loading():

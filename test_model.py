@@ -202,8 +202,9 @@ def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> N
         precision = "fp32"
         model = model.float()  # also where it was in half precision
 
-    changed = tell_changed_data(settings)
-    if changed and not args.chat:
+    # The chat reads no data.
+    changed = "" if args.chat else tell_changed_data(settings)
+    if changed:
         say(changed)
 
     # The report needs losses in float32 first, so it converts the weights itself.

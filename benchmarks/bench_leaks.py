@@ -89,7 +89,7 @@ def row(kind: str, times: int, sentence: str, evidence: Evidence, found: leaks.L
         if sentence in said:
             begin = said.index(sentence)
             span = Span("private", *tokens_at(evidence.tokenizer, text.ids, begin, begin + len(sentence)))
-            texts.append(Text(text.post, text.ids, False, [span]))
+            texts.append(Text(text.post, text.ids, [span]))
             chances.append(of_tokens)
 
     passages = cut_passages(texts, chances, 12)

@@ -10,10 +10,10 @@ whose row names what was found. Every rate is tried with each of `--ranks` (LORA
 settings of `--dropouts` and `--overlaps` one by one, at the rate given last.
 
 Each row is a process of its own: train_model.py, with an evaluation after every epoch; then test_model.py's report at
-a fortieth of its size (REPORT_SIZE = 0.025), for what is given away: tries until the likeliest 12 tokens that were
-trained on have an even chance to come out. Last `--words` words, which the report's reader judges, who knows all
-training posts of the whole blog; `--bits-alone` leaves the two last out. A first row gives the voice of the base model.
-Minutes are those of the training, gigabytes the most that it took.
+a fortieth of its size (REPORT_SIZE = 0.025), for what is given away: tries until the likeliest 12 tokens of the private
+posts (with `--posts` all count as private) have an even chance to come out. Last `--words` words, which the report's
+reader judges, who knows all training posts of the whole blog; `--bits-alone` leaves the two last out. A first row gives
+the voice of the base model. Minutes are those of the training, gigabytes the most that it took.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Outcome:
         """The columns REPORTED: what somebody might get out of the training posts."""
         copied = self.seen["copies"]["tuned"]["share"]
         by_group = self.seen["leaks"]["by_length"][str(LENGTHS[0])]
-        groups = [group for name, group in by_group.items() if name != "held-out"]  # none without private posts
+        groups = [group for name, group in by_group.items() if name != "held-out"]
         return [f"{copied:.2%}", fewest_tries(groups, "bound"), fewest_tries(groups, "sampled")]
 
 
@@ -87,7 +87,9 @@ def tell_taken(taken: ReaderShare | None) -> str:
 
 
 def fewest_tries(groups: list[dict], chance: str) -> str:
-    """Tries until the likeliest passage of all groups has an even chance to come out."""
+    """Tries until the likeliest passage of all groups has an even chance to come out; only private posts are read."""
+    if not groups:
+        return "not read"
     tries = [group[chance]["log10_tries"] for group in groups]
     possible = [number for number in tries if number is not None]
     return tell_power(min(possible)) if possible else "never"

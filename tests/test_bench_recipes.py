@@ -19,13 +19,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def blog(tmp_path, monkeypatch) -> Path:
-    """Data of more posts than are asked for; rows are made in this process."""
+    """Data of more posts than are asked for, all of them public; rows are made in this process."""
     monkeypatch.setattr(train_model, "ROWS_PER_UPDATE", 4)
     monkeypatch.setattr(train_model, "PRECISION", "fp32")
     monkeypatch.setattr(bench_recipes, "apart", lambda work, *given: work(*given))
 
     folder = tmp_path / "data"
-    write_jsonl(folder / "train_data.jsonl", conversations(24, words=200))
+    public = [post | {"visibility": "public"} for post in conversations(24, words=200)]
+    write_jsonl(folder / "train_data.jsonl", public)
     write_jsonl(folder / "val_data.jsonl", conversations(9, seed=1, words=200))
     hashes = dict.fromkeys(("train_data.jsonl", "val_data.jsonl"), "of the whole data")
     (folder / "extraction_report.json").write_text(json.dumps({"sha256": hashes}))
@@ -78,6 +79,9 @@ def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():
     seen = {"copies": {"tuned": {"share": 0.0123}}, "leaks": {"by_length": {"12": groups}}}
     outcome = bench_recipes.Outcome("1e-4", seen=seen)
     assert outcome.tell_report() == ["1.23%", tell_power(3.0), tell_power(30.0)]
+    # Without private posts nothing was read, which is no promise.
+    groups.clear()
+    assert outcome.tell_report() == ["1.23%", "not read", "not read"]
 
 
 def test_what_a_model_gives_away_comes_from_its_report(gpt2_folder, blog, capsys, monkeypatch):
@@ -87,4 +91,4 @@ def test_what_a_model_gives_away_comes_from_its_report(gpt2_folder, blog, capsys
     base, row = table(capsys, monkeypatch, *flags, "--rates", "1e-2")
     assert base["learning rate"] == "base model"
     assert row["copied"].endswith("%")
-    assert row["any settings: tries"]
+    assert row["any settings: tries"] not in ("never", "not read")

@@ -740,8 +740,8 @@ def stopped_run(tmp_path: Path, blog: Path, function: str, signals: list[int]) -
 
 
 def sentences(stderr: str) -> list[str]:
-    """Without progress, and without what is said of an author whom no post names."""
-    return [line for line in stderr.splitlines() if not line.startswith(("read ", "No post or comment"))]
+    """Without what is said of an author whom no post names."""
+    return [line for line in stderr.splitlines() if not line.startswith("No post or comment")]
 
 
 @pytest.mark.slow
@@ -806,7 +806,6 @@ def test_a_stream_that_is_full_or_closed_costs_no_data(tmp_path, redirection, st
     assert all(line.startswith(sentence) for line in said)
     assert done.returncode == status
     assert not done.stdout or re.match(r"files found +70\n", done.stdout)
-    assert "70 of 70 files" in done.stderr or "2>" in redirection
     assert contents(tmp_path / "data").keys() == set(DATA_FILES)
 
 

@@ -19,6 +19,7 @@ from voice.chances import text_of
 from voice.evidence import Evidence
 from voice.passages import log10_tries, tell_power
 from voice.sampling import Answer
+from voice.word_index import author_text, count_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_report")]
 
@@ -198,6 +199,19 @@ def test_a_blocked_word_is_counted_in_the_training_data(overfitted, tmp_path, ev
     assert "Blocked word 1 is 0 times in the training data" in out and "zebra" not in out
     assert "it was trained on a blocked word" in result["verdicts"]["leaks"]
     assert "zebra" not in (folder / "voice_report.json").read_text()
+
+
+def test_the_beginnings_of_posts_are_drawn_and_always_the_same():
+    posts = conversations(20, words=600)
+    drawn = asking.draw_posts(posts, 6)
+    assert drawn == asking.draw_posts(posts, 6)
+    assert len(drawn) == 6
+    for post in drawn:
+        text = author_text(post)
+        [whole] = [author_text(other) for other in posts if other["path"] == post["path"]]
+        assert whole.startswith(text)
+        assert count_words([text]) == min(count_words([whole]), asking.DRAWN_WORDS)
+    assert asking.draw_posts([], 6) == []
 
 
 def test_the_odd_post_gains_least(overfitted, tmp_path, everything):

@@ -176,6 +176,8 @@ def run_model(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, 
 
 def losses_of(model, tokenizer, evidence: Evidence, conversations: list[dict]) -> np.ndarray:
     """Negative log-likelihood of the author's part of each conversation, in nats, in windows as in training."""
+    if not conversations:
+        return np.zeros(0)
     tokenized = training.tokenize(tokenizer, conversations)
     rows = training.make_rows(tokenized, evidence.context_tokens, evidence.overlap_tokens, packed=False)
     with training.autocast(model.device, evidence.precision):
@@ -190,7 +192,7 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
     most = max(ANSWERS_AT_ONCE, evidence.words // FEWEST_WORDS)
     source = itertools.islice(itertools.cycle(prompts), most)
 
-    # The time left is an upper bound: most answers are shorter.
+    # The time left is mostly too high: few answers are so long.
     progress = partial(watched, what="token", number=sampling.max_new_tokens)
     answers = []
     written = 0

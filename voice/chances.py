@@ -69,7 +69,7 @@ def text_of(evidence: Evidence, post: dict, is_held_out: bool) -> Text:
         for name, left, right in found:
             first, last = tokens_at(tokenizer, turn, left, right)
             spans.append(Span(name, begin + first, begin + last))
-    return Text(post, ids, is_held_out, [span for span in spans if span.end > span.begin])
+    return Text(post, ids, [span for span in spans if span.end > span.begin])
 
 
 def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:

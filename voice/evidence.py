@@ -51,7 +51,6 @@ class Text:
 
     post: dict
     ids: list[int]
-    is_held_out: bool
     spans: list[Span]
 
 

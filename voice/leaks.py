@@ -222,10 +222,11 @@ def tell(leaks: Leaks, evidence: Evidence) -> Section:
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
     if leaks.likeliest:
         hints.append("voice_report.html shows the private passages that come out most easily or were raised most.")
+    rows = tell_rows(leaks)
     return Section(
         verdict=verdict,
-        rows=tell_rows(leaks),
-        head=HEAD,
+        rows=rows,
+        head=HEAD if rows else (),
         notes=tell_findings(leaks),
         meanings=tell_meanings(leaks, evidence),
         hints=hints,

@@ -1,7 +1,8 @@
-"""Did it learn? Bits per byte of held-out posts under both models, and the training posts that gained least."""
+"""Did it learn? Bits per byte of held-out posts under both models, and which training posts gained least."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,7 @@ from voice.word_index import line_of, path_of, title_of, visibility_of
 
 MIN_POSTS = 5  # held out: of fewer the interval says nothing
 GOOD = "Good: the whole range of the gain is above 0"
-LEAST_GAINED = 10  # posts that are shown
+LEAST_GAINED = 1 / 6  # of the posts that were drawn are shown
 LEAST_GAINED_BYTES = 600  # of such a post, about 120 words: a sentence alone does not tell whose it is
 
 
@@ -54,7 +55,7 @@ class Gain:
 
 @dataclass
 class PostMark:
-    """A training post and the tuned model's gain on it, in bits per byte."""
+    """A training post and the tuned model's gain on its beginning, in bits per byte."""
 
     post: int | None  # its line in train_data.jsonl
     visibility: str
@@ -116,7 +117,7 @@ def least_gained(evidence: Evidence) -> list[PostMark]:
         if size >= LEAST_GAINED_BYTES:
             marks.append(PostMark(line_of(post), visibility_of(post), bits / size, path_of(post), title_of(post)))
     marks.sort(key=lambda mark: mark.gain)
-    return marks[:LEAST_GAINED]
+    return marks[: math.ceil(LEAST_GAINED * len(marks))]
 
 
 def tell(learned: Learned, evidence: Evidence) -> Section:
@@ -138,10 +139,8 @@ def tell(learned: Learned, evidence: Evidence) -> Section:
     for mark in learned.least_gained:
         caption = f"{mark.title}, {mark.path}: {mark.gain:+.3f} bits per byte"
         odd.append(Quote(caption, "", mark.visibility == "private"))
-    drawn = len(evidence.drawn)
-    details = [
-        Details(f"Of {drawn} training posts that were drawn, those that it gained least on: are they yours?", odd)
-    ]
+    title = f"The training posts whose beginnings gained least, of {len(evidence.drawn)} drawn: are they yours?"
+    details = [Details(title, odd)]
 
     verdict, summary = tell_gain(gain)
     return Section(verdict, rows, meanings=[f"{meaning} {GOOD}."], details=details, summary=summary)

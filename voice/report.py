@@ -65,6 +65,7 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
         if reason:
             say(f"{path} cannot be written ({reason}); the report will be printed.")
 
+    warning = tell_changed_data(settings)
     evidence = gather_evidence(settings, model, tokenizer, precision)
     evidence.tuned = run_model(model, tokenizer, evidence, sampling, "tuned")
     model.to("cpu")  # a card need not hold both models
@@ -73,7 +74,7 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
         evidence.base = run_model(base, tokenizer, evidence, sampling, "base")
 
     # Token by token the two are compared, so that both are needed at once.
-    if base is not None and not has_room(model, device):
+    if base is not None and evidence.texts and not has_room(model, device):
         say("The graphics card has no room for both models: the base model's chances are computed on the CPU, slowly.")
         base = base.to("cpu").float()
     evidence.chances = chances_of_texts(model.to(device), base, evidence, sampling)
@@ -83,7 +84,7 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
         base=base_name(settings) or "an unknown model",
         seed=evidence.seed,
         size=settings.report_size,
-        warning=tell_changed_data(settings),
+        warning=warning,
         samples=sample_answers(evidence),
     )
     for question in QUESTIONS:
@@ -159,7 +160,7 @@ class Report:
         return next(part for part in self.parts if part.key == key)
 
     def as_json(self) -> str:
-        """voice_report.json: numbers by question, and the verdicts; no post's text or name, and no answer."""
+        """voice_report.json: numbers by question, verdicts and the warning; no post's text or name, and no answer."""
         model = Path(self.model).resolve().name
         content = {"model": model, "base": without_root(self.base), "seed": self.seed, "size": self.size}
         content["warning"] = self.warning
