@@ -2,6 +2,7 @@
 
 import errno
 import html
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 import training
 from reporting import NO_OBJECTS, crafted_report, report, run, settings_with
-from tiny import write_jsonl
+from tiny import conversations, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import test_model
@@ -73,7 +74,10 @@ def test_the_held_out_figure_is_the_one_that_training_reported(folder, model_fol
     assert "No clear gain" in result["verdicts"]["learned"]
 
 
-def test_data_changed_since_training_are_said_before_and_in_the_report(folder, data_folder, tmp_path, capsys):
+@pytest.mark.parametrize("changed", train_model.DATA_FILES.values())
+def test_data_changed_since_training_are_said_before_and_in_the_report(
+    changed, folder, data_folder, tmp_path, capsys, monkeypatch
+):
     hashes = {
         f"{split}_sha256": train_model.file_hash(data_folder / name) for split, name in train_model.DATA_FILES.items()
     }
@@ -81,14 +85,25 @@ def test_data_changed_since_training_are_said_before_and_in_the_report(folder, d
     assert report(folder, data_folder)["warning"] == ""
 
     data = Path(shutil.copytree(data_folder, tmp_path / "data"))
-    posts = train_model.read_conversations(data / "train_data.jsonl")
-    write_jsonl(data / "train_data.jsonl", posts[1:])
+    posts = train_model.read_conversations(data / changed)
+    write_jsonl(data / changed, posts[1:])
     capsys.readouterr()
     warning = report(folder, data)["warning"]
-    assert warning.startswith("train_data.jsonl has changed since this model was trained")
+    assert warning.startswith(f"{changed} has changed since this model was trained")
     out, err = capsys.readouterr()
     assert warning in " ".join(out.split()) and warning in err
     assert warning in html.unescape((folder / "voice_report.html").read_text())
+
+    # The chat reads no data.
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    run(folder, data, "--chat")
+    assert warning not in capsys.readouterr().err
+
+
+def test_a_blog_of_replies_alone_is_reported_on(folder, model_folder, tmp_path):
+    trained_with(folder, base_model=str(model_folder))
+    know(tmp_path, [post | {"kind": "reply"} for post in conversations(12)])
+    assert report(folder, tmp_path)["learned"]["least_gained"] == []
 
 
 @pytest.mark.parametrize("base", ["", "no/such-model"])
