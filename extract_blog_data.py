@@ -82,7 +82,6 @@ GENERAL_REQUESTS = [
 REPLY_CONTEXT = "I just read your blog post{}{}\n\nAnything you would like to add?"
 
 
-# ---------------------------------------------------------------- libraries
 import os
 import signal
 

@@ -48,7 +48,6 @@ NOT_STRANGERS = []  # names in sample/strangers/README.md: yourself, or a blog t
 OTHER_BLOGS = []  # data folders of other bloggers, made by extract_blog_data.py; needed for other languages
 
 
-# ---------------------------------------------------------------------------- libraries
 import os
 import signal
 

@@ -64,7 +64,6 @@ SAMPLE_PROMPT = "What's on your mind today?"  # answered at each evaluation
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": "auto"}
 
 
-# ---------------------------------------------------------------------------- libraries
 import os
 import signal
 
