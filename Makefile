@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ALL_CORES := --numprocesses logical --dist worksteal
+ALL_CORES := --numprocesses logical --maxprocesses 4 --dist worksteal  # each needs a gigabyte
 
 # Nothing is written outside this folder, and nothing is reported to anybody.
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
