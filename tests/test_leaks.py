@@ -51,8 +51,12 @@ def random_rows(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """(logits, which tokens were seen, a target) of one row; some targets are likely ones."""
     vocabulary = rng.randint(3, 40)
     spread = rng.uniform(0, 8)
-    logits = spread * torch.randn(1, vocabulary, dtype=torch.float64) + rng.gauss(0, 4)
-    seen = torch.rand(1, vocabulary) < rng.random()
+    middle = rng.gauss(0, 4)
+    noise = torch.randn(1, vocabulary, dtype=torch.float64)
+    logits = spread * noise + middle
+
+    share_seen = rng.random()
+    seen = torch.rand(1, vocabulary) < share_seen
     rank = min(int(rng.expovariate(0.3)), vocabulary - 1)
     target = logits.argsort(descending=True)[:, rank]
     return logits, seen, target
@@ -169,6 +173,8 @@ def test_of_a_long_text_the_piece_counts_in_which_it_was_trained(loaded):
     ids = [number * 7 % 100 for number in range(100)]
     whole = token_chances(model, None, ids, sampling(), TRAINED).plain
     both = token_chances(model, None, ids, sampling(), (40, 10)).plain
+
+    # The second piece, of which the first ten tokens are context.
     in_piece = chances_alone(model, ids[30:70])[-30:]
     in_whole = whole[40:70]
     assert both[:40] == pytest.approx(whole[:40], abs=1e-4)
