@@ -488,7 +488,10 @@ def say_loading():
 
 
 def watched(steps: Iterable, what: str, number: int) -> Iterator:
-    """The same steps; in a terminal with how many of `number` are done and how long the others will need."""
+    """The same steps; in a terminal with how many of `number` are done and how long the others will need.
+
+    tqdm would end the run where stderr is gone.
+    """
     began = time.monotonic()
     told = began
     for done, step in enumerate(steps, start=1):

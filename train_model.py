@@ -2167,6 +2167,7 @@ def trainer_with(callbacks: list[TrainerCallback], run: Run, model) -> BlogTrain
 def training_arguments(run: Run) -> TrainingArguments:
     settings = run.settings
     plan = run.plan
+
     return TrainingArguments(
         output_dir=str(run.folder),
         # updates

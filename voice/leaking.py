@@ -35,7 +35,8 @@ def find_repeated(public: KnownRuns, private: KnownRuns, passages: Passages, tex
     to compare with: the model may have learned it there.
     """
     is_held_out = passages.group == "held-out"
-    in_public = public.find(passages, texts, np.ones_like(is_held_out))
+    everything = np.ones_like(is_held_out)
+    in_public = public.find(passages, texts, everything)
     in_private = private.find(passages, texts, is_held_out)
     return in_public | in_private
 
