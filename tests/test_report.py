@@ -89,7 +89,7 @@ def test_data_changed_since_training_are_said_before_and_in_the_report(
     write_jsonl(data / changed, posts[1:])
     capsys.readouterr()
     warning = report(folder, data)["warning"]
-    assert warning.startswith(f"{changed} has changed since this model was trained")
+    assert warning.startswith(f"{changed} is not the file that this model was trained with")
     out, err = capsys.readouterr()
     assert warning in " ".join(out.split()) and warning in err
     assert warning in html.unescape((folder / "voice_report.html").read_text())

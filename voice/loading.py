@@ -142,8 +142,8 @@ def tell_changed_data(settings: Settings) -> str:
         known = name_in(trained, f"{split}_sha256")
         if known and path.is_file() and training.file_hash(path) != known:
             return (
-                f"{name} has changed since this model was trained: what is said about copies, leaks and held-out "
-                "posts is about other posts than those of its training. Run train_model.py again."
+                f"{name} is not the file that this model was trained with: what is said about copies, leaks and "
+                "held-out posts is about other posts than those of its training. Run train_model.py again."
             )
     return ""
 
