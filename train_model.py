@@ -249,11 +249,12 @@ if __name__ == "__main__":
     hold_closed_streams()
     parse_arguments(None)  # --help and a wrong flag do not wait for the libraries
     say_loading()
-    use_one_card()  # bitsandbytes looks for cards when it is imported
+    use_one_card()
 
-if sys.platform == "linux":
-    # Trainer imports peft, and peft bitsandbytes, which warns about a package for 4-bit weights. None are used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Trainer imports peft, and peft bitsandbytes with a compiler, for 4-bit weights: two seconds. None are used here, so it
+# is left to its optimizer to be loaded, and the warning about a package for such weights is kept silent.
+sys.modules.setdefault("bitsandbytes", None)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # `shape_of` says what failed
 
 import numpy as np
@@ -262,7 +263,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import StrictDataclassError
@@ -289,6 +289,9 @@ from transformers import (
 from transformers.integrations import hub_kernels, sdpa_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+if sys.modules["bitsandbytes"] is None:
+    del sys.modules["bitsandbytes"]  # its optimizer is loaded where it is used
 
 # ---------------------------------------------------------------------------- the run
 DATA_FILES = {"train": "train_data.jsonl", "val": "val_data.jsonl"}
@@ -383,7 +386,7 @@ def train_in(places: Places, settings: Settings, process: PartialState) -> None:
     print_or_exit(outcome, f"the model is in place; {outcome}")
 
 
-def finish(places: Places, settings: Settings, tokenizer, rows: Dataset, device: torch.device, report: dict) -> str:
+def finish(places: Places, settings: Settings, tokenizer, rows: list[dict], device: torch.device, report: dict) -> str:
     """Complete the best model's folder, check it and put it in place; returns the verdict."""
     # The base model is not a candidate: if training made it worse, the report has to show that.
     base, *later = evaluations(report["log"])
@@ -1016,7 +1019,7 @@ def author_bytes(conversations: list[dict]) -> int:
     return sum(len(turn["content"].encode()) for turn in turns if turn["role"] == "assistant")
 
 
-def count_data(conversations: dict[str, list[dict]], rows_of: dict[str, Dataset]) -> dict[str, dict]:
+def count_data(conversations: dict[str, list[dict]], rows_of: dict[str, list[dict]]) -> dict[str, dict]:
     """What training_report.json says about each split."""
     return {
         split: {
@@ -1226,11 +1229,11 @@ def make_rows(
     overlap: int,
     packed: bool = True,
     multiple: int = 1,
-) -> Dataset:
+) -> list[dict]:
     """Rows of up to `context` tokens from (ids, scored) of each conversation; rows without labels fill up a `multiple`.
 
-    Columns, each a list as long as the row: input_ids, labels, conversation (its number) and, if packed,
-    position_ids, which restart at 0 in each window.
+    A row holds lists of its length: input_ids, labels, conversation (its number) and, if packed, position_ids, which
+    restart at 0 in each window.
     """
     windows = []
     for number, (ids, scored) in enumerate(tokenized):
@@ -1242,20 +1245,22 @@ def make_rows(
     while len(groups) % multiple:
         groups.append([filler])
 
-    columns = {"input_ids": [], "labels": [], "conversation": [], "position_ids": []}
+    rows = []
     for group in groups:
-        columns["input_ids"].append([token for window in group for token in window.ids])
-        columns["labels"].append([label for window in group for label in window.labels])
-        columns["conversation"].append([window.conversation for window in group for _ in window.ids])
-        columns["position_ids"].append([place for window in group for place in range(len(window.ids))])
-    if not packed:
-        del columns["position_ids"]
-    return Dataset.from_dict(columns)
+        row = {
+            "input_ids": [token for window in group for token in window.ids],
+            "labels": [label for window in group for label in window.labels],
+            "conversation": [window.conversation for window in group for _ in window.ids],
+        }
+        if packed:
+            row["position_ids"] = [place for window in group for place in range(len(window.ids))]
+        rows.append(row)
+    return rows
 
 
 def split_rows(
     tokenized: dict[str, list], config, settings: Settings, processes: int, packed: bool = True
-) -> dict[str, Dataset]:
+) -> dict[str, list[dict]]:
     """Rows of each split, no longer than the model has positions."""
     context = min(settings.context_tokens, positions_of(config, settings.context_tokens))
     overlap = min(settings.overlap_tokens, context // 2)
@@ -1272,7 +1277,7 @@ def positions_of(config, unlimited: int) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", unlimited)
 
 
-def say_data(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> None:
+def say_data(tokenized: dict[str, list], rows_of: dict[str, list[dict]]) -> None:
     """A line per split; its two numbers of tokens are equal, or something was lost or is scored twice."""
     for split, entries in tokenized.items():
         tokens = sum(sum(scored) for _, scored in entries)
@@ -1282,8 +1287,8 @@ def say_data(tokenized: dict[str, list], rows_of: dict[str, Dataset]) -> None:
         )
 
 
-def scored_tokens(rows: Dataset) -> int:
-    return sum(label != UNSCORED for labels in rows["labels"] for label in labels)
+def scored_tokens(rows: list[dict]) -> int:
+    return sum(label != UNSCORED for row in rows for label in row["labels"])
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -1390,10 +1395,10 @@ def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def conversation_losses(model, rows: Dataset) -> np.ndarray:
+def conversation_losses(model, rows: list[dict]) -> np.ndarray:
     """Exact negative log-likelihood of the author's tokens of each conversation, in nats."""
     model.eval()
-    conversations = 1 + max(map(max, rows["conversation"]), default=0)
+    conversations = 1 + max((max(row["conversation"]) for row in rows), default=0)
     losses = np.zeros(conversations)
 
     # One row at a time: nothing is padded, and logits are large.
@@ -1510,12 +1515,12 @@ def look_at_machine(process: PartialState, wanted: str) -> Machine:
     return Machine(process.device, process.num_processes, precision, free)
 
 
-def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun: str | None = None) -> Plan:
+def make_plan(settings: Settings, config, rows: list[dict], machine: Machine, begun: str | None = None) -> Plan:
     """How to train on `rows`; exits if no way fits into memory. No weights are loaded for it.
 
     A run that was `begun` keeps this optimizer; how many rows are computed at once, and what is recomputed, may change.
     """
-    longest = max(map(len, rows["input_ids"]))
+    longest = max(len(row["input_ids"]) for row in rows)
     with Reading(settings.base_model):
         shape = shape_of(config, settings, longest, machine)
     check_host_memory(shape, machine)
@@ -1537,7 +1542,7 @@ def make_plan(settings: Settings, config, rows: Dataset, machine: Machine, begun
         parameters=shape.parameters,
         lora_rank=shape.lora_rank,
         trained=shape.trained,
-        rows=sum(max(labels) != UNSCORED for labels in rows["labels"]),
+        rows=sum(max(row["labels"]) != UNSCORED for row in rows),
         updates=updates,
         memory=memory,
         free_memory=machine.free_memory,
@@ -2005,7 +2010,7 @@ def shortened(run: Run, times: int) -> Run:
     left = budget - 3 * updates * of_update * row
     affordable = max(1, int(left / measured * len(held_out)))
     every = math.ceil(len(held_out) / affordable)
-    some = held_out.select(range(0, len(held_out), every))
+    some = held_out[::every]
     part = scored_tokens(some) / scored_tokens(held_out)
     of_val = {**run.data["val"], "author_bytes": run.data["val"]["author_bytes"] * part}
 
@@ -2021,8 +2026,8 @@ def shortened(run: Run, times: int) -> Run:
     )
 
 
-def count_tokens(rows: Dataset) -> int:
-    return sum(map(len, rows["input_ids"]))
+def count_tokens(rows: list[dict]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def try_rate(trial: Run) -> float:
@@ -2104,7 +2109,7 @@ class BlogTrainer(Trainer):
 
         # Each process measures every n-th row; nats add up.
         rank = self.args.process_index
-        mine = self.eval_dataset.select(range(rank, len(self.eval_dataset), self.args.world_size))
+        mine = self.eval_dataset[rank :: self.args.world_size]
         # The merged model is measured, saved and sampled.
         with merged(self.model, self.args.seed):
             with self.compute_loss_context_manager():
@@ -2126,7 +2131,7 @@ class Run:
     settings: Settings
     folder: Path  # for checkpoints and the best model
     plan: Plan
-    rows_of: dict[str, Dataset]
+    rows_of: dict[str, list[dict]]
     data: dict[str, dict]  # see `count_data`
 
 
@@ -2638,7 +2643,7 @@ def stop_tokens(tokenizer) -> list[int]:
     return sorted({last_scored, tokenizer.eos_token_id})
 
 
-def check_saved(folder: Path, rows: Dataset, device: torch.device, plan: dict, reported: float) -> None:
+def check_saved(folder: Path, rows: list[dict], device: torch.device, plan: dict, reported: float) -> None:
     """Load the folder as a user would and measure it again: its loss must be the reported one."""
     say("Loading the saved model, to measure it once more ...")
     model = load_model(folder)

@@ -35,7 +35,6 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from bench_train import UPDATE, Clock, fastest_update, hardware, train_stock
-from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer
 from torch import cuda
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -145,12 +144,13 @@ def settings_for(lab: Lab, name: str, updates: int, **others) -> Settings:
     return replace(settings, **{"learning_rate": 1e-3, **others})
 
 
-def make_rows(lengths: list[int], settings: Settings) -> Dataset:
+def make_rows(lengths: list[int], settings: Settings) -> list[dict]:
     """Packed rows for all updates, shuffled, of documents of these lengths in tokens, random and all scored."""
     rng = random.Random(0)
     tokenized = [(rng.choices(range(1, 500), k=length), [True] * length) for length in lengths]
     rows = train_model.make_rows(tokenized, settings.context_tokens, overlap=0, multiple=UPDATE)
-    return rows.shuffle(seed=0).select(range(settings.max_steps * UPDATE))
+    rng.shuffle(rows)
+    return rows[: settings.max_steps * UPDATE]
 
 
 def run_training(lab: Lab, name: str, settings: Settings) -> str:
@@ -187,7 +187,7 @@ def compare_losses(lab: Lab, name: str, one: str, other: str) -> Row:
     return Row(name, measured, f"at most {TOLERANCE:g}", largest <= TOLERANCE)
 
 
-def plan_and_train(lab: Lab, settings: Settings, rows: Dataset, free: float) -> tuple[Plan, float, Clock]:
+def plan_and_train(lab: Lab, settings: Settings, rows: list[dict], free: float) -> tuple[Plan, float, Clock]:
     """Train as train_model.py does with `free` bytes: (plan, planned bytes, clock). SystemExit if nothing fits."""
     base = settings.base_model
     device = PartialState(cpu=not lab.has_card).device
@@ -200,7 +200,7 @@ def plan_and_train(lab: Lab, settings: Settings, rows: Dataset, free: float) -> 
     model = train_model.prepare_to_train(model, plan, settings)
     clock = Clock()
     callbacks = [CastWeightsOnce(model.device), clock]
-    rows_of = {"train": rows, "val": rows.select(range(2))}
+    rows_of = {"train": rows, "val": rows[:2]}
     data = {"val": {"author_bytes": 1}}
     run = Run(settings, lab.folder / "trial", plan, rows_of, data)
     trainer = train_model.trainer_with(callbacks, run, model)
@@ -287,7 +287,7 @@ def speed(lab: Lab) -> Iterator[Row]:
     lengths = random.Random(0).choices(range(16, 2 * context), k=2 * documents)
     rows = make_rows(lengths, settings)
     _, _, clock = plan_and_train(lab, settings, rows, train_model.free_memory(lab.device))
-    ours = fastest_update(clock, [len(tokens) for tokens in rows["input_ids"]])
+    ours = fastest_update(clock, [len(row["input_ids"]) for row in rows])
 
     lab.forget()
     lengths = [min(length, context) for length in lengths[:documents]]

@@ -107,8 +107,9 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     settings = train_model.parse_arguments([])
     rows = train_model.make_rows(tokenized, 512, settings.overlap_tokens)
     if full:
-        rows = rows.filter(lambda row: len(row["input_ids"]) == 512)
-    rows = rows.shuffle(seed=0).select(range(updates * UPDATE))
+        rows = [row for row in rows if len(row["input_ids"]) == 512]
+    random.Random(0).shuffle(rows)
+    rows = rows[: updates * UPDATE]
 
     train_model.use_sparse_embedding_gradient(model)
     clock = Clock()
@@ -122,8 +123,8 @@ def measure_ours(model_folder: str, conversations: list[dict], updates: int, ful
     )
     trainer.train()
 
-    authors = [sum(label != train_model.UNSCORED for label in labels) for labels in rows["labels"]]
-    found = figures(clock, [len(ids) for ids in rows["input_ids"]], authors)
+    authors = [train_model.scored_tokens([row]) for row in rows]
+    found = figures(clock, [len(row["input_ids"]) for row in rows], authors)
     return {**found, "taken": found["gigabytes"] - before, "planned": planned_gigabytes(model_folder, 512)}
 
 

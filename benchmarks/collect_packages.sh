@@ -6,7 +6,7 @@
 #     pip install --no-index --no-deps --target packages FOLDER/*.whl       # there
 set -eu
 python="$(dirname "$0")/../.venv/bin/python"
-names='transformers|tokenizers|huggingface.hub|httpx2|httpcore2|truststore|click|fsspec|safetensors|accelerate|datasets'
+names='transformers|tokenizers|huggingface.hub|httpx2|httpcore2|truststore|click|fsspec|safetensors|accelerate'
 names="$names|dill|multiprocess|xxhash|bitsandbytes|peft|psutil|python-frontmatter|PyYAML|Markdown|beautifulsoup4"
 names="$names|soupsieve|ftfy|wcwidth|Jinja2|MarkupSafe"
 versions=$("$python" -m pip list --format=freeze | grep -iE "^($names)==")

@@ -1,5 +1,6 @@
 """The fixtures of all tests; tiny.py, training.py and reporting.py have what they are made of."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import pytest
 from reporting import everything, loaded, model_folder, overfitted, prompts, quiz_data, small_report  # noqa: F401
 from tiny import conversations, make_model_folder, write_jsonl
 from training import rank_4, small_training  # noqa: F401
+
+# A training run collects garbage several times; looking at every object of the libraries would take half a second each.
+gc.collect()
+gc.freeze()
 
 
 @pytest.fixture(scope="session")

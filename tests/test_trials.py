@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 from training import run, settings_with
 
 import train_model
@@ -12,8 +11,8 @@ import train_model
 def run_of(updates: int, held_out_rows: int) -> train_model.Run:
     """A run of so many updates of 8 rows, with an evaluation after every fourth."""
     row = {"input_ids": [1] * 512, "labels": [1] * 512}
-    train = Dataset.from_list([row] * 40)
-    held_out = Dataset.from_list([row] * held_out_rows)
+    train = [row] * 40
+    held_out = [row] * held_out_rows
     plan = train_model.Plan("cpu", "fp32", "adamw_torch_fused", False, 2, 4, 4, parameters=0, updates=updates)
     data = {"val": {"author_bytes": 1000 * held_out_rows}}
     return train_model.Run(settings_with(rows_per_update=8), Path(), plan, {"train": train, "val": held_out}, data)
