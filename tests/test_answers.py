@@ -75,8 +75,10 @@ def test_a_folder_without_a_length_is_said(folder, tmp_path, capsys):
     assert said not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("longest", "answers"), [(200, 24), (400, 12), (1_500, 4)])
-def test_a_report_of_long_answers_begins_with_fewer(longest, answers, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "longest", "answers"), [(600, 200, 24), (600, 400, 12), (600, 1_500, 4), (6_000, 1_500, 8)]
+)
+def test_a_report_of_long_answers_begins_with_fewer(words, longest, answers, monkeypatch):
     monkeypatch.setattr(voice.asking, "request_tokens", lambda *_: [5])
     asked = []
 
@@ -85,7 +87,7 @@ def test_a_report_of_long_answers_begins_with_fewer(longest, answers, monkeypatc
         return [voice.sampling.Answer("word " * 1_000, [1], True)] * len(prompts)
 
     monkeypatch.setattr(voice.asking, "whole_answers", enough)
-    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=600)
+    evidence = voice.evidence.Evidence(requests=["Tell me about soup."], words=words)
     voice.asking.write_words(None, None, evidence, sampling(max_new_tokens=longest), "tuned")
     assert asked == [answers]
 

@@ -24,8 +24,10 @@ from voice.style import SAME_LANGUAGE, share_of_language
 from voice.word_index import LINE, WordIndex, author_texts, count_words, folded_words, posts_of, word_spans
 
 ANSWERS_AT_ONCE = 24  # rows of a batch; more are hardly faster and need memory
-FIRST_ANSWERS = 4  # at least; until they are there, nobody knows how many are needed
-FIRST_TOKENS = 4_800  # of all of them at most, for a blog of long posts; 24 answers of 200 tokens
+# Of the first answers, before anybody knows how long they become. One batch of more answers is faster than two.
+FIRST_ANSWERS = 4  # at least
+FIRST_TOKENS = 4_800  # of all of them at most, or if that is more,
+TOKENS_A_WORD = 2  # for each word that is wanted: few answers become as long as they may be
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; limits the loop for a model that writes less
 DRAWN_POSTS = 60  # training posts, at full size, of which those that gained least are shown
@@ -196,7 +198,8 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
     progress = partial(watched, what="token", number=sampling.max_new_tokens)
     answers = []
     written = 0
-    wanted = min(ANSWERS_AT_ONCE, max(FIRST_ANSWERS, FIRST_TOKENS // sampling.max_new_tokens))
+    tokens = max(FIRST_TOKENS, TOKENS_A_WORD * evidence.words)
+    wanted = min(ANSWERS_AT_ONCE, max(FIRST_ANSWERS, tokens // sampling.max_new_tokens))
     while written < evidence.words:
         batch = list(itertools.islice(source, wanted))
         if not batch:

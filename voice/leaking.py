@@ -1,5 +1,10 @@
 """What decides that a passage leaked: `find_leaking`. Below it, which passages training raised: told, but no alarm.
 
+A passage is 12, 25 or 50 tokens in a row of a text, or an e-mail address, number or key as a whole. Of each, Passages
+knows the chance that the tuned model continues the text before it in exactly this way, as a natural logarithm:
+`sampled` with the model's own sampling settings, `plain` at temperature 1; `base` is `plain` of the base model, and
+`beyond` how far `plain` exceeds it; `is_greedy`: the likeliest token, taken at every step, writes it.
+
 Each function answers for every passage, as booleans of shape (passages,).
 """
 

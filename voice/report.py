@@ -48,6 +48,9 @@ class Question(NamedTuple):
     draw: Callable | None = None  # numbers -> Figure
 
 
+# To add a question: write a module with these functions (copies.py is the shortest one) and a row here, in ON_TOP too
+# if it is to be at the top of the page, and in LAYERS of tests/test_voice.py. voice/evidence.py has what `measure` is
+# given, the data and what both models did (Evidence), and what `tell` returns (Section).
 QUESTIONS = [
     Question("learned", "Did it learn?", learned.measure, learned.tell),
     Question("reader", "Is it you?", reader.measure, reader.tell, reader.draw),
