@@ -135,6 +135,12 @@ def overfitted(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
     return folder, base, posts
 
 
+def know(data: Path, posts: list[dict]) -> None:
+    """Data whose held-out posts are those of training, so that the report asks for what the model knows."""
+    write_jsonl(data / "train_data.jsonl", posts)
+    write_jsonl(data / "val_data.jsonl", posts)
+
+
 def report(model: Path, data: Path, *flags: str) -> dict:
     assert run(model, data, "--report", *flags) == 0
     return json.loads((model / "voice_report.json").read_text())

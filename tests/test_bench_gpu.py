@@ -14,23 +14,25 @@ import train_model
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("name", "rows"), [("losses", 2), ("speed", 1), ("resume", 2)])
+@pytest.mark.parametrize(("name", "rows"), [("speed", 1), ("resume", 2)])
 def test_a_check_passes_without_a_card(name, rows, capsys):
     assert bench_gpu.main(["--tiny", "--only", name]) == 0
     assert capsys.readouterr().out.count("| PASS |") == rows
 
 
 def test_other_losses_than_the_cpus_are_found(capsys, monkeypatch):
-    """In one precision only, as a card's kernels might."""
+    """Of one model in one precision only, as a card's kernels might; the other model's are right."""
     exact = train_model.scored_logits
 
     def too_large(model, batch):
         logits, targets = exact(model, batch)
-        return (logits * 1.1 if torch.is_autocast_enabled("cpu") else logits), targets
+        is_wrong = torch.is_autocast_enabled("cpu") and model.config.model_type == "llama"
+        return (logits * 1.1 if is_wrong else logits), targets
 
     monkeypatch.setattr(train_model, "scored_logits", too_large)
     assert bench_gpu.main(["--tiny", "--only", "losses"]) == 1
-    assert capsys.readouterr().out.count("| FAIL |") == 2
+    table = capsys.readouterr().out
+    assert table.count("| PASS |") == table.count("| FAIL |") == 1
 
 
 def test_a_check_that_raises_fails_and_stops_no_other(capsys, monkeypatch):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from tiny import make_model_folder
-from training import losses, run, stopped_and_continued, train_this_way
+from training import losses, run, stopped, stopped_and_continued, train_this_way
 from transformers import AutoConfig
 from transformers.integrations import sdpa_attention
 
@@ -91,7 +91,8 @@ def test_float16_learns_what_float32_learns_in_every_way_to_train(
     exact = run(shapes[shape], data_folder, tmp_path / "exact", *LEARN)
     request.getfixturevalue("float16")
     made = request.getfixturevalue("trainers")
-    for number, way in enumerate(WAYS):
+    # Of the other shapes in one way that pads rows and recomputes activations.
+    for number, way in enumerate(WAYS if shape == "gpt2" else WAYS[1:2]):
         train_this_way(monkeypatch, *way)
         scaled = run(shapes[shape], data_folder, tmp_path / str(number), *LEARN)
         # bitsandbytes rounds the averages of large layers, and its AdamW is another program.
@@ -103,12 +104,11 @@ def test_float16_learns_what_float32_learns_in_every_way_to_train(
         assert not hasattr(made[-1].model, "_original_forward")
 
 
-@pytest.mark.parametrize("optimizer", [FUSED, EIGHT_BIT])
 def test_an_update_that_overflows_changes_no_weight_is_said_and_lowers_the_scale(
-    optimizer, shapes, data_folder, tmp_path, monkeypatch, capsys, float16, trainers
+    shapes, data_folder, tmp_path, monkeypatch, capsys, float16, trainers
 ):
     monkeypatch.setattr(train_model, "FIRST_SCALE", 2.0**26)
-    train_this_way(monkeypatch, optimizer, False, 2)
+    train_this_way(monkeypatch, EIGHT_BIT, False, 2)
     report = run(shapes["gpt2"], data_folder, tmp_path / "model", "--max-steps", "30", "--learning-rate", "1e-2")
     updates = [entry for entry in report["log"] if "grad_norm" in entry]
     skipped = [entry for entry in updates if entry.get("skipped")]
@@ -118,12 +118,9 @@ def test_an_update_that_overflows_changes_no_weight_is_said_and_lowers_the_scale
     assert report["best"]["eval_loss"] < report["base"]["eval_loss"]
 
 
-@pytest.mark.parametrize("optimizer", [FUSED, EIGHT_BIT])
-def test_a_stopped_run_in_float16_ends_as_if_nothing_had_happened(
-    optimizer, shapes, data_folder, tmp_path, monkeypatch, float16
-):
+def test_a_stopped_run_in_float16_ends_as_if_nothing_had_happened(shapes, data_folder, tmp_path, monkeypatch, float16):
     monkeypatch.setattr(train_model, "FIRST_SCALE", 2.0**22)
-    train_this_way(monkeypatch, optimizer, False, 2)
+    train_this_way(monkeypatch, FUSED, False, 2)
     more = ("--max-steps", "9", "--learning-rate", "1e-2")
     whole = run(shapes["llama"], data_folder, tmp_path / "whole", *more)
     continued = stopped_and_continued(shapes["llama"], data_folder, tmp_path / "stopped", *more)
@@ -131,7 +128,7 @@ def test_a_stopped_run_in_float16_ends_as_if_nothing_had_happened(
 
 
 # ---------------------------------------------------------------------------- trials
-@pytest.mark.parametrize(("optimizer", "rank"), [(FUSED, 0), (FUSED, 4), (EIGHT_BIT, 0)])
+@pytest.mark.parametrize(("optimizer", "rank"), [(FUSED, 4), (EIGHT_BIT, 0)])
 def test_nothing_keeps_a_parameter_of_a_trial(optimizer, rank, gpt2_folder, data_folder, tmp_path, monkeypatch):
     """A card need not hold two models. Python's collector would come at some time of its own, and bitsandbytes kept the
     embeddings of each for good: 0.6 GB of a card when the run itself began."""
@@ -193,25 +190,17 @@ def test_a_run_keeps_the_optimizer_that_it_was_begun_with(medium):
     )
 
 
-@pytest.mark.parametrize(("first", "second"), [(FUSED, EIGHT_BIT), (EIGHT_BIT, FUSED)])
 def test_a_stopped_run_goes_on_with_its_optimizer_where_memory_now_allows_another(
-    first, second, gpt2_folder, data_folder, tmp_path, monkeypatch
+    gpt2_folder, data_folder, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch:
-        patch.setattr(train_model, "OPTIMIZERS", ((first, False),))
-        whole = run(gpt2_folder, data_folder, tmp_path / "whole", *LEARN)
-
-    order = iter([((first, False), (second, False)), ((second, False), (first, False))])
-    original = train_model.look_at_machine
-
-    def changed(process, wanted):
-        monkeypatch.setattr(train_model, "OPTIMIZERS", next(order))
-        return original(process, wanted)
-
-    monkeypatch.setattr(train_model, "look_at_machine", changed)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
+    little = ((EIGHT_BIT, False),)
+    monkeypatch.setattr(train_model, "OPTIMIZERS", little)
+    whole = run(gpt2_folder, data_folder, tmp_path / "whole", *LEARN)
+    stopped(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
+    monkeypatch.setattr(train_model, "OPTIMIZERS", ((FUSED, False), *little))
+    continued = run(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
     assert losses(continued) == losses(whole)
-    assert continued["plan"]["optimizer"] == first
+    assert continued["plan"]["optimizer"] == EIGHT_BIT
 
 
 def test_several_processes_plan_from_the_least_memory_and_with_their_gradients_twice(medium, monkeypatch):

@@ -5,12 +5,11 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from reporting import SCRIPT, run
+from reporting import run
 
 import extract_blog_data
 import test_model
@@ -66,12 +65,6 @@ def test_interrupting_ends_the_answer_and_not_the_program(model_folder, monkeypa
 
     monkeypatch.setattr(test_model, "stream", stream)
     assert chat(model_folder, monkeypatch, capsys, "hi\nagain\n").out == "half\nhalf\n"
-
-
-def test_chat_works_from_a_pipe_without_prompts_in_its_output(model_folder):
-    command = [sys.executable, str(SCRIPT), "--model-dir", str(model_folder), "--chat", "--seed", "1"]
-    done = subprocess.run(command, input="hello\n/quit\n", capture_output=True, text=True, timeout=100)
-    assert (done.returncode, "> " in done.stdout) == (0, False) and done.stdout.strip()
 
 
 def test_base_answers_the_same_question_and_is_not_remembered(model_folder, monkeypatch, capsys, tmp_path):
@@ -179,8 +172,3 @@ def test_a_quiz_that_is_left_at_once_blames_nobody(model_folder, quiz_data, monk
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert run(model_folder, quiz_data, "--quiz", "--seed", "3") == 0
     assert capsys.readouterr().out.endswith("Nothing was answered.\n")
-
-
-def test_a_quiz_without_unseen_posts_says_what_it_takes(model_folder, tmp_path, capsys):
-    assert run(model_folder, tmp_path, "--quiz") == 0
-    assert "held-out posts" in capsys.readouterr().out

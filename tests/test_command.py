@@ -1,6 +1,7 @@
 """test_model.py as a command: errors, settings, device and precision, streams and signals."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -88,12 +89,6 @@ def test_without_data_samples_still_come_and_it_is_said(model_folder, tmp_path, 
     assert run(model_folder, tmp_path, "--prompt", "hi") == 0
     out, err = capsys.readouterr()
     assert "> hi" in out and "longest run" not in out and "No training data" in err
-
-
-def test_as_a_command_an_error_is_one_line_and_status_1(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--model-dir", str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
 
 
 # ---------------------------------------------------------------------------- settings, checked
@@ -234,13 +229,10 @@ def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder
     assert stop.value.code == 0 and capsys.readouterr().out
 
 
-@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "2>&- | head -c 1"])
-def test_as_a_command_it_ends_quietly_where_nothing_is_open(streams, model_folder, tmp_path):
-    command = f"{sys.executable} {SCRIPT} --model-dir {model_folder} --data-dir {tmp_path} {streams}"
-    done = subprocess.run(
-        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=100
-    )
-    assert (done.returncode, done.stderr) == (1, "") and len(done.stdout) < 2
+def test_as_a_command_it_ends_quietly_where_nothing_is_open(model_folder, tmp_path):
+    command = f"{sys.executable} {SCRIPT} --model-dir {model_folder} --data-dir {tmp_path} <&- >&- 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +241,6 @@ def test_as_a_command_it_ends_quietly_where_nothing_is_open(streams, model_folde
         (signal.SIGINT, "import time: .* numpy$", []),
         (signal.SIGTERM, "import time: .* torch$", []),
         (signal.SIGHUP, "import time: .* numpy$", []),
-        (signal.SIGINT, "held-out conversations", ["--report"]),
         (signal.SIGTERM, "^/post TITLE", ["--chat"]),
     ],
 )
@@ -266,11 +257,16 @@ def test_a_signal_at_any_moment_even_twice_is_one_sentence_and_status_1(
     assert said[-1] == "Stopped." and said.count("Stopped.") == 1 and "Traceback" not in rest
 
 
-def test_a_signal_that_is_ignored_stays_so(model_folder, data_folder):
-    """As nohup starts a program, for a terminal that will be closed."""
-    folders = ["--model-dir", str(model_folder), "--data-dir", str(data_folder)]
-    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", sys.executable, str(SCRIPT), *folders, "--chat"]
-    with start(*command, until="^/post TITLE") as process:
+def test_the_chat_works_from_a_pipe_and_a_signal_that_is_ignored_stays_so(model_folder):
+    """As nohup starts a program, for a terminal that will be closed; the libraries say nothing of their own."""
+    chat = [sys.executable, str(SCRIPT), "--model-dir", str(model_folder), "--chat", "--seed", "1"]
+    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", *chat]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        before = list(itertools.takewhile(lambda line: not line.startswith("/post TITLE"), lines))
         process.send_signal(signal.SIGHUP)
-        process.communicate("/quit\n")
+        answer, _ = process.communicate("hello\n/quit\n")
     assert process.returncode == 0
+    assert not [line for line in before if "This CPU is slow in bf16" not in line]
+    assert answer.strip() and "> " not in answer

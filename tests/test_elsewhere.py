@@ -61,6 +61,10 @@ def ours(folder: Path, messages: list[dict]) -> str:
     return answer.text.strip()
 
 
+ONCE = pytest.mark.parametrize("trained", ["gpt2_folder"], indirect=True)  # the pipeline below reads both templates
+
+
+@ONCE
 @pytest.mark.parametrize("messages", [QUESTION, TALK])
 def test_an_openai_client_gets_the_answer_of_the_chat(server, messages):
     folder, address = server
@@ -76,6 +80,7 @@ def test_an_openai_client_gets_the_answer_of_the_chat(server, messages):
     assert "".join(streamed).strip() == expected
 
 
+@ONCE
 def test_transformers_chat_talks_to_the_server(server):
     folder, address = server
     command = [TRANSFORMERS, "chat", str(folder), address, "do_sample=False", "max_new_tokens=20"]

@@ -57,7 +57,6 @@ BODIES = [
     ("> hers\n\n\u2014 and I said so, too", "\u2014 and I said so, too"),
     ("> hers\n\n\u2013 But I never did.", "\u2013 But I never did."),
     ("> hers\n\nMine.\n\n\u2014 Ann Lee", "Mine.\n\n\u2014 Ann Lee"),
-    ("\u2014 Ann Lee", "\u2014 Ann Lee"),
     ("Mine.\n\nOn 3 June 2011, Ann Lee wrote:\n> hers\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\nAnn Lee <ann@lee.example> wrote:\n\n> hers", "Mine."),
     ("On the other hand she never wrote:\n\nMine.", "On the other hand she never wrote:\n\nMine."),
@@ -70,7 +69,6 @@ BODIES = [
     # a sentence of links is no menu
     ("[we went ](/a)*[far](/a)*[ out](/a)", "we went *far* out"),
     ("[I was](/a) [so very](/b) [far out.](/c)", "I was so very far out."),
-    ("[Boats](/a) [Far out](/b)", ""),
     ("[one.](/a) [two.](/b)", ""),
     ("and [Boats](/a) [Far out](/b)", "and Boats Far out"),
     # the post that is answered goes and a mention of it stays
@@ -80,7 +78,6 @@ BODIES = [
     ('<span class="h-cite">She: <q class="e-content">hers</q></span>\n\nMine.', "Mine."),
     ('<div class="h-entry"><div class="e-content">Mine.</div></div>', "Mine."),
     # what a blogging tool adds is no text
-    ("Mine.\n\nTechnorati Tags: boats, oars\n\nMine.", "Mine.\n\nMine."),
     ("**Current Mood:** wet\n_Current music_: The Oars\n\nMine.", "Mine."),
     ("Mine.\n\nx-posted to my other place\n\nTags: boats", "Mine."),
     ("Mine.\nMood: wet\nMusic: none", "Mine."),
@@ -125,7 +122,6 @@ BETWEEN_PARAGRAPHS = [
     ('"Bread is patient." - so I said, and baked.', '"Bread is patient." - so I said, and baked.'),
     ('"Bread" - Ann\'s word - and "butter"', '"Bread" - Ann\'s word - and "butter"'),
     ("![the boat](boat.jpg)\n*The boat at night*", ""),
-    ("*The boat at night*", "*The boat at night*"),
     ("![the boat](boat.jpg)\n\n*So it goes.*", "*So it goes.*"),
     ("[Back to the top](#top)", ""),
     ("- [Soup](#soup)\n- [Bread](#bread)", ""),
@@ -152,7 +148,6 @@ TYPED = [
     ("if u<i and b>c we go", "if u<i and b>c we go"),
     ('so<b class="x"> it </b>was<br clear="all">then', "so **it** was\nthen"),
     ("[TOC]\n\nMine, [TOC] too.", "Mine, [TOC] too."),
-    ("\\begin{gather}\nx\n\\end{gather}\n\nMine.", "Mine."),
     ("See [it][a].\n\n[a]: http://example.org/so it goes.mp3", "See it."),
     ('See [it][a].\n\n[a]: http://example.org/x "So it goes"', "See it."),
     ("[a]: not an address at all", "[a]: not an address at all"),
@@ -164,7 +159,7 @@ TYPED = [
 @pytest.mark.parametrize("is_html", [False, True])
 @pytest.mark.parametrize(("body", "expected"), TYPED)
 def test_signs_that_only_look_like_tags_stay_and_residue_goes(body, expected, is_html):
-    if not (is_html and body[0] in "[\\S"):
+    if not (is_html and body[0] in "[S"):
         assert text_of(body, is_html, meta={}) == expected
 
 
@@ -223,7 +218,7 @@ def test_the_sample_is_clean_and_its_ledger_adds_up(tmp_path, capsys):
     assert report["files_kept"] >= 60
     assert report["redactions"].keys() == {"email", "phone", "secret"}
     text = "\n".join(turn["content"] for line in train + val for turn in line["messages"])
-    assert not re.search(r"\{[%:]|%\}|\[\^|</?(?:p|br|div|b|i|a)\b[^>]*>|\]\(|&#?\w+;|@example", text)
+    assert not re.search(r"\{[%:]|%\}|\[\^|</?(?:p|br|div|b|i|a)\b[^>]*>|\]\(|&#?\w+;|@example|555-01", text)
 
     # The ledger adds up.
     ledger = report["ledger"]

@@ -4,7 +4,6 @@ import ast
 import bisect
 import hashlib
 import re
-from argparse import ArgumentTypeError
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -61,43 +60,33 @@ MARKDOWN = [
     # kramdown attributes
     ('Hello.\n{: .x #y key="v" data-a=b }', "Hello."),
     ('I wrote {:action => "index"} there.', 'I wrote {:action => "index"} there.'),
-    ("I wrote `{: .code }` and `{{ x }}`.", "I wrote `{: .code }` and `{{ x }}`."),
-    ("* TOC\n{:toc}\n\nHello.", "Hello."),
     ("Hello.\n\n[Press me](/x)\n{: .button .big}", "Hello."),
     # Liquid
-    ('Hello.\n\n{% include x.html\n  a="1"\n  b="2" %}\n\nBye.', "Hello.\n\nBye."),
     ("{% comment %}no {% comment %} deep{% endcomment %}Hello.", "Hello."),
     ("{% if a %}A{% if b %}B{% else %}C{% endif %}D{% elsif c %}E{% else %}F{% endif %}.", "ABD."),
-    ("{% raw %}{{ x }}{% endraw %} stays", "{{ x }} stays"),
     ("{% raw %}\n```\ncode\n```\n{% endraw %}\n\nHello.", "Hello."),
     ("See [this]({% post_url 2011-01-01-x %}) or [that][1].\n\n[1]: {{ site.url }}/x", "See this or that."),
     ("{{ page.description }}\n\nHello.", "A cat *story*.\n\nHello."),
     ("{% assign name = 'x' %}Hello {{ name }}you {{ content }}.", "Hello you ."),
     # code
-    ("Hello.\n\n```ruby\nputs 1\n```\n\nBye.", "Hello.\n\nBye."),
     ("Hello.\n\n~~~\nx = 1;\n~~~\n\nBye.", "Hello.\n\nBye."),
     ("Hello.\n\n```\n\nBye, unclosed.", "Hello.\n\nBye, unclosed."),
     ("Run `ls -l`, then ``a ` b``.", "Run `ls -l`, then `a ` b`."),
-    ("Hello.\n\n    if (x) { return y; }\n    z();\n\nBye.", "Hello.\n\nBye."),
     (
         "Hello.\n\n    the sea is wide\n    and i am not\n    but we will sail\n\nBye.",
         "Hello.\n\nthe sea is wide\nand i am not\nbut we will sail\n\nBye.",
     ),
     ("~~~\n\nso that was the week that it was\n\n~~~", "so that was the week that it was"),
     # other people's words and what is no prose
-    ("Mine.\n\n> Theirs,\nstill theirs.\n\nMine again.", "Mine.\n\nMine again."),
     ('Mine.\n\n<blockquote class="twitter-tweet"><p>Theirs</p></blockquote>\n\nMine.', "Mine.\n\nMine."),
     ('Mine.\n\n<div id="comments"><p>Theirs</p></div>', "Mine."),
-    ("Mine.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\n| a | b |\n| 1 | 2 |\n\nMine.", "Mine.\n\nMine."),
-    ("Mine.\n\n<figure><img src='x'><figcaption>Cap</figcaption></figure>\n\nMine.", "Mine.\n\nMine."),
     ("Mine.\n\n- http://example.com/a", "Mine."),
     ("Mine.\n\nPosted via web from somebody's posterous", "Mine."),
     ("<style>p {x: y}</style>\n<script>alert(1)</script>\n\nMine.<iframe src='x'></iframe>", "Mine."),
     # notes, abbreviations, definitions
     ("Mine.[^1] More.\n\n[^1]: The note.", "Mine. More.\n\nThe note."),
     ("HTML is\n\n*[HTML]: Hyper", "HTML is"),
-    ("term\n: what it means", "term\n\nwhat it means"),
     # lines, lists, headings
     ("one\ntwo  \nthree", "one\ntwo\nthree"),
     ("* a\n* b\n    * c\n* d", "- a\n- b\n  - c\n- d"),
@@ -107,7 +96,6 @@ MARKDOWN = [
     ("# My cat\n\nHello.", "Hello."),
     ("My cat\n\nHello.", "My cat\n\nHello."),
     ("a <em>b</em> <strong> c </strong><i></i> <strike>d</strike>", "a *b* **c** ~~d~~"),
-    ("so *r<iv>ey*", "so *r<iv>ey*"),
     # characters
     ("it&amp;#039;s &amp;lt;3 &copy; a&nbsp;b", "it's <3 © a b"),
     ("so\u00adft ze\u200bro \u200emark\ufffd a\u200db", "soft zero mark ab"),
@@ -126,9 +114,7 @@ HTML = [
     ("one\n\ntwo", "one\n\ntwo"),
     ("<ul><li>a<li>b</ul>c", "- a\n- b\n\nc"),
     ("<p>a <b>b</b> *c* <tt>d</tt></p>", "a **b** *c* `d`"),
-    ('<p>hi <lj user="mossy"></p>', "hi mossy"),
     ('<p>a</p><p class="wp-caption-text">cap</p>', "a"),
-    ("<p>a</p><pre>code</pre><table><tr><td>x</td></tr></table>", "a"),
 ]
 
 
@@ -185,7 +171,6 @@ def test_titles_become_plain_text(title, expected):
         ("2017-2-5-x.md", date(2017, 2, 5)),
         ("2023-06-31", None),
         ("Jan 8 99999999999", None),
-        ("2014-21-01-x.md", None),
         ("yesterday", None),
         (["2014"], None),
     ],
@@ -266,8 +251,6 @@ PERSONAL = [
     ("write to Ann.B+c@Example.org now", "write to [email] now", "email", "ann.b+c@example.org"),
     ("ann (at) example [dot] com", "[email]", "email", "ann@example.com"),
     ("ann at example dot com", "[email]", "email", "ann@example.com"),
-    ("call (415) 555-0123 soon", "call [phone] soon", "phone", "4155550123"),
-    ("+33 1 23 45 67 89", "[phone]", "phone", "33123456789"),
     ("01 23 45 67 89", "[phone]", "phone", "0123456789"),
     ("02-1234-5678, 089/1234567", "[phone], [phone]", "phone", "0212345678"),
     ("\uc804\ud654\ub294 415-555-0123\uc73c\ub85c", "\uc804\ud654\ub294 [phone]\uc73c\ub85c", "phone", "4155550123"),
@@ -282,9 +265,7 @@ PERSONAL = [
     ("https://x.org/?id=ghp_" + "a1B2" * 9, "https://x.org/?id=[secret]", "secret", "ghp_" + "a1B2" * 9),
     ("id=" + "0a1b2c3d" * 4, "id=[secret]", "secret", "0a1b2c3d" * 4),
     (r'"to => wren\@example.com"', '"to => [email]"', "email", "wren@example.com"),
-    (r"Fred\ Bloggs\@example.com", r"Fred\ [email]", "email", "bloggs@example.com"),
     # cards, each a number that its maker prints in examples
-    ("my card 4111 1111 1111 1111, 03/09", "my card [card], 03/09", "card", "4111111111111111"),
     ("4111 1111 1111 1111 123", "[card] 123", "card", "4111111111111111"),
     ("4111 4111 1111 1111 1111", "4111 [card]", "card", "4111111111111111"),
     ("5555-5555-5555-4444.", "[card].", "card", "5555555555554444"),
@@ -510,16 +491,9 @@ def test_a_flag_is_checked_as_its_setting_is(flag):
 KINDS = [
     # kind, what it allows, what it does not, a flag's text and its value
     (x.whole(0, 2**32 - 1), [0, 2**32 - 1], [-1, 2**32, True, 1.0, float("nan"), "1", None], "7", 7),
-    (x.number(0, 1), [0, 1, 0.5], [-0.1, 1.1, True, float("nan"), float("inf"), "1"], "1e-4", 1e-4),
-    (x.above(0, 1), [0.1, 1], [0, 0.0, 1.1, float("nan")], "0.5", 0.5),
-    (x.one_of("auto", "bf16"), ["auto", "bf16"], ["Auto", "", None, ["auto"]], "auto", "auto"),
-    (x.either(x.one_of("auto"), x.above(0, 1)), ["auto", 0.1], ["bf16", 0, None], "auto", "auto"),
-    (x.either(x.one_of("auto"), x.above(0, 1)), [], [], "1e-4", 1e-4),
-    (x.optional(x.whole(1, 9)), [None, 9], [0, "None"], "9", 9),
     (x.template(1), ["{{}} {}", "Über {}: {{x}}"], ["no place", "{} {}", "{title}", "{0}", "{!r}", ""], "{}", "{}"),
     (x.template(1), [], ["{", "}", "{} }", "{:>9}", 3, None], "{}", "{}"),
     (x.TEXT, ["", "Zo\u00eb"], ["caf\udce9", "a\0", b"a", None], "", ""),
-    (x.NAME, ["Zo\u00eb"], ["", " ", "caf\udce9", "a\0", 3], "a b", "a b"),
     (x.FOLDER, ["a", Path("a"), "caf\udce9"], ["", " ", "a\0", b"a", None], "../a", "../a"),
 ]
 
@@ -529,13 +503,6 @@ def test_a_kind_allows_what_its_words_say(kind, allowed, refused, text, value):
     assert all(map(kind.allows, allowed))
     assert not any(map(kind.allows, refused))
     assert x.flag_type(x.Setting(kind, ""))(text) == value
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e30", "9" * 5000, "", "x"])
-def test_a_flag_that_its_kind_does_not_allow_is_quoted_in_short(text):
-    read = x.flag_type(x.Setting(x.whole(0, 2**32 - 1), "42"))
-    with pytest.raises(ArgumentTypeError, match=r"^'\S{0,30}' must be a whole number from 0 to 4,294,967,295$"):
-        read(text)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import conversations, write_jsonl
-from training import DRIVER, cut_in_half, flags, make_noise, model_folder, run, start
+from training import cut_in_half, losses, make_noise, model_folder, nine_updates, run
 
 import train_model
 
@@ -128,30 +128,25 @@ def test_data_and_base_model_in_the_unfinished_folder_are_kept(home):
         assert tree(home) == before
 
 
-def test_an_empty_folder_is_taken_and_what_lies_beside_is_left_alone(home):
+def test_an_empty_folder_is_taken_and_what_others_put_into_it_or_beside_it_is_kept(home, capsys):
     Path("mine").mkdir()
     for word in ("previous", "ready"):
         model_folder(Path(f"mine-{word}"), word)
     others = {path: tree(path) for path in Path().iterdir() if path.is_dir() and path.name != "mine"}
-    for _ in range(2):
-        run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
-        Path("mine/notes.md").write_text("about this model", encoding="utf-8")
-    assert {path: tree(path) for path in others} == others
-    assert not Path("mine-unfinished").exists()
-    assert Path("mine/notes.md").read_text(encoding="utf-8") == "about this model"
-
-
-def test_what_was_changed_in_a_model_folder_is_kept_beside_what_is_new(home, capsys):
     run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    Path("mine/notes.md").write_text("about this model", encoding="utf-8")
     Path("mine/Modelfile").write_text("a template of my own", encoding="utf-8")
     Path("mine/loss_curve.png").unlink()
     Path("mine/loss_curve.png").mkdir()
     Path("mine/loss_curve.png/notes.md").write_text("notes", encoding="utf-8")
     run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
+    assert {path: tree(path) for path in others} == others
+    assert not Path("mine-unfinished").exists()
+    assert Path("mine/notes.md").read_text(encoding="utf-8") == "about this model"
     assert Path("mine/Modelfile-previous").read_text(encoding="utf-8") == "a template of my own"
     assert Path("mine/loss_curve.png-previous/notes.md").exists()
-    assert capsys.readouterr().err.count("Kept: ") == 2
-    names = {"Modelfile-previous", "loss_curve.png-previous", *train_model.hashes_of_ours(Path("mine"))}
+    assert capsys.readouterr().err.count("Kept: ") == 3
+    names = {"notes.md", "Modelfile-previous", "loss_curve.png-previous", *train_model.hashes_of_ours(Path("mine"))}
     assert {path.name for path in Path("mine").iterdir()} <= {*names, "training_report.json"}
 
 
@@ -164,7 +159,6 @@ def test_what_others_have_put_beside_a_run_stays_there(home, capsys):
     run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
     assert len(list(places.unfinished.glob("*.*"))) == 4
     assert capsys.readouterr().err.count("-unfinished/") >= 3
-    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
 
 
 def test_what_comes_to_lie_at_the_place_during_a_run_is_left_alone(home, monkeypatch):
@@ -191,9 +185,7 @@ def test_the_second_run_in_a_folder_names_the_first(home):
     with pytest.raises(SystemExit, match=r"is being trained by process 4711, since 09:30 on 27 November: wait for it"):
         run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
     assert tree(home) == before
-
     first.communicate("\n")
-    run(Path("base"), Path("data"), Path("mine"), "--max-steps", "1")
 
 
 def test_a_run_that_does_not_begin_leaves_nothing_behind(home):
@@ -283,7 +275,6 @@ BROKEN_MODELS = {
     "a tensor is left over": (edit_weights(lambda t: t.update(extra=torch.ones(2))), "config does not know"),
     "half of the layers": (edit_json("config.json", n_layer=1, num_hidden_layers=1), "config does not know"),
     "another shape": (edit_json("config.json", n_positions=128), "in another shape"),
-    "another architecture": (edit_json("config.json", model_type="gpt_neo"), "lacks|Cannot load"),
     "no numbers": (edit_weights(lambda t: t[last(t)].fill_(math.nan)), "NaN or infinite weights"),
     "an infinite number": (edit_weights(lambda t: t[last(t)][0].fill_(math.inf)), "NaN or infinite weights"),
     "weights cut": (lambda folder: cut_in_half(folder / WEIGHTS), "model.safetensors is cut or damaged"),
@@ -327,10 +318,6 @@ BROKEN_MODELS = {
         "auto_map|^$",
     ),
     "GPTQ": (edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
-    "bitsandbytes": (
-        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        r"quantised \(bitsandbytes\)",
-    ),
     "encoder and decoder": (edit_json("config.json", model_type="t5"), "is an encoder-decoder|Cannot load"),
     "adapters": (write("adapter_config.json", "{}"), "holds adapters without their base model"),
     "attention from the hub": (
@@ -343,7 +330,6 @@ BROKEN_MODELS = {
     "template: a long range": (template("{% for i in range(10**9) %}x{% endfor %}"), "chat template of .* fails"),
     "template: loops": (template(LOOPS + SAYS), "chat template of .* fails"),
     "template: long": (template("{{ 'a' * 200000 }}" + SAYS), "makes 200,0"),
-    "template: nothing": (template("{{ '' }}"), "leaves out part of the conversation"),
     "template: of the question alone": (template("{{ messages[0]['content'] }}"), "leaves out part of the"),
     "template: refuses": (template("{{ raise_exception('no') }}"), "chat template of .* fails"),
     "template: of code": (template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "chat template of .* fails"),
@@ -474,14 +460,10 @@ def test_a_template_that_would_end_the_modelfile_s_is_not_put_into_it(around, ll
 
 
 # ---------------------------------------------------------------------------- data
-def test_roles_in_capitals_are_the_roles(gpt2_folder, data_folder, tmp_path):
-    whole = run(gpt2_folder, data_folder, tmp_path / "one", "--max-steps", "1")
-    shutil.copytree(data_folder, tmp_path / "data")
-    for path in (tmp_path / "data").iterdir():
-        text = path.read_text().replace('"user"', '"User"').replace('"assistant"', '"ASSISTANT"')
-        path.write_text(text)
-    shouted = run(gpt2_folder, tmp_path / "data", tmp_path / "two", "--max-steps", "1")
-    assert shouted["data"] == whole["data"] and shouted["best"]["eval_loss"] == whole["best"]["eval_loss"]
+def test_roles_in_capitals_are_the_roles():
+    [post] = conversations(1)
+    line = json.dumps(post).replace('"user"', '"User"').replace('"assistant"', '"ASSISTANT"')
+    assert train_model.parse_conversation(line.encode()) == post
 
 
 @pytest.mark.parametrize(
@@ -493,7 +475,10 @@ def test_roles_in_capitals_are_the_roles(gpt2_folder, data_folder, tmp_path):
         b'{"messages": {}}',
         b'{"messages": "assistant"}',
         b'{"messages": [null]}',
+        b'{"messages": [{"role": "user", "content": "x"}]}',
         b'{"messages": [{"role": "assistant", "content": " "}]}',
+        b'{"messages": [{"role": "assistant", "content": "\\ud83d"}]}',
+        b'{"messages": [{"role": 3, "content": "x"}]}',
         b'{"messages": [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "y"}]}',
         b'{"messages": [{"role": "assistant", "content": "caf\xe9"}]}',
         b"\xff\xfe",
@@ -508,7 +493,7 @@ def test_data_of_two_extractions_is_refused(gpt2_folder, data_folder, tmp_path):
     data = shutil.copytree(data_folder, tmp_path / "data")
     hashes = {path.name: train_model.file_hash(path) for path in data.glob("*.jsonl")}
     (data / "extraction_report.json").write_text(json.dumps({"sha256": hashes}))
-    run(gpt2_folder, data, tmp_path / "model", "--max-steps", "1")
+    train_model.check_data_folder(data)
 
     write_jsonl(data / "val_data.jsonl", conversations(6, seed=1))
     with pytest.raises(SystemExit, match=r"val_data\.jsonl is not the file that extraction_report\.json"):
@@ -572,18 +557,6 @@ def test_an_overlap_of_more_than_half_a_window_is_one_sentence(monkeypatch):
         train_model.main([])
 
 
-def in_a_child(*lines: str) -> str:
-    command = [sys.executable, "-c", "\n".join(lines)]
-    environment = {name: value for name, value in os.environ.items() if name != "USE_HUB_KERNELS"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
-    return done.stdout.strip()
-
-
-def test_importing_the_script_changes_no_environment_variable():
-    lines = ["import os", "before = dict(os.environ)", "import train_model", "print(before == dict(os.environ))"]
-    assert in_a_child(*lines) == "True"
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["--no-such-flag"]])
 def test_flags_are_answered_before_the_libraries_are_loaded(arguments):
     lines = [
@@ -592,7 +565,9 @@ def test_flags_are_answered_before_the_libraries_are_loaded(arguments):
         "try: runpy.run_path('train_model.py', run_name='__main__')",
         "except SystemExit: print('torch' in sys.modules)",
     ]
-    assert in_a_child(*lines).splitlines()[-1] == "False"
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_no_model_is_loaded_with_kernels_from_the_hub(gpt2_folder, monkeypatch):
@@ -605,17 +580,16 @@ def test_no_model_is_loaded_with_kernels_from_the_hub(gpt2_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("number", train_model.STOP_SIGNALS)
-@pytest.mark.parametrize("moment", ["check_data_folder", "try_rate"])
-def test_a_signal_outside_of_training_is_one_sentence(
-    moment, number, gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(train_model, moment, lambda *_: signal.raise_signal(number))
+def test_a_signal_outside_of_training_is_one_sentence(number, gpt2_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_model, "check_data_folder", lambda *_: signal.raise_signal(number))
     with pytest.raises(SystemExit, match=r"^Stopped: run the same command again; it continues from the last [^\n]*\.$"):
-        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9", "--learning-rate", "auto")
+        run(gpt2_folder, data_folder, tmp_path / "model")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", train_model.STOP_SIGNALS)
 def test_a_signal_in_training_leaves_a_checkpoint(number, gpt2_folder, data_folder, tmp_path, monkeypatch):
+    """Before it is time for one, and it is as good as any other."""
+    monkeypatch.setattr(train_model, "CHECKPOINT_MINUTES", 10)
     begin = train_model.Progress.on_step_begin
 
     def signalled(self, args, state, *given, **options):
@@ -623,25 +597,28 @@ def test_a_signal_in_training_leaves_a_checkpoint(number, gpt2_folder, data_fold
         if state.global_step == 5:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(train_model.Progress, "on_step_begin", signalled)
-    with pytest.raises(SystemExit, match="^Stopped after update 6 of 9: run the same command again to continue"):
-        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9")
-    assert train_model.last_checkpoint(tmp_path / "model-unfinished")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model.Progress, "on_step_begin", signalled)
+        with pytest.raises(SystemExit, match="^Stopped after update 6 of 9: run the same command again to continue"):
+            run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9")
+    assert train_model.last_checkpoint(tmp_path / "model-unfinished").name == "checkpoint-6"
+    continued = run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "9")
+    assert losses(continued) == losses(nine_updates(gpt2_folder, data_folder))
 
 
-TWICE = """
-import signal, train_model as t
-def again(folder):
-    try: signal.raise_signal(2)
-    finally: signal.raise_signal(2)
-t.check_data_folder = again
-"""
+def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_folder, tmp_path, monkeypatch, capfd):
+    def stopped_twice(folder):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
 
-
-def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_folder, tmp_path):
-    process = start(*flags(gpt2_folder, data_folder, tmp_path / "model"), launcher=("-c", TWICE + DRIVER))
-    _, said = process.communicate()
-    assert process.returncode == 1 and said.strip().startswith("Stopped at once") and "Traceback" not in said
+    monkeypatch.setattr(train_model, "check_data_folder", stopped_twice)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        run(gpt2_folder, data_folder, tmp_path / "model")
+    assert ended.value.code == 1
+    assert capfd.readouterr().err.strip().startswith("Stopped at once")
 
 
 def test_under_nohup_a_closed_window_is_no_reason_to_stop(monkeypatch):

@@ -177,12 +177,6 @@ def fit(shape: train_model.Shape, gigabytes: float, rows: int = 8, kind: str = "
     return train_model.fit_into_memory(shape, with_adapters, rows, machine("fp16", kind, gigabytes))
 
 
-def test_the_defaults_fit_a_card_of_8_gb_with_1_gb_to_spare():
-    way, memory = fit(medium(), 7.6)
-    assert sum(memory.values()) <= 6.6e9
-    assert way.optimizer == "adamw_bnb_8bit" and not way.checkpointing
-
-
 @pytest.mark.parametrize(
     ("gigabytes", "optimizer", "rows_at_once"),
     [

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from reporting import SECRETS, private_post, report, sampling
+from reporting import SECRETS, know, private_post, report, sampling
 from tiny import conversations, write_jsonl
 
 import extract_blog_data
@@ -34,12 +34,6 @@ def test_a_model_writes_a_full_batch_and_then_no_more_than_is_missing(words, ans
     monkeypatch.setattr(asking, "whole_answers", a_hundred_words_each)
     evidence = Evidence(requests=["Tell me about soup."], words=words)
     assert len(asking.write_words(*loaded, evidence, sampling(), "tuned")) == answers
-
-
-def know(data: Path, posts: list[dict]) -> None:
-    """Data whose held-out posts are those of training, so that the report asks for what the model knows."""
-    write_jsonl(data / "train_data.jsonl", posts)
-    write_jsonl(data / "val_data.jsonl", posts)
 
 
 def test_planted_secrets_can_come_out_and_stand_first(overfitted, tmp_path, everything, capsys):
@@ -95,17 +89,6 @@ def test_without_the_key_it_is_said_that_nothing_redacted_can_be_recognised(caps
     assert capsys.readouterr().err.count(said) == 1
 
 
-def test_no_part_is_calm_where_another_is_alarmed(overfitted, tmp_path, everything):
-    """What it copied from a private post counts, also where the same text is common for the leak check."""
-    folder, _, posts = overfitted
-    know(tmp_path, posts)
-    twin = Path(shutil.copytree(folder, tmp_path / "twin"))
-    (twin / "training_report.json").write_text(json.dumps({"settings": {"base_model": str(folder)}}))
-    result = report(twin, tmp_path, "--max-new-tokens", "80")
-    assert result["leaks"]["private_copies"] > 0
-    assert "answers hold 8 words or more in a row of a private post" in result["verdicts"]["leaks"]
-
-
 # What could give a private post away, as a word that stands nowhere else.
 WORDS = {
     "slug": "zwetschgenpfad",
@@ -148,6 +131,7 @@ def test_no_word_of_a_private_post_is_in_the_json(overfitted, tmp_path, everythi
     # Every list that could hold one is there.
     leaks, learned, copies = [result[question] for question in ("leaks", "learned", "copies")]
     assert all([leaks["personal"], leaks["blocked"], leaks["by_length"], learned["held_out"]["posts"]])
+    assert leaks["private_copies"] > 0
     for numbered in (leaks["likeliest"], learned["least_gained"], copies["longest"]):
         posts = {entry["post"] for entry in numbered}
         assert posts and posts <= {1, 2, 3, 4}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import training
-from reporting import NO_OBJECTS, crafted_report, report, run, settings_with
+from reporting import NO_OBJECTS, crafted_report, know, report, run, settings_with
 from tiny import conversations, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -35,12 +35,6 @@ FILES = ("voice_report.json", "voice_report.html")
 def folder(model_folder, tmp_path) -> Path:
     """A copy of the model, which may be written to."""
     return Path(shutil.copytree(model_folder, tmp_path / "model"))
-
-
-def know(data: Path, posts: list[dict]) -> None:
-    """Data whose held-out posts are those of training, so that the report asks for what the model knows."""
-    write_jsonl(data / "train_data.jsonl", posts)
-    write_jsonl(data / "val_data.jsonl", posts)
 
 
 def trained_with(folder: Path, **settings) -> None:
@@ -128,24 +122,20 @@ def test_without_data_the_report_says_which_parts_it_cannot_give(folder, tmp_pat
     assert "What's on your mind today?" in html.unescape((folder / "voice_report.html").read_text())
 
 
-def test_the_printed_report_fits_a_terminal_and_cuts_nothing(overfitted, tmp_path, everything, capsys):
+def test_the_printed_report_fits_a_terminal_cuts_nothing_and_explains_itself_if_wanted(
+    overfitted, tmp_path, everything, capsys
+):
     folder, _, posts = overfitted
     know(tmp_path, posts)
     result = report(folder, tmp_path)
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-    flat = " ".join(out.split())
+    short = capsys.readouterr().out
+    lines = short.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 60
+    flat = " ".join(short.split())
     assert all(" ".join(verdict.split()) in flat for verdict in result["verdicts"].values())
     assert all(f"It copied {copy['words']} words" in flat for copy in result["copies"]["longest"])
 
-
-def test_the_printed_report_has_60_lines_and_explains_itself_if_wanted(overfitted, tmp_path, capsys):
-    folder, _, posts = overfitted
-    know(tmp_path, posts)
     meaning = "Own tries: until the likeliest passage has an even chance"
-    report(folder, tmp_path)
-    short = capsys.readouterr().out
-    assert len(short.splitlines()) <= 60
     assert "--explain" in short and meaning not in short
     report(folder, tmp_path, "--explain")
     assert meaning in capsys.readouterr().out
@@ -159,11 +149,6 @@ def test_a_row_that_is_too_wide_goes_on_in_further_lines():
     assert set(phrase.split()) <= set(" ".join(lines).split())
     assert lines[1].endswith("12      3     0") and lines[-1].split() == ["so", "9", "1", "0"]
     assert table_lines(Section("", [], ("", "you", "tuned"))) == ["    you  tuned"]
-
-
-def test_quick_is_a_tenth_of_the_size(folder, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_model, "REPORT_SIZE", 0.5)
-    assert report(folder, data_folder, "--quick")["size"] == 0.05
 
 
 def test_adapters_are_reported_on_in_the_precision_of_training(llama_folder, data_folder, tmp_path, monkeypatch):
@@ -183,18 +168,22 @@ def test_adapters_are_reported_on_in_the_precision_of_training(llama_folder, dat
         return losses_of(model, *arguments)
 
     monkeypatch.setattr(asking, "losses_of", watched)
-    measured = report(folder, data_folder, "--quick")["learned"]["held_out"]
+    result = report(folder, data_folder, "--quick")
+    assert result["size"] == pytest.approx(test_model.REPORT_SIZE / 10)
+    measured = result["learned"]["held_out"]
     assert held == 4 * [{torch.bfloat16}]  # held-out and drawn posts, of both models
     for model, evaluation in {"tuned": trained["best"], "base": trained["base"]}.items():
         assert measured[model] == pytest.approx(evaluation["eval_bits_per_byte"], abs=1e-3)
 
 
-def test_the_report_is_its_owners_alone_and_replaces_the_old_one(folder, data_folder, tmp_path):
+def test_the_report_is_its_owners_alone_and_replaces_the_old_one(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
     for name in FILES:
         (folder / name).write_text("old")
         (folder / name).chmod(0o644)
         os.link(folder / name, tmp_path / name)
-    report(folder, data_folder)
+    assert not write_report(crafted_report(), folder)
     for name in FILES:
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
         assert (tmp_path / name).read_text() == "old"  # replaced, not written over

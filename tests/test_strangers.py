@@ -44,18 +44,6 @@ def test_the_file_is_small():
     assert FILE.stat().st_size < 900_000
 
 
-def test_shapes_agree(crowd):
-    blogs = len(crowd["names"])
-    chunks = len(crowd["blog"])
-    assert blogs >= 10
-    for name in ("authors", "kinds", "licences", "repositories", "commits", "many_authors"):
-        assert crowd[name].shape == (blogs,)
-    assert crowd["counts"].shape == (len(crowd["words"]) + len(crowd["trigrams"]), chunks)
-    assert crowd["totals"].shape == (chunks, 2)
-    assert crowd["post"].shape == (chunks,)
-    assert set(crowd["blog"].tolist()) == set(range(blogs))
-
-
 def test_features_are_named_once_and_well_formed(crowd):
     words = crowd["words"].tolist()
     assert len(set(words)) == len(words)

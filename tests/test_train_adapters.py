@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model_folder
-from training import losses, run, settings_with, stopped, train_this_way
+from training import losses, run, settings_with, stopped
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -14,15 +13,7 @@ import train_model
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
-@pytest.fixture(scope="session")
-def qwen2_folder(tmp_path_factory) -> Path:
-    """Qwen2's shape: biases in the attention alone, an output layer of its own."""
-    return make_model_folder(
-        tmp_path_factory.mktemp("qwen2"), "qwen2", chatml=True, intermediate_size=64, num_key_value_heads=2
-    )
-
-
-SHAPES = ["gpt2_folder", "llama_folder", "qwen2_folder"]
+SHAPES = ["gpt2_folder", "llama_folder"]
 
 
 def adapted(folder: Path, precision: str = "fp32"):
@@ -127,21 +118,19 @@ def test_adapters_learn_and_leave_a_folder_as_full_training_does(
     assert is_tied == AutoConfig.from_pretrained(base_folder).tie_word_embeddings
 
 
-@pytest.mark.parametrize("shape", ["gpt2_folder", "llama_folder"])
 def test_what_is_measured_in_half_precision_is_what_anybody_loads(
-    shape, rank_4, data_folder, tmp_path, request, monkeypatch
+    gpt2_folder, rank_4, data_folder, tmp_path, monkeypatch
 ):
     """A merge rounds: the loss of the base with adapters beside it is another one."""
     in_bfloat16(monkeypatch)
-    base_folder = request.getfixturevalue(shape)
     folder = tmp_path / "model"
-    report = run(base_folder, data_folder, folder, "--epochs", "1", "--learning-rate", "1e-2")
+    report = run(gpt2_folder, data_folder, folder, "--epochs", "1", "--learning-rate", "1e-2")
     reported = report["best"]["eval_loss"]
     assert reported < report["base"]["eval_loss"] - 0.02
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    size, full_size = [(path / "model.safetensors").stat().st_size for path in (folder, base_folder)]
+    size, full_size = [(path / "model.safetensors").stat().st_size for path in (folder, gpt2_folder)]
     assert size < 0.6 * full_size
 
     # To the last digit but for the sum: 1e-3, which the run itself demands, would also let a model pass that was
@@ -189,23 +178,11 @@ def test_layers_hand_on_float32_over_a_base_in_half_precision(llama_folder, rank
     assert seen == {torch.float32}
 
 
-def test_adapters_learn_the_same_with_recomputed_activations(llama_folder, data_folder, tmp_path, rank_4, monkeypatch):
-    """The embedding is frozen, so that nothing which a layer is given asks for a gradient."""
-    flags = ("--max-steps", "4", "--learning-rate", "1e-2")
-    kept = run(llama_folder, data_folder, tmp_path / "kept", *flags)
-    train_this_way(monkeypatch, checkpointing=True)
-    recomputed = run(llama_folder, data_folder, tmp_path / "recomputed", *flags)
-    assert not kept["plan"]["checkpointing"]
-    assert recomputed["plan"]["checkpointing"]
-    assert losses(recomputed) == pytest.approx(losses(kept), abs=1e-5)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_killed_run_of_adapters_ends_as_if_nothing_had_happened(
-    precision, gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch, capsys
+    gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch, capsys
 ):
-    if precision == "bf16":
-        in_bfloat16(monkeypatch)
+    """Its merges round alike, too."""
+    in_bfloat16(monkeypatch)
     flags = ("--max-steps", "7", "--learning-rate", "1e-2")
     whole = run(gpt2_folder, data_folder, tmp_path / "whole", *flags)
 

@@ -103,6 +103,16 @@ def test_odd_templates_score_every_word_and_one_end(template, expected, llama_fo
     assert prompt == asked  # trained as it will be asked
 
 
+@pytest.mark.parametrize("answer", ["<3 to you", "<t", "<", "hello", "<think aloud", "hi", "<|im_start|>assistant"])
+def test_an_answer_that_begins_like_the_end_of_the_prompt_keeps_its_first_letters(answer, llama_folder):
+    tokenizer = train_model.load_tokenizer(llama_folder)
+    tokenizer.chat_template = f"{TURN} + '<|im_end|>\n' }}}}{PROMPT}<think>' }}}}{{% endif %}}"
+    talk = [TALK[0], {"role": "assistant", "content": answer}]
+    prompt, rest = train_model.split_at_answer(tokenizer, talk, train_model.render(tokenizer, talk))
+    assert prompt.endswith("assistant\n<think>")
+    assert rest == train_model.break_control_tokens(answer, tokenizer) + "<|im_end|>\n"
+
+
 @given(
     answers=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 300)), min_size=1, max_size=6),
     context=st.integers(16, 80),
@@ -211,15 +221,13 @@ def test_dropout_reaches_every_place_that_the_architecture_has_for_it(gpt2_folde
     assert layers and set(layers) == {0.25}
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_float16_with_loss_scaling_gives_the_gradients_of_float32(rank, gpt2_folder):
+def test_adapters_get_the_gradients_of_float32_in_float16_with_loss_scaling(gpt2_folder):
     """As far as a CPU allows: Trainer refuses float16 there, so the scaler is driven by hand."""
     batch = train_model.collate([{"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}])
     gradients = []
     for precision in ("fp32", "fp16"):
         model = train_model.load_for_training(gpt2_folder)
-        if rank:
-            model = train_model.add_adapters(model, precision, settings_with(lora_rank=rank))
+        model = train_model.add_adapters(model, precision, settings_with(lora_rank=4))
         trained = [weight for weight in model.train().parameters() if weight.requires_grad]
         assert {weight.dtype for weight in trained} == {torch.float32}
         scaler = torch.amp.GradScaler("cpu")
@@ -230,7 +238,7 @@ def test_float16_with_loss_scaling_gives_the_gradients_of_float32(rank, gpt2_fol
         scaler.scale(loss).backward()
         scaler.unscale_(torch.optim.SGD(trained, lr=0.0))
         gradients.append(torch.cat([weight.grad.flatten() for weight in trained]))
-    assert functional.cosine_similarity(*gradients, dim=0) > (0.999 if rank else 0.9999)
+    assert functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_float16_keeps_the_gradient_of_rare_tokens():

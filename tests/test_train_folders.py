@@ -3,11 +3,10 @@
 import itertools
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
-from training import DRIVER, flags, make_checkpoint, model_folder, run, start
+from training import make_checkpoint, model_folder, run
 from transformers import AutoModelForCausalLM
 
 import train_model
@@ -29,28 +28,30 @@ def finished_run(home: Path, old: bool) -> train_model.Places:
     return places
 
 
-def kill_before_step(number: int, act, *arguments: Path) -> bool:
-    """Runs `act` in a process that is killed before the given step; whether it was, or came to its end before."""
-    child = os.fork()
-    if child == 0:
-        steps = itertools.count()
+class Killed(BaseException):
+    """What nobody catches, as nobody catches SIGKILL."""
 
-        def counting(original):
-            def step(*args, **options):
-                if next(steps) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **options)
 
-            return step
+def kill_before_step(number: int, act, places: train_model.Places) -> bool:
+    """Runs `act` up to the given step, and nothing from there on; whether it was killed, or came to its end before."""
+    steps = itertools.count()
 
+    def counting(original):
+        def step(*args, **options):
+            if next(steps) >= number:
+                raise Killed
+            return original(*args, **options)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
         for name in STEPS:
-            setattr(os, name, counting(getattr(os, name)))
+            patch.setattr(os, name, counting(getattr(os, name)))
         try:
-            act(*arguments)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+            act(places)
+        except Killed:
+            return True
+    return False
 
 
 def whole_contents(home: Path) -> set[str]:
@@ -63,7 +64,6 @@ def whole_contents(home: Path) -> set[str]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("old", [True, False], ids=["with an old model", "without"])
 def test_a_kill_at_any_step_of_replacing_a_folder_loses_no_model(old, tmp_path):
     """Also when the recovery is killed, at any step of its own; and the owner's notes are in the model folder again."""
@@ -103,35 +103,28 @@ def test_two_models_are_both_kept_where_a_run_was_killed_and_somebody_put_a_mode
 
 
 def test_a_link_to_a_model_on_another_disk_is_followed(gpt2_folder, data_folder, tmp_path):
-    (tmp_path / "disk").mkdir()
     (tmp_path / "home").mkdir()
     link = tmp_path / "home" / "model"
-    link.symlink_to(tmp_path / "disk" / "model")
-    for rounds in ("1", "2"):
-        run(gpt2_folder, data_folder, link, "--max-steps", rounds)
+    link.symlink_to(model_folder(tmp_path / "disk" / "model", "old"))
+    run(gpt2_folder, data_folder, link, "--max-steps", "1")
     assert link.is_symlink() and [path.name for path in (tmp_path / "home").iterdir()] == ["model"]
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
-
-
-KILLED_IN_THE_MIDDLE = """
-import os, signal
-rename = os.rename
-def kill_between_the_two(old, new):
-    rename(old, new)
-    if str(new).endswith("/previous"):
-        os.kill(os.getpid(), signal.SIGKILL)
-os.rename = kill_between_the_two
-"""
 
 
 def test_a_run_killed_between_its_two_renames_has_its_model_at_the_next_start(
     gpt2_folder, data_folder, tmp_path, capsys
 ):
     model_folder(tmp_path / "model", "old", notes="mine")
-    arguments = [*flags(gpt2_folder, data_folder, tmp_path / "model")[:-1], "2"]
-    process = start(*arguments, launcher=("-c", KILLED_IN_THE_MIDDLE + DRIVER))
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    rename = os.rename
+
+    def kill_between_the_two(old, new):
+        rename(old, new)
+        if str(new).endswith("/previous"):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "rename", kill_between_the_two)
+        run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")
     assert not (tmp_path / "model").exists()
 
     run(gpt2_folder, data_folder, tmp_path / "model", "--max-steps", "2")

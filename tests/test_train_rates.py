@@ -1,10 +1,12 @@
 """train_model.py: the search for a learning rate."""
 
+import contextlib
 import functools
+import io
 from pathlib import Path
 
 import pytest
-from training import KEPT, losses, run, stopped, stopped_and_continued
+from training import KEPT, losses, run, stopped_and_continued
 
 import train_model
 
@@ -17,21 +19,19 @@ TRIED = (1e-4, 1e-2, 1e30)  # too low, right, and one that breaks everything
 @pytest.fixture
 def tries(monkeypatch) -> None:
     monkeypatch.setattr(train_model, "RATES_TO_TRY", TRIED)
-    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", TRIED)
 
 
 @functools.cache
-def found_rate(base: Path, data: Path) -> dict:
-    """The report of a whole run that tries these."""
-    return run(base, data, Path(KEPT.name, "found"), *LEARN)
+def found_rate(base: Path, data: Path) -> tuple[dict, list[str]]:
+    """The report of a whole run that tries these, and what it says of them."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        report = run(base, data, Path(KEPT.name, "found"), *LEARN)
+    return report, [line for line in said.getvalue().splitlines() if line.startswith("rate ")]
 
 
-def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(
-    gpt2_folder, data_folder, tmp_path, tries, capsys
-):
+def test_the_best_of_three_rates_is_found_and_the_run_is_that_of_this_rate(gpt2_folder, data_folder, tmp_path, tries):
     """To the last digit: no trial leaves anything behind in the weights, the random numbers or the schedule."""
-    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "9", "--learning-rate", "auto")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
+    found, said = found_rate(gpt2_folder, data_folder)
     given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "9", "--learning-rate", "1e-2")
     assert losses(found) == losses(given)
 
@@ -56,18 +56,10 @@ def test_where_no_rate_keeps_the_loss_a_number_the_run_does_not_begin(
     assert not (tmp_path / "model").exists()
 
 
-def test_adapters_are_tried_at_rates_of_their_own(gpt2_folder, data_folder, tmp_path, rank_4, monkeypatch):
-    monkeypatch.setattr(train_model, "RATES_FOR_ADAPTERS", (1e-3, 1e-2))
-    found = run(gpt2_folder, data_folder, tmp_path / "found", "--max-steps", "4", "--learning-rate", "auto")
-    given = run(gpt2_folder, data_folder, tmp_path / "given", "--max-steps", "4", "--learning-rate", "1e-2")
-    assert list(found["learning_rate"]["bits_per_byte_of_tried"]) == ["0.001", "0.01"]
-    assert losses(found) == losses(given)
-
-
-def test_a_run_killed_in_its_trials_tries_only_what_is_left(
+def test_a_run_killed_in_its_trials_and_once_more_after_them_tries_no_rate_twice(
     gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
 ):
-    whole = found_rate(gpt2_folder, data_folder)
+    whole, _ = found_rate(gpt2_folder, data_folder)
     tried = []
     try_rate = train_model.try_rate
 
@@ -82,29 +74,15 @@ def test_a_run_killed_in_its_trials_tries_only_what_is_left(
         run(gpt2_folder, data_folder, tmp_path / "killed", *LEARN)
     assert not (tmp_path / "killed").exists()
 
-    continued = run(gpt2_folder, data_folder, tmp_path / "killed", *LEARN)
+    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "killed", *LEARN)
+    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
     assert tried == [1e-4, 1e-2, 1e-2, 1e30]
     assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
 
 
-def test_a_run_killed_after_its_trials_goes_on_with_the_rate_that_they_found(
-    gpt2_folder, data_folder, tmp_path, tries, monkeypatch, capsys
-):
-    whole = found_rate(gpt2_folder, data_folder)
-    continued = stopped_and_continued(gpt2_folder, data_folder, tmp_path / "stopped", *LEARN)
-    assert "Continuing the run that stopped after update 5" in capsys.readouterr().err
-    assert losses(continued) == losses(whole) and continued["learning_rate"] == whole["learning_rate"]
-
-
-def test_what_was_tried_for_another_run_is_tried_anew(gpt2_folder, data_folder, tmp_path, tries, monkeypatch):
-    stopped(gpt2_folder, data_folder, tmp_path / "model", *LEARN)
-
-    tried = []
-
-    def remember(trial) -> float:
-        tried.append(trial.settings.learning_rate)
-        return trial.settings.learning_rate
-
-    monkeypatch.setattr(train_model, "try_rate", remember)
-    run(gpt2_folder, data_folder, tmp_path / "model", *LEARN, "--fresh")
-    assert tried == list(TRIED)
+def test_only_fresh_tries_anew_what_was_tried(tmp_path):
+    for fresh, kept in ((False, {1e-4: 1.0}), (True, {})):
+        train_model.open_unfinished(tmp_path, {"seed": 42}, fresh, optimizer="adamw_torch_fused")
+        (tmp_path / "rates.json").write_text('{"0.0001": 1.0}', encoding="utf-8")
+        train_model.open_unfinished(tmp_path, {"seed": 42}, fresh, optimizer="adamw_torch_fused")
+        assert train_model.known_rates(tmp_path) == kept

@@ -1,6 +1,7 @@
 """The measures of the report: does the voice measure know an author, are the intervals right."""
 
 import ast
+import functools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,18 +121,24 @@ TUNED = blogger(1, 5, 5_000)
 BASE = blogger(6, 5, 5_000)
 
 
-def ask(tuned: list[str] = TUNED, base: list[str] = BASE, unseen: int = 1) -> SimpleNamespace:
-    """The reader's shares of blogger 1 among sixteen others; the unseen posts are those of blogger `unseen`."""
+def count(texts: list[str], features: list[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    return count_stretches(texts, features).chunks(2)
+
+
+@functools.cache
+def known_and_strangers() -> tuple:
+    """(features, profile of blogger 1, chunks of sixteen others by name), as every question has them."""
     known = blogger(1, 1, 15_000)
     features = pick_features(known)
+    profile, _ = count(known, features)
+    return features, profile, {str(number): count(blogger(number, 3, 8_000), features) for number in range(20, 36)}
 
-    def count(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        return count_stretches(texts, features).chunks(2)
 
-    profile, _ = count(known)
-    unseen_posts = blogger(unseen, 2, 5_000)
-    tested = {"author": count(unseen_posts), "tuned": count(tuned), "base": count(base)}
-    strangers = {str(number): count(blogger(number, 3, 8_000)) for number in range(20, 36)}
+def ask(tuned: list[str] = TUNED, base: list[str] = BASE, unseen: int = 1) -> SimpleNamespace:
+    """The reader's shares of blogger 1 among sixteen others; the unseen posts are those of blogger `unseen`."""
+    features, profile, strangers = known_and_strangers()
+    texts = {"author": blogger(unseen, 2, 5_000), "tuned": tuned, "base": base}
+    tested = {whose: count(posts, features) for whose, posts in texts.items()}
     shares, each = reader.attribute(profile, tested, strangers)
     return SimpleNamespace(**shares, each=each)
 

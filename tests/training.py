@@ -67,7 +67,10 @@ def rank_4(monkeypatch):
 
 
 DRIVER = f"""
-import sys, train_model as t
+import os, sys
+before = dict(os.environ)
+import train_model as t
+assert dict(os.environ) == before, "importing the script changes no environment variable"
 vars(t).update({SMALL})
 sys.exit(t.main(sys.argv[1:]))
 """
