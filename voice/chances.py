@@ -170,11 +170,13 @@ def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig, train
         return chances
 
     in_pieces = chances_in_windows(models, ids, sampling, *trained)
-    both = {}
+    larger = {}
     for column in fields(TokenChances):
-        values = getattr(chances, column.name)
-        both[column.name] = None if values is None else np.maximum(values, getattr(in_pieces, column.name))
-    return TokenChances(**both)
+        name = column.name
+        of_text = getattr(chances, name)
+        of_pieces = getattr(in_pieces, name)
+        larger[name] = None if of_text is None else np.maximum(of_text, of_pieces)
+    return TokenChances(**larger)
 
 
 @torch.inference_mode()

@@ -103,7 +103,8 @@ def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.nd
 
     # Counted separately: in a running sum one -inf would swallow all that follows.
     impossible = running_sum(~is_finite)
-    result[impossible[end] > impossible[begin]] = -np.inf
+    has_impossible = impossible[end] > impossible[begin]
+    result[has_impossible] = -np.inf
     return result
 
 
@@ -132,10 +133,13 @@ class KnownRuns:
         for number, text in enumerate(texts):
             is_here = (passages.text == number) & is_asked
             for length in np.unique(run_lengths[is_here]).tolist():
-                asked = np.flatnonzero(is_here & (run_lengths == length))
+                is_asked_now = is_here & (run_lengths == length)
+                places = np.flatnonzero(is_asked_now)
+                begin = passages.begin[places]
+                end = passages.end[places]
                 covered = self.covered(text.ids, length)
-                known = sum_between(covered, passages.begin[asked], passages.end[asked])
-                found[asked] = known > MOSTLY * lengths[asked]
+                known = sum_between(covered, begin, end)
+                found[places] = known > MOSTLY * lengths[places]
         return found
 
     def covered(self, ids: list[int], length: int) -> np.ndarray:

@@ -88,15 +88,21 @@ def attribute(
     strangers_taken = {}
     for rivals, judges in ((one_half, other_half), (other_half, one_half)):
         rival_chunks = [strangers[name][0] for name in rivals]
-        scores = {name: impostor_scores(strangers[name][0], profile, rival_chunks) for name in judges}
+        scores = {}
+        for name in judges:
+            frequencies, _ = strangers[name]
+            scores[name] = impostor_scores(frequencies, profile, rival_chunks)
+
         threshold = even_quantile(list(scores.values()), 1 - MISTAKEN)
         for name in judges:
-            strangers_taken[name] = (scores[name] > threshold).astype(float)
+            is_taken = scores[name] > threshold
+            strangers_taken[name] = is_taken.astype(float)
 
         # Each half of the strangers has half a vote on text that is none of theirs.
         for whose, (frequencies, _) in tested.items():
             of_tested = impostor_scores(frequencies, profile, rival_chunks)
-            votes[whose] = votes[whose] + (of_tested > threshold) / 2
+            is_taken = of_tested > threshold
+            votes[whose] = votes[whose] + is_taken / 2
 
     shares = {}
     for whose, (_, source) in tested.items():
@@ -127,17 +133,18 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
     for _ in range(ROUNDS):
         features = rng.random(len(middle)) < 0.5
         present = rng.permutation(len(others))[:half]
+        present_others = others[present]
 
         part = scores[:, features]
-        to_author = cosines(part, author[:, features])[:, 0]
-        to_others = cosines(part, others[present][:, features])
-        margin += to_author - to_others.max(1)
+        to_author = cosines(part, author[:, features])  # (tested, 1)
+        to_others = cosines(part, present_others[:, features])
+        margin += to_author[:, 0] - to_others.max(1)
     return margin / ROUNDS
 
 
 def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
-    means = np.array([group.mean(0) for group in groups])
+    means = np.array([group.mean(0) for group in groups])  # (groups, features)
     variances = np.array([group.var(0) for group in groups])
     middle = means.mean(0)
 
@@ -146,7 +153,8 @@ def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     between = means.var(0)
     spread = np.sqrt(within + between)
     # A feature that never varies says nothing: divided by infinity its score is 0.
-    return middle, np.where(spread == 0, np.inf, spread)
+    spread[spread == 0] = np.inf
+    return middle, spread
 
 
 def profiles_of(groups: list[np.ndarray], middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -207,11 +215,12 @@ def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, strangers: dict[st
     nearest = cosines(scores, profiles).argmax(1)
 
     # The first group is the author.
-    lost = nearest[nearest > 0] - 1
+    lost = nearest[nearest > 0]
     if len(lost) == 0:
         return 0.0, ""
+    names = ["", *strangers]
     most = np.bincount(lost).argmax()
-    return len(lost) / len(unseen), list(strangers)[most]
+    return len(lost) / len(unseen), names[most]
 
 
 def tell(reader: Reader, evidence: Evidence) -> Section:

@@ -161,10 +161,12 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
         begin = self.keys.shape[-2]
-        end = begin + key_states.shape[-2]
-        if not self.with_room or self.with_room[0].shape[-2] < end:
-            more = end - begin + ROOM
-            self.with_room = [functional.pad(held, (0, 0, 0, more)) for held in (self.keys, self.values)]
+        new = key_states.shape[-2]
+        end = begin + new
+        room = self.with_room[0].shape[-2] if self.with_room else 0
+        if room < end:
+            longer = (0, 0, 0, new + ROOM)  # of the last but one dimension
+            self.with_room = [functional.pad(held, longer) for held in (self.keys, self.values)]
 
         keys, values = self.with_room
         keys[..., begin:end, :] = key_states
