@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import test_model
 from voice.loading import run_settings
-from voice.sampling import generate, next_token_chances, read_sampling, sample_next_token, stream
+from voice.sampling import (
+    FEW_ROWS,
+    LinearOfFewRows,
+    generate,
+    next_token_chances,
+    read_sampling,
+    sample_next_token,
+    stream,
+)
 
 pytestmark = pytest.mark.usefixtures("small_report")
 
@@ -43,6 +51,16 @@ def test_the_seed_makes_the_answers_repeatable(model_folder, data_folder, capsys
         run(model_folder, data_folder, "--prompt", "the kettle", "--seed", seed, "--max-new-tokens", "40")
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_few_rows_go_through_a_linear_layer_as_always(rows, has_bias):
+    layer = torch.nn.Linear(16, 40, has_bias)
+    inputs = torch.randn(rows, 1, 16)
+    expected = layer(inputs)
+    with LinearOfFewRows():
+        torch.testing.assert_close(layer(inputs), expected)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "mamba", "jamba"])  # Mamba keeps no cache of tokens

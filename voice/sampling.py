@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import re
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -180,6 +182,30 @@ class RoomyLayer(DynamicLayer):
         self.with_room = []
 
 
+FEW_ROWS = 32
+
+
+class LinearOfFewRows(TorchFunctionMode):
+    """While it is active, linear layers multiply their weight by the rows, not the rows by their weight.
+
+    For float32 on a CPU. The output layer of SmolLM2-135M needs 13 ms for 4 rows instead of 40, 17 for 8 instead of 44
+    and 20 for one either way; two cores of an AMD EPYC, torch 2.13.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is not functional.linear or options:
+            return function(*arguments, **(options or {}))
+
+        inputs, weight, bias = (*arguments, None)[:3]
+        shape = inputs.shape[:-1]
+        rows = shape.numel()
+        if not 1 < rows <= FEW_ROWS:
+            return function(*arguments)
+        product = weight @ inputs.reshape(rows, -1).T  # (outputs, rows)
+        result = product.T.contiguous().view(*shape, -1)
+        return result if bias is None else result + bias
+
+
 class Batch:
     """Prompts that are answered together: one row each, padded on the left. A row leaves when its answer is complete.
 
@@ -188,6 +214,8 @@ class Batch:
 
     def __init__(self, model, prompts: list[list[int]]):
         self.model = model
+        is_slow = model.device.type == "cpu" and model.dtype == torch.float32
+        self.layers = LinearOfFewRows() if is_slow else contextlib.nullcontext()
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.numbers = list(range(len(prompts)))  # of the prompts, by row
         self.cache = None  # of the tokens processed so far
@@ -221,7 +249,8 @@ class Batch:
             new = self.ids.shape[1]
             inputs["position_ids"] = positions[:, -new:]
 
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        with self.layers:
+            output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         if self.cache is None:
             self.cache = getattr(output, "past_key_values", None)
             self.make_room()
