@@ -112,7 +112,7 @@ import tomllib
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -243,7 +243,6 @@ def read_post(post: Post, settings: Settings) -> Post:
 
 
 def out_of_time(*_):
-    """A signal handler."""
     raise TimeoutError
 
 
@@ -310,7 +309,7 @@ def read_text(post: Post, body: str, meta: dict, settings: Settings):
 
     source = strip_markup(body, meta, post.left_out)
     text, chats = to_text(source, is_html, title, settings.line_breaks, post.left_out)
-    post.text = clean_words(text, post, settings)
+    post.text = clean_words(text, post.left_out, post, settings)
     post.words = count_words(post.text)
     for chat in chats:
         add_chat(post, chat, settings)
@@ -350,7 +349,7 @@ def count_words(text: str) -> int:
 
 
 def counted_as(kind: str, left_out: Counter, before: str, after: str) -> str:
-    """The text after a change; the words that it has cost are added to left_out."""
+    """The text after a change; the words that it has cost are added to left_out, as everywhere, by their kind."""
     if after != before:
         left_out[kind] += count_words(before) - count_words(after)
     return after
@@ -592,8 +591,10 @@ def is_folder(path: Path) -> bool:
 
 def decode(data: bytes, repairs: Counter) -> str | None:
     """The text of a file with \\n as line end and without our own marks; None if it is not text."""
-    text = decode_bytes(data)
-    if text is None:
+    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
         text = data.decode("cp1252", "replace")
         if "\ufffd" in text:
             return None
@@ -607,27 +608,14 @@ def decode(data: bytes, repairs: Counter) -> str | None:
     return None if "\0" in text else text.replace("\r\n", "\n").replace("\r", "\n").translate(NO_MARKS)
 
 
-def decode_bytes(data: bytes) -> str | None:
-    """UTF-8, or UTF-16 with a byte order mark; None if it is neither."""
-    is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    try:
-        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-
-
 # ---------------------------------------------------------------- front matter
 # A one-line value at the top level of the front matter.
 TOP_LEVEL = re.compile(r"^(['\"]?)([\w-]+)\1[ \t]*:[ \t]+([^\s|>\[{&*!#].*)$", re.MULTILINE)
 NUMERIC_DATE = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?!\d)")
 BaseLoader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # leaves every scalar as the string that was typed
 DEEPEST_YAML = 200  # open brackets, or dashes in a row; libyaml's C stack overflows at some thousands
-
-
-class JekyllFrontMatter(frontmatter.YAMLHandler):
-    """python-frontmatter's YAML handler with Jekyll's rule of where front matter begins and ends."""
-
-    FM_BOUNDARY = re.compile(r"\A---[ \t]*\n|^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.MULTILINE)
+# Jekyll's rule of where front matter begins and ends.
+JEKYLL = frontmatter.YAMLHandler(re.compile(r"\A---[ \t]*\n|^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.MULTILINE))
 
 
 def parse_yaml(text: str) -> object:
@@ -637,20 +625,16 @@ def parse_yaml(text: str) -> object:
     in_a_row = re.search(rf"(?:[-?] +){{{DEEPEST_YAML}}}", text)
     if depth > DEEPEST_YAML or in_a_row:
         raise yaml.YAMLError("nested too deep")
-    return JekyllFrontMatter().load(text, Loader=BaseLoader)
+    return JEKYLL.load(text, Loader=BaseLoader)
 
 
 def read_front_matter(text: str, repairs: Counter) -> tuple[dict, str] | None:
     """(front matter, body), or None if the file has no front matter; broken YAML is repaired as far as possible."""
-    handler = JekyllFrontMatter()
-    if not handler.detect(text):
-        return None
-    parts = handler.FM_BOUNDARY.split(text, 2)
-    if len(parts) < 3:
+    parts = JEKYLL.FM_BOUNDARY.split(text, 2)
+    if not JEKYLL.detect(text) or len(parts) < 3:
         return None
     _, block, body = parts
 
-    # Each attempt keeps less of the original; the first valid one is used.
     for attempt in repair_yaml(block):
         try:
             loaded = parse_yaml(attempt)
@@ -708,6 +692,11 @@ def strings(value: object) -> list[str]:
     return [name.strip() for name in names if isinstance(name, str) and name.strip()]
 
 
+def first_of(item: dict, *names: str) -> str:
+    """The first of these values that is not empty."""
+    return next((text for name in names for text in strings(item.get(name))), "")
+
+
 def mappings_in(value: object) -> list[dict]:
     """The mappings of a list; none of anything else."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
@@ -751,7 +740,7 @@ class Site:
     included: set[str]  # names that are not ignored
     config: Path
     problem: str = ""  # what is wrong with the config, and the consequence
-    defaults: tuple[Defaults, ...] = ()
+    defaults: Sequence[Defaults] = ()
     collections_dir: str = ""
 
 
@@ -783,27 +772,18 @@ def read_site(repository: Path, visibility: str, settings: Settings) -> Site:
         problem = f"cannot be read ({problem}): its exclude, include, source and defaults are not applied"
 
     # A source folder outside the repository would be read although nobody named it.
-    root = repository
-    for name in strings(config.get("source"))[:1]:
-        source = repository / name
-        if is_folder_of(repository, source):
-            root = source
-        else:
-            problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
+    name = first_of(config, "source")
+    root = repository / name
+    if not os.path.isdir(root) or not is_within(root, repository):  # noqa: PTH112, since Path.is_dir may raise
+        root = repository
+        problem = f'names a source, "{name}", that is no folder of the repository: all of the repository is read'
 
-    # Patterns of paths to leave out, and names that are read although Jekyll would ignore them.
     excluded = excluded_paths(strings(config.get("exclude")))
-    collections_dir = "".join(strings(config.get("collections_dir"))[:1]).strip("/")
+    collections_dir = first_of(config, "collections_dir").strip("/")
     folders = tuple(tuple(name.split("/")) for name in (*settings.folders, "_drafts"))
     included = {*sum(folders, ()), *strings(config.get("include")), collections_dir}
     defaults = read_defaults(config.get("defaults"))
     return Site(repository, visibility, root, folders, excluded, included, file, problem, defaults, collections_dir)
-
-
-def is_folder_of(repository: Path, path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # no permission, or a name that is too long or has a NUL
-        return is_folder(path) and path.resolve(strict=True).is_relative_to(repository)
-    return False
 
 
 def excluded_paths(names: list[str]) -> re.Pattern:
@@ -840,8 +820,8 @@ def read_config(file: Path, max_bytes: int) -> tuple[dict, str]:
     return (loaded, "") if isinstance(loaded, dict) else ({}, "it holds no settings")
 
 
-def read_defaults(entries: object) -> tuple[Defaults, ...]:
-    """The valid entries, in their order."""
+def read_defaults(entries: object) -> list[Defaults]:
+    """The valid entries; what a later one says covers what an earlier one says, and a longer path comes later."""
     found = []
     for entry in mappings_in(entries):
         values = entry.get("values")
@@ -849,33 +829,26 @@ def read_defaults(entries: object) -> tuple[Defaults, ...]:
 
         # Jekyll passes over an entry without values, or with another scope.
         if isinstance(values, dict) and isinstance(scope, dict):
-            path = "".join(strings(scope.get("path")))
-            kind = "".join(strings(scope.get("type")))
+            path = first_of(scope, "path").removeprefix("/")
+            kind = first_of(scope, "type").removesuffix("s")
 
             # A config in TOML has dates and truth values; the rest of this script expects strings.
             plain = {name: value if isinstance(value, list | dict) else str(value) for name, value in values.items()}
-            found.append(Defaults(path.removeprefix("/"), kind.removesuffix("s"), plain))
-    return tuple(found)
+            found.append(Defaults(path, kind, plain))
+    return sorted(found, key=lambda entry: (len(entry.path), bool(entry.kind)))
 
 
 def defaults_of(inside: Path, kind: str, site: Site) -> dict:
-    """The front matter that _config.yml gives to a file; of two entries the one with the longer path wins."""
-    path = without_folder(inside.as_posix(), site.collections_dir)
-    fitting = []
+    """The front matter that _config.yml gives to a file."""
+    above = f"{site.collections_dir}/" if site.collections_dir else ""
+    path = inside.as_posix().removeprefix(above)
+    values = {}
     for entry in site.defaults:
-        scope = without_folder(entry.path, site.collections_dir)
+        scope = entry.path.removeprefix(above)
         is_within = glob_pattern(scope).match(path) if "*" in scope else path.startswith(scope)
         if is_within and entry.kind in ("", kind.removesuffix("s")):  # Jekyll also takes "post" for "posts"
-            fitting.append(entry)
-
-    values = {}
-    for entry in sorted(fitting, key=lambda entry: (len(entry.path), bool(entry.kind))):
-        values = overlay(values, entry.values)
+            values = overlay(values, entry.values)
     return values
-
-
-def without_folder(path: str, folder: str) -> str:
-    return path.removeprefix(f"{folder}/") if folder else path
 
 
 @functools.cache
@@ -960,7 +933,7 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for file in (Path(parent, name) for name in sorted(files)):
-            if file.suffix.lower() not in COMMENT_SUFFIXES or not is_within(file, site):
+            if file.suffix.lower() not in COMMENT_SUFFIXES or not is_within(file, site.repository):
                 continue
 
             # The longest name comes first.
@@ -974,8 +947,8 @@ def attach_comments(posts: list[Post], site: Site) -> list[Path]:
     return lost
 
 
-def is_within(file: Path, site: Site) -> bool:
-    return Path(os.path.realpath(file)).is_relative_to(site.repository)
+def is_within(path: Path, repository: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(repository)
 
 
 def folder_end(inside: Path, site: Site) -> int:
@@ -988,7 +961,8 @@ def folder_end(inside: Path, site: Site) -> int:
 
 def kind_of(inside: Path, site: Site) -> str:
     """What Jekyll calls the type of a file: "posts", "drafts", the name of a collection, or "pages"."""
-    folder = "/".join(inside.parts[: folder_end(inside, site)]).rpartition("/")[2]
+    end = folder_end(inside, site)
+    folder = inside.parts[end - 1] if end else ""
     return folder.removeprefix("_") if folder.startswith("_") else "pages"
 
 
@@ -1000,25 +974,26 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
     left_out = {}  # folder: reason
     unreadable = []
     for parent, folders, files in os.walk(site.root, onerror=unreadable.append):
-        inside = Path(parent).relative_to(site.root)
+        here = Path(parent)
+        inside = here.relative_to(site.root)
         is_below_posts = folder_end(inside, site) > 0
 
         # os.walk does not follow a link to a folder, so the link is judged like a file. Path.is_symlink would raise
         # in a folder where names may be listed but nothing else.
-        found = files + [name for name in folders if os.path.islink(Path(parent, name))]  # noqa: PTH114
+        found = files + [name for name in folders if os.path.islink(here / name)]  # noqa: PTH114
         if not is_below_posts:
             hidden = {name for name in folders if name.startswith(".")} - site.included
             folders[:] = [name for name in folders if name not in NEVER_ENTERED | hidden]
             found = [name for name in found if folder_end(inside / name, site) or name in folders]
 
         # A folder that is left out is left out with everything below it, whatever the config says of that.
-        reason = left_out.get(Path(parent), "")
+        reason = left_out.get(here, "")
         for name in folders:
             is_judged = not reason and not is_below_posts
-            left_out[Path(parent, name)] = why_folder_is_left_out(inside / name, site) if is_judged else reason
+            left_out[here / name] = why_folder_is_left_out(inside / name, site) if is_judged else reason
 
         for name in found:
-            path = Path(parent, name)
+            path = here / name
             yield path, reason or why_skipped(path, site, drafts)
 
         # A collection is hidden from Jekyll only as a folder of pages.
@@ -1026,7 +1001,7 @@ def walk_posts(site: Site, drafts: bool) -> Iterator[tuple[Path, str]]:
         if is_of_pages and not is_below_posts:
             for name in files:
                 if name not in found and Path(name).suffix.lower() in MARKDOWN_SUFFIXES:
-                    yield Path(parent, name), OUTSIDE
+                    yield here / name, OUTSIDE
 
     # An unknown number of posts may be in there.
     for error in unreadable:
@@ -1048,7 +1023,7 @@ def why_skipped(path: Path, site: Site, drafts: bool) -> str:
     below = inside.parts[folder_end(inside, site) :]
 
     # The link comes first: nothing else may be read of a file outside the repository.
-    if not is_within(path, site):
+    if not is_within(path, site.repository):
         return "link that leads out of the repository"
     if site.excluded.match(inside.as_posix()):
         return "excluded in _config.yml"
@@ -1121,7 +1096,6 @@ MOST_CODE_LINES = 0.2  # of the lines of verse or prose
 LEAST_WORDS = 4  # of a sentence in an argument or a capture; a guess
 LEAST_FUNCTION_WORDS = 0.15  # of the words of verse or prose; a word with an accent counts, too
 
-
 # Labels of boxes that themes make of block quotes for the author's own hints.
 BOX = re.compile(
     r"(?is)^(?!.*quote).*?(?<![a-z])(?:notices?|tips?|notes?|warn(?:ing)?s?|info|alerts?|callout|important|caution|danger|hints?|success|"
@@ -1149,16 +1123,14 @@ class Markup(NamedTuple):
 
     kind: str  # also the name of its group in SCANNER
     pattern: str
-    becomes: str | Callable[[str, re.Match, Page], tuple[str, int]]  # a text, or (text, where reading continues)
+    becomes: str | Callable[[re.Match, Page], tuple[str, int]]  # a text, or (text, where reading continues)
     example: str
     result: str  # what strip_markup makes of the example
     words: str = "markup"  # what the report calls the words that go
 
 
 def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
-    """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown.
-
-    The words that go are added to left_out, by their kind."""
+    """The source without template code, code blocks, display maths and kramdown attributes, ready for Markdown."""
     separator = meta.get("excerpt_separator")
     if isinstance(separator, str) and separator.strip():
         line = rf"^[ \t]*{re.escape(separator.strip())}[ \t]*$"
@@ -1172,21 +1144,19 @@ def strip_markup(text: str, meta: dict, left_out: Counter) -> str:
     while found := SCANNER.search(text, position):
         start = found.start()
         out.append(text[position:start])
-        becomes = BECOMES[found.lastgroup]
-        if isinstance(becomes, str):
-            kept = becomes
+        rule = RULES[found.lastgroup]
+        if isinstance(rule.becomes, str):
+            kept = rule.becomes
             position = found.end()
         else:
-            kept, position = becomes(text, found, page)
+            kept, position = rule.becomes(found, page)
         out.append(kept)
 
         # Most matches are inline code, which stays.
         typed = text[start:position]
         if kept != typed:
             gone = count_words(typed) - count_words(kept)
-            words = WORDS[found.lastgroup]
-            if found["name"]:
-                words = DROPPED_TAGS.get(found["name"], LIQUID)
+            words = DROPPED_TAGS.get(found["name"], LIQUID) if found["name"] else rule.words
             left_out[words if gone >= 0 else PUT_IN] += gone
     whole = "".join(out) + text[position:]
 
@@ -1206,7 +1176,7 @@ def open_box(found: re.Match) -> str:
     return "\n" + re.sub(r"^([ \t]*)> ?", r"\1", own, flags=re.MULTILINE) + "\n"
 
 
-def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+def fenced_code(found: re.Match, page: Page) -> tuple[str, int]:
     """A code block is removed. Prose between ornaments (~~~) stays, and so does text after an unclosed fence."""
     lead = found["lead"]
     block = found["closed"]
@@ -1216,34 +1186,36 @@ def fenced_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
     return lead + "\n", found.end()
 
 
-def inline_code(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+def inline_code(found: re.Match, page: Page) -> tuple[str, int]:
     """Inline code stays, unless it is a block with its fences on the same lines."""
     is_block = len(found["ticks"]) > 2 and "\n" in found[0]
     return "" if is_block else found[0], found.end()
 
 
-def mended_definition(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+def mended_definition(found: re.Match, page: Page) -> tuple[str, int]:
     target = found["target"].replace(" ", "%20")
     return f"{found['label']} <{target}>", found.end()
 
 
-def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+def liquid_tag(found: re.Match, page: Page) -> tuple[str, int]:
     """A hole; reading continues after the tag's whole block if that is dropped or is not the first branch."""
+    text = found.string
+    end = found.end()
     name = found["name"]
     if name in TEXT_TAGS:
-        return HOLE + "\n\n".join(own_arguments(found[0])), found.end()
-    if name == "capture" and is_shown(text, found, page):
-        return HOLE, found.end()
+        return HOLE + "\n\n".join(own_arguments(found[0])), end
+    if name == "capture" and is_shown(found, page):
+        return HOLE, end
 
     if name in ("else", "elsif", "when"):
         name = "(?:if|unless|case)"
     elif name not in DROPPED_TAGS:
-        return HOLE, found.end()
+        return HOLE, end
 
     # The content of these is not read as Liquid: a second opening tag in it is text.
     nests = name not in ("highlight", "comment", "codeblock")
     depth = 1
-    for tag in re.compile(rf"\{{%-?\s*(end)?{name}(?![\w-])[^%]*%\}}").finditer(text, found.end()):
+    for tag in re.compile(rf"\{{%-?\s*(end)?{name}(?![\w-])[^%]*%\}}").finditer(text, end):
         if tag[1]:
             depth -= 1
         elif nests:
@@ -1251,7 +1223,7 @@ def liquid_tag(text: str, found: re.Match, page: Page) -> tuple[str, int]:
         if depth == 0:
             stands_alone = DROPPED_TAGS.get(name) == "quotes" and text[: found.start()].endswith("\n\n")
             return f"{QUOTED}\n\n" if stands_alone else HOLE, tag.end()
-    return HOLE, found.end()
+    return HOLE, end
 
 
 def own_arguments(tag: str) -> list[str]:
@@ -1268,23 +1240,23 @@ def own_arguments(tag: str) -> list[str]:
     return own
 
 
-def is_shown(text: str, found: re.Match, page: Page) -> bool:
+def is_shown(found: re.Match, page: Page) -> bool:
     """Whether a {% capture %} holds sentences that the post outputs."""
     name = ASSIGNED.match(found[0])
     if not name or name[1] not in page.shown:
         return False
-    content, closed, _ = text[found.end() :].partition("endcapture")
+    behind = found.string[found.end() :]
+    content, closed, _ = behind.partition("endcapture")
     return bool(closed) and is_sentence(ANY_LIQUID.sub("", content))
 
 
 def is_sentence(text: str) -> bool:
     parts = re.findall(rf"[{CJK}]|[^\s{CJK}]+", text)
-    words = re.findall(r"[^\W\d_]+", text)
-    reads_like_one = text.rstrip().endswith((".", "!", "?")) or has_function_words(text, words)
+    reads_like_one = text.rstrip().endswith((".", "!", "?")) or has_function_words(text)
     return len(parts) >= LEAST_WORDS and reads_like_one
 
 
-def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
+def liquid_output(found: re.Match, page: Page) -> tuple[str, int]:
     """`{{ page.title }}` is the front matter's value, `{{word}}` the author's word; anything else is a hole."""
     expression, _, filters = found["expression"].partition("|")
     expression = expression.strip(" -\n")
@@ -1305,17 +1277,15 @@ def liquid_output(text: str, found: re.Match, page: Page) -> tuple[str, int]:
 def looks_like_prose(text: str) -> bool:
     """Whether an indented block is verse or prose rather than code, by its symbols and function words."""
     lines = [line for line in text.split("\n") if line.strip()]
-    words = re.findall(r"[^\W\d_]+", text)
-    code_lines = sum(1 for line in lines if CODE_SIGN.search(line))
-    if not words or code_lines > MOST_CODE_LINES * len(lines):
-        return False
-
-    return has_function_words(text, words)
+    code_lines = len(list(filter(CODE_SIGN.search, lines)))
+    has_letters = re.search(r"[^\W\d_]", text) is not None
+    return has_letters and code_lines <= MOST_CODE_LINES * len(lines) and has_function_words(text)
 
 
-def has_function_words(text: str, words: list[str]) -> bool:
+def has_function_words(text: str) -> bool:
     # Accents tell languages that FUNCTION_WORD does not know from code.
-    accented = sum(1 for word in words if not word.isascii())
+    words = re.findall(r"[^\W\d_]+", text)
+    accented = sum(not word.isascii() for word in words)
     function_words = len(FUNCTION_WORD.findall(text))
     return function_words + accented >= LEAST_FUNCTION_WORDS * len(words)
 
@@ -1446,8 +1416,7 @@ NOT_PROSE = [
 BEGINS = r"(?:^|(?=[`<{$\[]|[ \t]+\{#))"
 ANY_KIND = "|".join(f"(?P<{rule.kind}>{rule.pattern})" for rule in NOT_PROSE)
 SCANNER = re.compile(f"{BEGINS}(?:{ANY_KIND})", re.MULTILINE | re.DOTALL)
-BECOMES = {rule.kind: rule.becomes for rule in NOT_PROSE}
-WORDS = {rule.kind: rule.words for rule in NOT_PROSE}
+RULES = {rule.kind: rule for rule in NOT_PROSE}
 
 
 # ---------------------------------------------------------------- Markdown
@@ -1514,7 +1483,6 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
 
     def run(self, root):
         for element in root.iter():
-            # Verse is often indented like code.
             code = element.find("code") if element.tag == "pre" else None
             is_verse = code is not None and looks_like_prose(code.text or "")
             if is_verse:
@@ -1526,7 +1494,6 @@ class KeepAsTyped(markdown.treeprocessors.Treeprocessor):
                 for part in parts:
                     part.tag = "div"
 
-            # The text of an element comes before its children, its tail after it.
             if element.text:
                 element.text = element.text.replace("\n", SOFT)
             if element.tail:
@@ -1591,9 +1558,8 @@ CHAT_HEADS = [
 ]
 LINE_STARTS = [re.compile("[-*_ ]*" + row.pattern) for row in CHAT_LINES]
 HEADS = [re.compile(f"[*_]*{row.pattern}[*_]*$") for row in CHAT_HEADS]
-# Any of them, also as a part of other patterns, in which a group has no name.
+# Any of CHAT_LINES, also as a part of other patterns, in which a group has no name.
 TIMED = re.compile("[-*_ ]*(?:" + "|".join(row.pattern.replace("?P<name>", "?:") for row in CHAT_LINES) + ")")
-HEAD = re.compile("[*_]*(?:" + "|".join(row.pattern.replace("?P<name>", "?:") for row in CHAT_HEADS) + ")[*_]*")
 # name: text / <name> text; one name is written with a blank behind each letter
 SAID = re.compile(
     r"[*_<]*([^\W\d_](?: \w){2,15}|[^\W\d_][\w.'-]{0,23}(?: [\w.'-]{1,20})?)>?[*_]*:[*_]* +(?=\S)"
@@ -1634,8 +1600,6 @@ MOST_COMPOSED = 0.75  # of the lines without times are whole sentences; with mor
 
 def take_chats(text: str) -> tuple[str, list[list[Said]]]:
     """The text with blank lines in place of pasted chats, and who says what in each of them."""
-    if ":" not in text and "> " not in text:
-        return text, []
     lines = text.replace("\u200e", "").split("\n")
     timed = with_system_lines(lines, timed_chat(lines) | headed_chat(lines))
     gone = timed | spoken_chat(lines)
@@ -1659,7 +1623,7 @@ def timed_chat(lines: list[str]) -> set[int]:
     # A line alone with a time is no chat.
     gone = set()
     for first, last in pairwise(timed):
-        between = sum(1 for line in lines[first:last] if line)
+        between = sum(map(bool, lines[first:last]))
         if between <= LINES_BETWEEN:
             gone.update(range(first, last + 1))
     return gone
@@ -1667,17 +1631,16 @@ def timed_chat(lines: list[str]) -> set[int]:
 
 def headed_chat(lines: list[str]) -> set[int]:
     """Indexes of the lines of pasted chats in which a name and the time stand above what is said."""
-    heads = {n: speaker_of(line, HEADS)[0] for n, line in enumerate(lines) if ":" in line and HEAD.fullmatch(line)}
-    if not is_chat(heads):
+    heads = {}
+    for n, line in enumerate(lines):
+        if ":" in line and any(head.match(line) for head in HEADS):
+            heads[n] = speaker_of(line, HEADS)[0]
+    if not is_chat(heads.values()):
         return set()
 
     # The last message ends at a blank line.
-    gone = set(range(min(heads), max(heads) + 1))
-    for number in range(max(heads) + 1, len(lines)):
-        if not lines[number]:
-            break
-        gone.add(number)
-    return gone
+    end = [*lines, ""].index("", max(heads))
+    return set(range(min(heads), end))
 
 
 def with_system_lines(lines: list[str], chat: set[int]) -> set[int]:
@@ -1719,14 +1682,14 @@ def spoken_chat(lines: list[str]) -> set[int]:
         if said and line.count(" ") < LONGEST_SPOKEN:
             speakers[n] = said[1] or said[2]
         elif line:  # a blank line does not end a chat
-            if is_chat(speakers) and not is_composed([lines[each] for each in speakers]):
+            if is_chat(speakers.values()) and not is_composed([lines[each] for each in speakers]):
                 gone |= speakers.keys()
             speakers = {}
     return gone
 
 
-def is_chat(speakers: dict[int, str]) -> bool:
-    times = Counter(map(plain_speaker, speakers.values()))
+def is_chat(speakers: Collection[str]) -> bool:
+    times = Counter(map(plain_speaker, speakers))
     recurring = [name for name, number in times.items() if number > 1]
     return len(speakers) >= LEAST_SPOKEN and len(recurring) >= LEAST_SPEAKERS
 
@@ -1760,15 +1723,13 @@ def read_chat(lines: list[str], is_timed: bool) -> list[Said]:
     """Who says what, in order; a line without a name goes on with what was said before it."""
     starts = LINE_STARTS + HEADS if is_timed else [SAID]
     said = []
-    for line in filter(None, lines):
+    for line in lines:
         speaker, words = speaker_of(line, starts)
         last = said[-1] if said else Said("", "", "")
 
         # Programs speak under a name, in place of one, or without.
         is_automatic = AUTO_REPLY in line or AUTOMATIC.match(words) or AUTOMATIC.match(speaker)
         is_presence = is_timed and not speaker and is_system(line)
-
-        # A line without a name goes on with what was said, unless a program says it.
         if is_automatic or is_presence or BY_PROGRAM.match(line) or not (speaker or last.speaker):
             said.append(Said("", "", line))
         elif speaker:
@@ -1783,11 +1744,11 @@ def mark_speakers(soup: BeautifulSoup):
     """Makes lines of a chat of the names and words in a <dl> or <dialog>; other lists of definitions stay."""
     for box in soup.find_all(["dl", "dialog"]):
         terms = box.find_all("dt")
-        if not is_chat({n: term.get_text().strip(" :\n") for n, term in enumerate(terms)}):
+        names = [term.get_text().strip(" :\n") for term in terms]
+        if not is_chat(names):
             continue
         box.name = "div"
-        for term in terms:
-            name = term.get_text().strip(" :\n")
+        for term, name in zip(terms, names, strict=True):
             words = term.find_next_sibling(["dd", "dt"])
             if words is not None and words.name == "dd":
                 words.insert(0, f"{name}: ")
@@ -1842,13 +1803,12 @@ def is_hard_wrapped(source: str) -> bool:
     if not broken:
         return False
 
-    # Few lines must be clear evidence.
     is_few = len(broken) < MANY_LINES
     most_closed = 0 if is_few else MOST_CLOSED * len(broken)
     least_full = (FULL_LINES_OF_FEW if is_few else FULL_LINES) * len(broken)
 
     # An author who presses return ends lines where sentences end.
-    closed = sum(1 for line, _ in broken if line[-1] in ENDS_OF_SENTENCE)
+    closed = sum(line[-1] in ENDS_OF_SENTENCE for line, _ in broken)
     if closed > most_closed:
         return False
 
@@ -1879,9 +1839,7 @@ def broken_lines(source: str) -> list[tuple[str, str]]:
 
 
 def clean_lines(text: str, left_out: Counter) -> str:
-    """The text without bare URLs, table rows and importers' footers; no two blank lines in a row.
-
-    The words that go are added to left_out, by their kind."""
+    """The text without bare URLs, table rows and importers' footers; no two blank lines in a row."""
     lines = []
     for line in text.split("\n"):
         if TOOL_LINE.fullmatch(line):
@@ -1897,7 +1855,6 @@ def clean_lines(text: str, left_out: Counter) -> str:
     text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
     text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
 
-    # Tools add one line or several at the end.
     head = text
     while TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
         head = head[: head.rfind("\n") + 1].rstrip()
@@ -1928,13 +1885,13 @@ EMPHASIS = {"em": "*", "i": "*", "b": "**", "strong": "**", "del": "~~", "s": "~
 EMPHASIS |= {"code": "`", "tt": "`", "kbd": "`", "samp": "`"}
 # Elements that have no sign in plain text; any other without attributes, <iv>, is what the author typed.
 INVISIBLE_TAG = re.compile(
-    "a|abbr|acronym|area|base|bdi|bdo|big|blink|br|cite|col|colgroup|dfn|font|ins|label|legend|link|lj|map|mark|marquee|"
+    "abbr|acronym|area|base|bdi|bdo|big|blink|cite|col|colgroup|dfn|font|ins|label|legend|link|lj|map|mark|marquee|"
     "meta|nobr|param|q|r[bpt]|ruby|small|source|span|sub|sup|t[dhr]|tbody|tfoot|thead|time|title|track|u|var|wbr|xmp"
 )
 # Classes and ids of what a theme, an importer or a service put around the author's text.
 NOT_CONTENT = re.compile(
     r"(?i:comments?|comment-?list|respond|disqus[\w-]*|(?:wp-)?caption[\w-]*|shar(?:e|ing)[\w-]*|social[\w-]*|related[\w-]*|"
-    r"sharedaddy|addtoany[\w-]*|twitter-(?:tweet|video)|instagram-media|fb-post|highlight(?:er-rouge)?|quiz[\w-]*|"
+    r"addtoany[\w-]*|twitter-(?:tweet|video)|instagram-media|fb-post|highlight(?:er-rouge)?|quiz[\w-]*|"
     r"zemanta[\w-]*|wlwriter[\w-]*|blogger-post-footer|technorati[\w-]*|scribefire[\w-]*|jp-relatedposts|addthis[\w-]*|"
     r"feedflare|webmentions?|bibliography|footnote-(?:ref|backref)|reversefootnote|btn|button|mermaid|blockquote|pullquote)"
 )
@@ -1956,10 +1913,10 @@ WROTE = re.compile(
 LONGEST_ATTRIBUTION = 15  # words; a guess
 LONGEST_CAPTION = 40  # words; a guess
 PARAGRAPH_TAG = re.compile(r"<(?:p|br|div)\b", re.IGNORECASE)
-# "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
-# values behind a letter are hardly attributes.
 # An address without its closing quotation mark, which would swallow the text up to the next one.
 UNCLOSED = re.compile(r'(<a\s[^<>"]*href="[^<>"\s]+)(?=>)')
+# "i<n; n>j" and "a<b and c>d": HTML would read a tag up to the next >. No tag's name has such a sign, and words without
+# values behind a letter are hardly attributes.
 COMPARISON = re.compile(r"<(?:(?=[A-Za-z]\w*[,;)&|*])|(?<=[\w)]<)(?=[A-Za-z]\w*(?:\s+[\w,.;&|]+)+\s*>))")
 # What may have words and is not text, by its form: tags, targets, definitions, references, list numbers, fences.
 MARKUP_SIGN = re.compile(
@@ -1984,7 +1941,7 @@ def to_text(
 ) -> tuple[str, list[list[Said]]]:
     """HTML or Markdown (without Liquid) to plain text: paragraphs, list lines, emphasis as the author types it.
 
-    The second value is the pasted chats, which are taken out; the words that go are added to left_out by their kind."""
+    The second value is the pasted chats, which are taken out."""
     source = UNCLOSED.sub(r'\1"', source)
     markup = COMPARISON.sub("&lt;", source)
     markup = ANGLED.sub(escape_name, markup)
@@ -2006,7 +1963,6 @@ def to_text(
         left_out["titles"] += count_words(blocks[0].text)
         del blocks[0]
 
-    # Items of a list are on consecutive lines, other blocks have a blank line between them.
     out = []
     last = ""
     for kind, text in blocks:
@@ -2101,8 +2057,7 @@ class PlainText:
 
     def is_dropped(self, tag: Tag) -> bool:
         labels = [*tag.get("class", ()), tag.get("id", "")] if tag.attrs else ()
-        is_cited = any(map(CITED.fullmatch, labels))
-        if is_cited:  # a mere link to it may stand in a sentence
+        if any(map(CITED.fullmatch, labels)):  # a mere link to it may stand in a sentence
             return bool(BLOCK.fullmatch(tag.name) or tag.find(class_=CITED_TEXT))
 
         is_box = tag.name == "blockquote" and BOX.search(" ".join(labels))
@@ -2112,15 +2067,16 @@ class PlainText:
 
     def drop(self, tag: Tag):
         """Passes an element over; an inline one does not end the block."""
-        if tag.name == "blockquote":
+        name = tag.name
+        if name == "blockquote":
             self.flush()
             self.pass_quote()
-        elif tag.name not in ("img", "a", "sup", "span"):
+        elif name not in ("img", "a", "sup", "span"):
             self.flush()
-        elif tag.name == "img" and not "".join(self.parts).strip():
+        elif name == "img" and not "".join(self.parts).strip():
             self.has_image = True
 
-        names = [tag.name, *tag.get("class", ()), tag.get("id", "")]
+        names = [name, *tag.get("class", ()), tag.get("id", "")]
         kinds = (kind for kind, pattern in KINDS_OF_ELEMENTS.items() if any(map(pattern.fullmatch, names)))
         texts = (text for text in tag.descendants if isinstance(text, NavigableString))
         shown = [text for text in texts if not isinstance(text, PreformattedString)]  # comments, declarations
@@ -2157,9 +2113,7 @@ class PlainText:
             self.item = f"{next(numbers)}. " if numbers else "- "
 
     def text(self, text: str):
-        text = SPACE.sub(" ", text)
-        if "&" in text:  # left over from double escaping
-            text = unescape(text)
+        text = unescape(SPACE.sub(" ", text))  # some are left over from double escaping
         if not self.in_link and not self.is_outside:
             self.is_outside = any(map(str.isalnum, text))
         self.parts.append(text)
@@ -2173,7 +2127,7 @@ class PlainText:
         elif BLOCK.fullmatch(name):
             is_heading = name[0] == "h" and name[1:].isdigit()
             self.flush("heading" if is_heading else "text")
-            if name in ("ul", "ol") and self.lists:
+            if name in ("ul", "ol"):
                 self.lists.pop()
 
     def close_emphasis(self, mark: str):
@@ -2194,10 +2148,9 @@ class PlainText:
         self.is_behind_quote = True
 
     def is_who_said_it(self, text: str) -> bool:
-        saying = SAYING.fullmatch(text)
-        if saying:
-            text = saying["by"]
-        return bool(saying or self.is_behind_quote) and is_attribution(text)
+        if saying := SAYING.fullmatch(text):
+            return is_attribution(saying["by"])
+        return self.is_behind_quote and is_attribution(text)
 
     def is_caption(self, text: str) -> bool:
         """An emphasis alone behind an image, without a blank line between them."""
@@ -2551,8 +2504,6 @@ BETWEEN_WORDS = r"(?:[\s_+-]|%20)+"  # in a text, in a file name, in a link
 
 def find_blocked(text: str, blocked: tuple[str, ...]) -> list[Found]:
     """Every private word of a text, in order, not overlapping; normalised is its index in `blocked`."""
-    if not blocked:
-        return []
     matches = blocked_pattern(blocked).finditer(text)
     return [Found("private", *match.span(), match.lastgroup.removeprefix("word")) for match in matches]
 
@@ -2562,19 +2513,15 @@ def blocked_pattern(blocked: tuple[str, ...]) -> re.Pattern:
     """A group "word3" for blocked[3]; where two begin at the same position, the longer one is found."""
     longest_first = sorted(enumerate(blocked), key=lambda entry: -len(entry[1]))
     groups = [f"(?P<word{index}>{phrase_pattern(phrase)})" for index, phrase in longest_first]
-    return re.compile("|".join(groups), re.IGNORECASE)
+    return re.compile("|".join(groups) or "(?!)", re.IGNORECASE)
 
 
 def phrase_pattern(phrase: str) -> str:
     """For a phrase in any case, with any white space, either apostrophe, and ss or \u00df."""
     words = [word for word in re.split(r"[\s_-]+", phrase) if word]
-    patterns = []
-    for word in words:
-        either = "|".join(map(re.escape, spellings(word)))
-        patterns.append(f"(?:{either})")
 
     # Editors turn a straight apostrophe into a curly one, and Swiss keyboards have no \u00df.
-    inner = BETWEEN_WORDS.join(patterns)
+    inner = BETWEEN_WORDS.join(map(any_spelling, words))
     inner = re.sub("['\u2019]", "['\u2019]", inner)
     inner = inner.replace("ss", "(?:ss|\u00df)")
 
@@ -2584,15 +2531,16 @@ def phrase_pattern(phrase: str) -> str:
     return before + inner + behind
 
 
-def spellings(word: str) -> list[str]:
-    """In lower case, with accents as part of their letters or as characters of their own."""
+def any_spelling(word: str) -> str:
+    """For a word in lower case, with accents as part of their letters or as characters of their own."""
     folded = unicodedata.normalize("NFC", word.casefold())
     found = [folded, unicodedata.normalize("NFD", folded)]
 
     # Where folding changes the length (a Turkish I with a dot, a German \u00df) re does not match the two.
     if len(folded) != len(word):
         found.append(word)
-    return found
+    either = "|".join(map(re.escape, found))
+    return f"(?:{either})"
 
 
 # ---------------------------------------------------------------- redaction
@@ -2609,7 +2557,8 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     What was replaced is recorded in the post."""
     personal = []
     if settings.redact:
-        personal = find_personal_data(text, post.visibility == "public", settings.phone_countries)
+        is_public = post.visibility == "public"
+        personal = find_personal_data(text, is_public, settings.phone_countries)
     post.redacted += [(one.kind, one.normalised) for one in personal]
 
     # Searched in the original text: a name in an e-mail address is counted, and the whole address is replaced.
@@ -2621,9 +2570,9 @@ def clean_for_training(text: str, post: Post, settings: Settings) -> str:
     return CONTROL_TOKEN.sub(lambda token: token[0][0] + " " + token[0][1:], redacted)
 
 
-def clean_words(text: str, post: Post, settings: Settings) -> str:
-    """The same for words of the body or of a comment of the author's, which are counted."""
-    return counted_as("personal data", post.left_out, text, clean_for_training(text, post, settings))
+def clean_words(text: str, left_out: Counter, post: Post, settings: Settings) -> str:
+    """The same; the words that go are added to left_out."""
+    return counted_as("personal data", left_out, text, clean_for_training(text, post, settings))
 
 
 def redact(text: str, found: list[Found]) -> str:
@@ -2804,7 +2753,6 @@ def comments_in_files(post: Post, settings: Settings) -> dict[str, Comment]:
                 key = f"in files: {name}{file.stem} {number}"
             items[key] = item
 
-    # In the order of time, so that the one before the author's is known.
     tops = [key for key, item in items.items() if not first_of(item, *LINKS)]
     found = {}
     for key, item in sorted(items.items(), key=lambda entry: time_of(entry[1])):
@@ -2854,11 +2802,6 @@ def time_of(item: dict) -> float:
     return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
 
 
-def first_of(item: dict, *names: str) -> str:
-    """The first of these values that is not empty."""
-    return next((text for name in names for text in strings(item.get(name))), "")
-
-
 def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
     """Conversations that hold each of the author's comments once, after the comments that it answers."""
 
@@ -2871,7 +2814,7 @@ def add_replies(post: Post, comments: dict[str, Comment], settings: Settings):
         left_out = post.left_out if is_own else Counter()
         source = strip_markup(comments[key].content, {}, left_out)
         text, _ = to_text(source, bool(PARAGRAPH_TAG.search(source)), "", "keep", left_out)
-        return (clean_words if is_own else clean_for_training)(text, post, settings)
+        return clean_words(text, left_out, post, settings)
 
     others = [comment.content for comment in comments.values() if comment.author not in settings.authors]
     post.left_out["other people's comments"] += sum(map(count_words, others))
@@ -2947,10 +2890,10 @@ def add_chat(post: Post, chat: list[Said], settings: Settings):
 
     turns = []
     for said in chat:
-        if said.speaker in own_names:
-            turns.append(("assistant", clean_words(clean_lines(said.words, post.left_out), post, settings)))
-        else:
-            turns.append(("user", clean_for_training(clean_lines(said.words, Counter()), post, settings)))
+        is_own = said.speaker in own_names
+        left_out = post.left_out if is_own else Counter()
+        text = clean_words(clean_lines(said.words, left_out), left_out, post, settings)
+        turns.append(("assistant" if is_own else "user", text))
 
     # What is said behind the author's last line is answered by nobody.
     turns = [turn for turn in turns if turn[1]]
@@ -2970,8 +2913,8 @@ def merge_turns(turns: list[tuple[str, str]], between: str = "\n\n") -> list[dic
     """Messages in which user and assistant alternate: consecutive texts of one of them become one message."""
     messages = []
     for role, same in groupby(turns, lambda turn: turn[0]):
-        texts = [text for _, text in same]
-        messages.append({"role": role, "content": between.join(texts)})
+        content = between.join(text for _, text in same)
+        messages.append({"role": role, "content": content})
     return messages
 
 
@@ -2992,7 +2935,7 @@ def quote_post(post: Post, template: str) -> str:
 
 # ---------------------------------------------------------------- other people's posts
 LEAST_CHATS = 3  # in which a name speaks that may be another one of the author's
-MOST_NAMES = 5
+MOST_NAMES = 5  # that a message lists
 
 
 def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
@@ -3012,9 +2955,6 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
         name = without_blocked(typed[plain], settings.blocked_words)
         rows.append({"name": name, "lines": lines[plain], "chats": chats[plain]})
     return rows
-
-
-NAMES_SHOWN = 5
 
 
 def drop_other_authors(posts: list[Post], settings: Settings):
@@ -3042,7 +2982,7 @@ def drop_other_authors(posts: list[Post], settings: Settings):
     unsigned = authors.difference(*[post.authors for post in posts])
     if others and unsigned:
         names = " or ".join(f'"{name}"' for name in sorted(unsigned))
-        theirs = ", ".join(f'{number:,} by "{name}"' for name, number in others.most_common(NAMES_SHOWN))
+        theirs = ", ".join(f'{number:,} by "{name}"' for name, number in others.most_common(MOST_NAMES))
         theirs = without_blocked(theirs, settings.blocked_words)
         say(f"No post is by {names}. Left out as other people's: {theirs}. Add your names to AUTHORS.")
 
@@ -3053,16 +2993,14 @@ SHINGLE = 5  # words
 
 def drop_duplicates(posts: list[Post], similarity: float):
     """Keeps one of each group of near-duplicates: a public one, the longest; of the others only new replies."""
-
-    # Of two equal posts the public one comes first, so that no private copy stays without need.
-    def order(post: Post) -> tuple:
-        return post.visibility != "public", -len(post.text), post.blog, post.path
-
     # Posts that are kept only for their replies have nothing to be compared.
     texts = [post for post in posts if not post.reason and post.text]
-    texts.sort(key=order)
+
+    # Of two equal posts the public one comes first, so that no private copy stays without need.
+    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text)))
     shingles = [post.shingles for post in texts]
-    for number, earlier in find_duplicates(shingles, similarity).items():
+    duplicates = find_duplicates(shingles, similarity)
+    for number, earlier in duplicates.items():
         drop_duplicate(texts[number], texts[earlier])
 
 
@@ -3101,11 +3039,9 @@ def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
     # Hashes of numbers are the same in every process, unlike those of strings.
     codes = [zlib.crc32(encode(word)) for word in words]
-    hashes = set()
-    for start in range(max(1, len(codes) - SHINGLE + 1)):
-        shingle = codes[start : start + SHINGLE]
-        hashes.add(hash(tuple(shingle)))
-    return np.sort(np.fromiter(hashes, np.int64))
+    starts = range(max(1, len(codes) - SHINGLE + 1))
+    shingles = (tuple(codes[start : start + SHINGLE]) for start in starts)
+    return np.unique(np.fromiter(map(hash, shingles), np.int64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
@@ -3206,8 +3142,9 @@ def check_data_folder(folder: Path, sites: list[Site]):
     # Neither a folder with a meaning of its own nor a file of somebody else's may be changed.
     check_surroundings(folder, sites)
     for name in OWN_FIELDS:
-        if os.path.lexists(folder / name):
-            check_own(folder / name)
+        file = folder / name
+        if os.path.lexists(file):
+            check_own(file)
 
     mode = stat.S_IMODE(existing.stat().st_mode)
     if existing == folder and mode & 0o077:
@@ -3286,15 +3223,15 @@ def write_files(folder: Path, files: dict[str, bytes]):
         folder.chmod(0o700)  # whatever the umask is
     sweep(folder)
 
-    # A signal waits until all are moved.
     beside = {}  # where a file is written: its place
     with signals_wait():
         try:
             for name, data in files.items():
-                with errors_named(folder / name):
+                place = folder / name
+                with errors_named(place):
                     path = folder / f".{name}.{os.getpid()}"
                     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                    beside[path] = folder / name
+                    beside[path] = place
                     write_to_disk(handle, data)
 
             for path, place in beside.items():
@@ -3327,6 +3264,8 @@ def errors_named(file: Path) -> Iterator[None]:
 MOST_ROWS = 5  # of a list in the summary
 FAR_OFF = 0.5  # of VALIDATION_SHARE: a share that differs by more is said
 MOST_LOSERS = 20  # posts of which the report says by kind what is left out
+# Of held-out posts, for the report's question "Is it you?": eleven chunks of 100 words (voice/style.py).
+WORDS_OF_READER = 1_100
 
 
 def make_report(
@@ -3368,10 +3307,6 @@ def make_report(
         "authors": [hide(author) for author in sorted(settings.authors)],
         "skipped": table(("blog", "path", "reason", "detail"), skipped),
     }
-
-
-# Of held-out posts, for the report's question "Is it you?": eleven chunks of 100 words (voice/style.py).
-WORDS_OF_READER = 1_100
 
 
 def tell_share(posts: dict[str, int], wanted: float) -> list[str]:
@@ -3465,7 +3400,8 @@ def count_conversations(splits: dict[str, list[Post]]) -> list[tuple]:
     for split, members in splits.items():
         for post in members:
             for line in conversations(post):
-                numbers[split, line["kind"], line["visibility"]] += 1
+                row = (split, line["kind"], line["visibility"])
+                numbers[row] += 1
     return [(*key, number) for key, number in sorted(numbers.items())]
 
 
@@ -3487,14 +3423,12 @@ def print_report(report: dict, data_dir: Path):
     for reason, number in report["files_skipped"].items():
         rows[f"  skipped: {reason}"] = number
 
-    # What is in the data files, as the training reads them.
     rows |= ledger_rows(report["ledger"])
     for split, number in report["words"].items():
         rows[f"words, {split}"] = number
     for line in report["conversations"]:
         rows[f"{line['split']}: {line['visibility']} {line['kind']} conversations"] = line["count"]
 
-    # What was done to the kept posts.
     for key, label in {"replies": "replies", "repairs": "files", "redactions": "redacted"}.items():
         for name, number in report[key].items():
             rows[f"{label}: {name}"] = number
@@ -3507,7 +3441,6 @@ def print_report(report: dict, data_dir: Path):
         places = [str(place) for place, uses in enumerate(report["blocked_words"], start=1) if not uses]
         rows[f"BLOCKED_WORDS found nowhere, number {' '.join(places[:MOST_ROWS])}"] = len(places)
 
-    # Names on the left, numbers on the right.
     width = max(map(len, rows))
     lines = [f"{name:<{width}} {number:>9,}" for name, number in rows.items()]
     lines += tell_share(report["posts"], report["validation_share"])
@@ -3611,15 +3544,14 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
         example = f"{name} = {setting.example}"
         entries = {name: value}
 
-        # A list is checked first, and then each of its entries.
         if setting.least is not None:
             is_list = isinstance(value, list | tuple)
-            if not is_list or len(value) < setting.least:
+            is_long_enough = is_list and len(value) >= setting.least
+            if not is_long_enough:
                 at_least = " with something in it" if setting.least else ""
                 sys.exit(f"{name} in {script} must be a list{at_least}: {example}.")
             entries = {f"Number {place} of {name}": entry for place, entry in enumerate(value, 1)}
 
-        # Each sentence shows a right value.
         for what, entry in entries.items():
             if not setting.kind.allows(entry):
                 sys.exit(f"{what} in {script} must be {setting.kind.words}: {example}.")
@@ -3699,7 +3631,6 @@ def parse_arguments(argv: list[str] | None) -> Settings:
 
     fields = {name.lower(): tuple(value) if isinstance(value, list) else value for name, value in block.items()}
 
-    # Values in the form in which they are used.
     fields |= {
         "public_blogs": tuple(public),
         "private_blogs": tuple(private),
@@ -3716,15 +3647,16 @@ def make_parser(here: Path) -> argparse.ArgumentParser:
     parser = parser_of("extract_blog_data.py", __doc__.splitlines()[0])
     shown = str(DATA_DIR).replace("%", "%%")
 
-    def add(flag: str, name: str, **how):
-        parser.add_argument(flag, type=flag_type(SETTINGS[name]), **how)
+    def add(name: str, **how):
+        setting = SETTINGS[name]
+        parser.add_argument(setting.flag, type=flag_type(setting), **how)
 
     # A flag that may be repeated replaces the list of its setting.
     several = {"action": "append", "default": []}
-    add("--public", "PUBLIC_BLOGS", **several, metavar="DIR", help="a public repository (repeatable)")
-    add("--private", "PRIVATE_BLOGS", **several, metavar="DIR", help="a private repository (repeatable)")
-    add("--author", "AUTHORS", **several, metavar="NAME", help="a name you write under (repeatable)")
-    add("--data-dir", "DATA_DIR", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
+    add("PUBLIC_BLOGS", **several, metavar="DIR", help="a public repository (repeatable)")
+    add("PRIVATE_BLOGS", **several, metavar="DIR", help="a private repository (repeatable)")
+    add("AUTHORS", **several, metavar="NAME", help="a name you write under (repeatable)")
+    add("DATA_DIR", metavar="DIR", default=str(here / DATA_DIR), help=f"default: {shown}")
     parser.add_argument("--drafts", action="store_true", default=INCLUDE_DRAFTS, help="read _drafts/ too")
     return parser
 
