@@ -100,7 +100,6 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -295,7 +294,6 @@ if sys.modules["bitsandbytes"] is None:
 
 # ---------------------------------------------------------------------------- the run
 DATA_FILES = {"train": "train_data.jsonl", "val": "val_data.jsonl"}
-SPLITS = tuple(DATA_FILES)
 
 
 def train(settings: Settings) -> None:
@@ -464,26 +462,15 @@ FILES_OF_A_RUN = ("rates.json", "rates.json.new", "run.json", "run.json.new")
 OF_A_RUN = ("best", "best-incomplete", "best-previous", "best-replaced", *FILES_OF_A_RUN)
 
 
-class Places(NamedTuple):
+class Places:
     """Where a run writes."""
 
-    output: Path  # the finished model; absolute, links followed
-
-    @property
-    def unfinished(self) -> Path:
-        return self.output.with_name(self.output.name + "-unfinished")
-
-    @property
-    def lock(self) -> Path:
-        return self.unfinished / "train_model.lock"
-
-    @property
-    def best(self) -> Path:
-        return self.unfinished / "best"
-
-    @property
-    def previous(self) -> Path:
-        return self.unfinished / "previous"
+    def __init__(self, output: Path):
+        self.output = output  # the finished model; absolute, links followed
+        self.unfinished = output.parent / f"{output.name}-unfinished"
+        self.lock = self.unfinished / "train_model.lock"
+        self.best = self.unfinished / "best"
+        self.previous = self.unfinished / "previous"
 
 
 def check_places(settings: Settings) -> Places:
@@ -549,7 +536,7 @@ def hashes_of_ours(folder: Path) -> dict[str, str]:
     return listed if isinstance(listed, dict) else {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_run(places: Places, process: PartialState) -> Iterator[None]:
     """Hold the lock of the unfinished folder; exits if another run holds it, and names that run."""
     if not process.is_main_process:
@@ -860,11 +847,10 @@ def load_model(name: str | Path, config=None, only_local: bool = False):
 
     # transformers fills what is missing with random numbers and only warns.
     left_over = [key for key in info["unexpected_keys"] if not key.endswith(NOTHING_LEARNED)]
-    misshapen = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     problems = {
         "lacks {}": sorted(info["missing_keys"]),
         "has {}, which its config does not know": sorted(left_over),
-        "has {} in another shape than its config says": sorted(misshapen),
+        "has {} in another shape than its config says": sorted(key for key, *_ in info["mismatched_keys"]),
         "holds NaN or infinite weights in {}": [
             key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()
         ],
@@ -935,7 +921,7 @@ def check_tokens(tokenizer, name: str | Path, vocabulary: int | None) -> None:
         raise CannotLoad(f"The tokenizer of {name} {problem}.")
 
 
-@contextmanager
+@contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError after this much CPU time; has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
@@ -1051,13 +1037,13 @@ def starts_with_bos(tokenizer) -> bool:
 @functools.lru_cache(maxsize=4)
 def control_tokens(tokenizer) -> frozenset[str]:
     """The added tokens of a tokenizer that are not text, of which `all_special_tokens` names only some."""
-    found = set()
+    found = set(tokenizer.all_special_tokens)
     for token in tokenizer.added_tokens_decoder.values():
         # Of those not marked as special, runs of spaces (Pythia, Gemma) and words are text; "<think>" is not.
         is_markup = token.content[:1] in ("<", "[", "{", "|") and any(map(str.isalnum, token.content))
         if token.special or is_markup:
             found.add(token.content)
-    return frozenset(found | set(tokenizer.all_special_tokens))
+    return frozenset(found)
 
 
 @functools.lru_cache(maxsize=4)
@@ -1158,7 +1144,8 @@ def reply_tokens(tokenizer, text: str, content: str) -> tuple[list[int], int]:
     # Control tokens before the end of the words (such as an opened thought) do not close the answer.
     words = break_control_tokens(content, tokenizer).strip()
     start = 0 if text.startswith(words) else text.rfind(words)
-    said = text[: start + len(words)] if start >= 0 else ""  # the template may have changed the words
+    end = start + len(words)
+    said = text[:end] if start >= 0 else ""  # the template may have changed the words
     said_ids = tokenizer.encode(said, add_special_tokens=False)
     opened = [token for token in said_ids if token in control]
 
@@ -1385,13 +1372,15 @@ def is_causal(model, precision: str) -> bool:
 def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (scored tokens, vocabulary) and targets (scored tokens); others skip the output layer."""
     # The logits at a position predict the next token.
-    following = functional.pad(batch["labels"][:, 1:], (0, 1), value=UNSCORED)
+    labels = batch["labels"]
+    following = functional.pad(labels[:, 1:], (0, 1), value=UNSCORED)
     keep = following != UNSCORED
 
     # No cache and no attention mask: with either, packed documents see each other.
     inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    return logits, following[keep]
+    targets = following[keep]
+    return logits, targets
 
 
 @torch.inference_mode()
@@ -1486,12 +1475,10 @@ def say_plan(plan: Plan, settings: Settings) -> None:
         updates += f", {plan.rows_at_once} rows at once"
     say(f"data     {plan.rows:,} rows of up to {settings.context_tokens} tokens, {updates}")
 
-    parts = []
-    for name, needed in plan.memory.items():
-        parts.append(f"{name} {needed / 1e9:.1f}")
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.memory.items())
     needed = sum(plan.memory.values()) / 1e9
     free = plan.free_memory / 1e9
-    say(f"memory   {needed:.1f} GB ({', '.join(parts)}) of {free:.1f} GB free")
+    say(f"memory   {needed:.1f} GB ({parts}) of {free:.1f} GB free")
 
 
 class Machine(NamedTuple):
@@ -1663,8 +1650,7 @@ def bytes_kept(model, tokens: int, machine: Machine) -> tuple[tuple[int, ...], i
             layer.forward = functools.partial(pass_once, layer, layer.forward)
 
     cpu = torch.device("cpu")  # its kernels keep what a card's do
-    rounded = rounds_attention(machine.device.type, machine.precision, checkpointing=False)
-    attention = attention_in_bfloat16 if rounded else contextlib.nullcontext
+    attention = attention_of(machine.device.type, machine.precision, checkpointing=False)
     saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with FakeTensorMode(), attention(), autocast(cpu, machine.precision), saving:
         parts = {}
@@ -1682,8 +1668,9 @@ def memory_needed(shape: Shape, machine: Machine, way: WayToTrain) -> dict[str, 
     # Frozen weights are held in the precision of the computation, so autocast needs no copy of them.
     mixed = machine.precision != "fp32"
     low_precision = 2 if mixed else 0
+    number = 2 if mixed else 4  # bytes of a frozen weight or a logit
     is_frozen = shape.lora_rank > 0
-    frozen = shape.parameters * (2 if mixed else 4) if is_frozen else 0
+    frozen = shape.parameters * number if is_frozen else 0
 
     # AdamW's two averages, in one byte each with bitsandbytes, except for embeddings.
     in_full = shape.trained
@@ -1698,7 +1685,6 @@ def memory_needed(shape: Shape, machine: Machine, way: WayToTrain) -> dict[str, 
 
     # The peak is at one of two moments: the loss holds the logits, their gradient and float32 copies of a piece;
     # then the output layer, unless it is frozen, holds its gradient in both precisions.
-    number = 2 if mixed else 4  # bytes of a logit
     batch = shape.tokens * way.rows_at_once
     logits = batch * shape.vocabulary
     gradient = logits * (2 if machine.precision == "bf16" else 4)
@@ -1837,7 +1823,8 @@ def layers_to_adapt(model) -> list[str]:
     left_out = {model.get_output_embeddings()}
     for module in model.modules():
         # Mamba's fused kernels read the weights of all its layers but the first past an adapter.
-        if hasattr(module, "A_log") and hasattr(module, "D"):
+        is_mamba = hasattr(module, "A_log") and hasattr(module, "D")
+        if is_mamba:
             left_out.update(layer for name, layer in module.named_children() if name != "in_proj")
 
     linear = (torch.nn.Linear, Conv1D)  # GPT-2 has the second, with weights of in x out
@@ -1882,7 +1869,7 @@ def widen(embedding, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
     return output.float() if torch.is_autocast_enabled(output.device.type) else output
 
 
-@contextmanager
+@contextlib.contextmanager
 def merged(model, seed: int):
     """Within this context the adapters of `model`, if it has any, are merged with the same rounding each time."""
     if not isinstance(model, PeftModel):
@@ -1916,9 +1903,10 @@ def rounded(values: torch.Tensor, number_type: torch.dtype, rng: torch.Generator
         return values.to(number_type)
 
     # bfloat16 is the upper half of float32's bits. The lower half plus a random number carries into it in proportion.
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=rng)
-    bits = values.contiguous().view(torch.int32) + noise
-    upper_half = bits & -(1 << 16)
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=rng)
+    carried = bits + noise
+    upper_half = carried & -(1 << 16)
     return upper_half.view(torch.float32).to(torch.bfloat16)
 
 
@@ -2050,7 +2038,6 @@ def best_rate(tried: dict[float, float]) -> float:
 
 
 def forget_trial(optimizer: str) -> None:
-    """Free the memory of a trial."""
     # bitsandbytes keeps a list of the layers with 32-bit averages, and with it their weights: 0.2 GB for GPT2-medium.
     if "8bit" in optimizer:
         from bitsandbytes.optim import GlobalOptimManager
@@ -2086,9 +2073,7 @@ class BlogTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # ... and must not divide by the number of batches again.
         self.loss_is_scaled_for_ga = True
-
-        rounded = rounds_attention(self.args.device.type, precision, self.args.activation_checkpointing)
-        self.attention = attention_in_bfloat16 if rounded else contextlib.nullcontext
+        self.attention = attention_of(self.args.device.type, precision, self.args.activation_checkpointing)
 
     def compute_loss_context_manager(self) -> torch.autocast:
         return autocast(self.args.device, self.precision)
@@ -2139,7 +2124,7 @@ def build_trainer(run: Run, model, tokenizer) -> BlogTrainer:
     # Called in this order: NaN ends the run before anything is printed, and Progress prints the sample of LogSample.
     callbacks = [
         CastWeightsOnce(model.device),
-        StopAtNaN(run.plan.precision),
+        StopAtNaN(),
         SaySkipped(),
         KeepBest(),
         LogSample(tokenizer, run.plan.precision, run.settings),
@@ -2235,18 +2220,17 @@ def evaluations(log_history: list[dict]) -> list[dict]:
 class StopAtNaN(TrainerCallback):
     """Exits when a loss is NaN or infinite: no later update can repair the weights."""
 
-    def __init__(self, precision: str):
-        self.remedy = "a LEARNING_RATE below"
-        if precision == "fp16":  # it ends at 65,504, which the activations of some models (Gemma 3) exceed
-            self.remedy = f'PRECISION = "bf16" or "fp32", or {self.remedy}'
-
     def on_log(self, args, state, control, logs, **_):
         loss = logs.get("loss", logs.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
-            sys.exit(
-                f"The loss became {loss} at update {state.global_step}: set {self.remedy} "
-                f"{args.learning_rate:g} and start with --fresh; nothing was overwritten."
-            )
+        if math.isfinite(loss):
+            return
+        remedy = f"a LEARNING_RATE below {args.learning_rate:g}"
+        if args.fp16:  # it ends at 65,504, which the activations of some models (Gemma 3) exceed
+            remedy = f'PRECISION = "bf16" or "fp32", or {remedy}'
+        sys.exit(
+            f"The loss became {loss} at update {state.global_step}: set {remedy} and start with --fresh; "
+            "nothing was overwritten."
+        )
 
 
 # Of the loss in float16. torch's 65,536 overflows in the first updates of larger models. A guess, not tuned on a card.
@@ -2607,16 +2591,10 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
 
 def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
     """Tokens that nine of ten posts have at most, their end of text included; replies count only without posts."""
-    lengths = []
-    posts = []
-    for conversation, (_, scored) in zip(conversations, tokenized, strict=True):
-        length = sum(scored)
-        lengths.append(length)
-        if conversation.get("kind") == "post":
-            posts.append(length)
-
-    ninth_decile = np.quantile(posts or lengths, 0.9)
-    return math.ceil(ninth_decile)
+    lengths = [sum(scored) for _, scored in tokenized]
+    kinds = [conversation.get("kind") for conversation in conversations]
+    posts = [length for length, kind in zip(lengths, kinds, strict=True) if kind == "post"]
+    return math.ceil(np.quantile(posts or lengths, 0.9))
 
 
 def without_samples(log: list[dict]) -> list[dict]:
@@ -2918,12 +2896,13 @@ class CastWeightsOnce(TrainerCallback):
         self.casting.__exit__(None, None, None)
 
 
-def rounds_attention(device: str, precision: str, checkpointing: bool) -> bool:
-    """Whether training uses `attention_in_bfloat16`; not with recomputation, which torch runs outside its context."""
-    return device == "cpu" and precision == "bf16" and not checkpointing
+def attention_of(device: str, precision: str, checkpointing: bool) -> Callable:
+    """The context of training's forward pass; not with recomputation, which torch runs outside of it."""
+    is_rounded = device == "cpu" and precision == "bf16" and not checkpointing
+    return attention_in_bfloat16 if is_rounded else contextlib.nullcontext
 
 
-@contextmanager
+@contextlib.contextmanager
 def attention_in_bfloat16() -> Iterator[None]:
     """Attention written out, its scores and their sums in bfloat16, for a forward pass that a backward pass follows.
 

@@ -39,7 +39,7 @@ from bench_train import hardware, peak_gigabytes
 import test_model
 import train_model
 from extract_blog_data import flag_type
-from train_model import SPLITS
+from train_model import DATA_FILES
 from voice.leaks import LENGTHS, tell_power
 from voice.loading import choose_device
 from voice.reader import ReaderShare
@@ -106,7 +106,7 @@ def smaller_blog(folder: Path, posts: list[int] | None) -> Iterator[Path]:
         return
 
     with tempfile.TemporaryDirectory() as scratch:
-        for split, number in zip(SPLITS, posts, strict=True):
+        for split, number in zip(DATA_FILES, posts, strict=True):
             name = f"{split}_data.jsonl"
             with (folder / name).open(encoding="utf-8") as lines:
                 chosen = [json.loads(line) | {"visibility": "private"} for line in itertools.islice(lines, number)]

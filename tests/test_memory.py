@@ -1,6 +1,5 @@
 """The memory plan of train_model.py: what is measured of an architecture, and which way to train fits."""
 
-import contextlib
 import functools
 import itertools
 import re
@@ -97,8 +96,7 @@ def saved_by_autograd(model, precision: str) -> int:
             saved[storage.data_ptr()] = storage
         return tensor
 
-    rounded = train_model.rounds_attention("cpu", precision, checkpointing=False)
-    attention = train_model.attention_in_bfloat16 if rounded else contextlib.nullcontext
+    attention = train_model.attention_of("cpu", precision, checkpointing=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with attention(), train_model.autocast(torch.device("cpu"), precision), hooks:
         logits, _ = train_model.scored_logits(model, packed_row())

@@ -102,10 +102,10 @@ class Logged:
 @pytest.mark.parametrize("key", ["loss", "eval_loss"])
 def test_a_loss_that_is_not_a_number_in_float16_names_other_precisions(key):
     with pytest.raises(SystemExit, match='set PRECISION = "bf16" or "fp32", or a LEARNING_RATE below 0.1'):
-        Logged("fp16", **{key: math.nan}).to(train_model.StopAtNaN("fp16"))
+        Logged("fp16", **{key: math.nan}).to(train_model.StopAtNaN())
     with pytest.raises(SystemExit, match="at update 3: set a LEARNING_RATE below 0.1 and start"):
-        Logged("bf16", **{key: math.inf}).to(train_model.StopAtNaN("bf16"))
-    Logged("fp16", **{key: 3.0}).to(train_model.StopAtNaN("fp16"))
+        Logged("bf16", **{key: math.inf}).to(train_model.StopAtNaN())
+    Logged("fp16", **{key: 3.0}).to(train_model.StopAtNaN())
 
 
 def test_an_update_that_float16_skipped_is_said_and_leaves_no_infinity_in_the_log(capsys):
