@@ -76,7 +76,7 @@ def test_a_folder_without_a_length_is_said(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "longest", "answers"), [(600, 200, 24), (600, 400, 12), (600, 1_500, 4), (6_000, 1_500, 8)]
+    ("words", "longest", "answers"), [(600, 200, 24), (600, 400, 12), (600, 1_500, 4), (6_000, 1_500, 12)]
 )
 def test_a_report_of_long_answers_begins_with_fewer(words, longest, answers, monkeypatch):
     monkeypatch.setattr(voice.asking, "request_tokens", lambda *_: [5])

@@ -27,7 +27,7 @@ ANSWERS_AT_ONCE = 24  # rows of a batch; more are hardly faster and need memory
 # Of the first answers, before anybody knows how long they become. One batch of more answers is faster than two.
 FIRST_ANSWERS = 4  # at least
 FIRST_TOKENS = 4_800  # of all of them at most, or if that is more,
-TOKENS_A_WORD = 2  # for each word that is wanted: few answers become as long as they may be
+TOKENS_A_WORD = 3  # for each word that is wanted: most answers end before they are as long as they may be
 WORDS_TO_WRITE = 6_000  # by each model, at full size
 FEWEST_WORDS = 20  # in an answer on average; limits the loop for a model that writes less
 DRAWN_POSTS = 60  # training posts, at full size, of which those that gained least are shown
@@ -204,7 +204,8 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
         batch = list(itertools.islice(source, wanted))
         if not batch:
             break
-        say(f"{name} model: writing {len(batch)} answers of at most {sampling.max_new_tokens:,} tokens")
+        number = "1 answer" if len(batch) == 1 else f"{len(batch)} answers"
+        say(f"{name} model: writing {number} of at most {sampling.max_new_tokens:,} tokens")
         answers += whole_answers(model, tokenizer, batch, sampling, rng, progress)
         written = count_words(answer.text for answer in answers)
 
