@@ -17,11 +17,11 @@ export DO_NOT_TRACK := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make install   Python packages into .venv/ (2 GB, with CUDA about 7), nothing else'
+	@echo 'make install   Python packages into .venv/ (1.5 GB, with CUDA about 7), nothing else'
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make page      Gradio into .venv/, for a page to type in: test_model.py --page'
 	@echo 'make check     ruff, and all tests but whole runs: a minute or two'
-	@echo 'make test      ruff, and all tests: seven minutes on two cores; .ci/run is this'
+	@echo 'make test      ruff, and all tests: six minutes on two cores; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
 	@echo 'make test-page   the page in a real browser (needs Chromium: apt install chromium)'
@@ -43,7 +43,7 @@ INSTALL_FAILED := { echo "Cannot install the packages: is there a network connec
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 2 GB on the disk, with CUDA about 7; minutes.'
+	@echo 'Installing PyTorch, transformers and the rest into $(VENV)/: 1.5 GB on the disk, with CUDA about 7; minutes.'
 	@$(PYTHON) -m venv $(VENV) || { echo "Cannot make a virtual environment (Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@$(PIP) install -r requirements.txt || $(INSTALL_FAILED)
 	@touch $@
