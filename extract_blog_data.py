@@ -3039,9 +3039,11 @@ def shingle_hashes(words: list[str]) -> np.ndarray:
     """Sorted distinct 64-bit hashes of a text's word 5-grams; a shorter text is one shingle."""
     # Hashes of numbers are the same in every process, unlike those of strings.
     codes = [zlib.crc32(encode(word)) for word in words]
-    starts = range(max(1, len(codes) - SHINGLE + 1))
-    shingles = (tuple(codes[start : start + SHINGLE]) for start in starts)
-    return np.unique(np.fromiter(map(hash, shingles), np.int64))
+    hashes = set()
+    for start in range(max(1, len(codes) - SHINGLE + 1)):
+        shingle = codes[start : start + SHINGLE]
+        hashes.add(hash(tuple(shingle)))
+    return np.sort(np.fromiter(hashes, np.int64))
 
 
 def find_duplicates(sets: list[np.ndarray], threshold: float) -> dict[int, int]:

@@ -82,6 +82,7 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -2592,9 +2593,10 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
 def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
     """Tokens that nine of ten posts have at most, their end of text included; replies count only without posts."""
     lengths = [sum(scored) for _, scored in tokenized]
-    kinds = [conversation.get("kind") for conversation in conversations]
-    posts = [length for length, kind in zip(lengths, kinds, strict=True) if kind == "post"]
-    return math.ceil(np.quantile(posts or lengths, 0.9))
+    is_post = [conversation.get("kind") == "post" for conversation in conversations]
+    posts = list(itertools.compress(lengths, is_post))
+    ninth_decile = np.quantile(posts or lengths, 0.9)
+    return math.ceil(ninth_decile)
 
 
 def without_samples(log: list[dict]) -> list[dict]:
