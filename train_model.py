@@ -269,6 +269,7 @@ from huggingface_hub.errors import StrictDataclassError
 from jinja2.exceptions import TemplateError
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -291,7 +292,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 if sys.modules["bitsandbytes"] is None:
-    del sys.modules["bitsandbytes"]  # its optimizer is loaded where it is used
+    # peft remembers the answer; its optimizer is loaded where it is used.
+    is_bnb_available()
+    is_bnb_4bit_available()
+    del sys.modules["bitsandbytes"]
 
 # ---------------------------------------------------------------------------- the run
 DATA_FILES = {"train": "train_data.jsonl", "val": "val_data.jsonl"}
