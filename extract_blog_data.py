@@ -86,10 +86,19 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # While the libraries are loaded; then main takes over. Ignored signals (nohup) stay ignored.
+
+    def stop(*_) -> None:
+        """A signal handler while the libraries are loaded; then main takes over."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # of many signals one says so
+        try:
+            os.write(2, b"Stopped before anything was read.\n")
+        finally:
+            os._exit(1)
+
+    # Ignored signals (nohup) stay ignored.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, lambda *_: os._exit(os.write(2, b"Stopped before anything was read.\n") and 1))
+            signal.signal(each, stop)
 
 import argparse
 import contextlib
@@ -557,10 +566,9 @@ def signals_wait() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def stop_at_once(*_, calls: Iterator[int] = count()):  # noqa: B008, one count for all calls
-    """A signal handler that prints one sentence however many signals come. An exception could be swallowed."""
-    if next(calls):
-        return
+def stop_at_once(*_):
+    """A signal handler. An exception could be swallowed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of many signals one says so
     try:
         os.write(2, f"{STOPPED}\n".encode())
     finally:

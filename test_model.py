@@ -55,6 +55,7 @@ if __name__ == "__main__":
 
     def stop(number, frame) -> None:
         """Ends the program with one sentence. Nothing needs tidying up: files are complete at any moment."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # of many signals one says so
         try:
             os.write(2, b"\nStopped.\n")
         finally:

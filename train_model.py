@@ -68,10 +68,19 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # For the seconds in which the libraries are loaded; then main takes over. What is ignored (nohup) stays ignored.
+
+    def stop_before(*_) -> None:
+        """A signal handler for the seconds in which the libraries are loaded; then main takes over."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # of many signals one says so
+        try:
+            os.write(2, b"Stopped before anything was begun.\n")
+        finally:
+            os._exit(1)
+
+    # Ignored signals (nohup) stay ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: os._exit(os.write(2, b"Stopped before anything was begun.\n") and 1))
+            signal.signal(number, stop_before)
 
 import contextlib
 import copy
@@ -2275,6 +2284,9 @@ class KeepBest(TrainerCallback):
         shutil.rmtree(folder / "best-previous", ignore_errors=True)
 
 
+SAMPLE_TOKENS = 40  # at most
+
+
 class LogSample(TrainerCallback):
     """Puts an answer of the model into the log entry of each evaluation, to watch the voice develop."""
 
@@ -2282,7 +2294,7 @@ class LogSample(TrainerCallback):
         self.tokenizer = tokenizer
         self.precision = precision
         self.prompt = settings.sample_prompt
-        self.sampling = {**settings.sampling, "max_new_tokens": 40}
+        self.sampling = {**settings.sampling, "max_new_tokens": SAMPLE_TOKENS}
         self.seed = settings.seed
 
     def on_evaluate(self, args, state, control, model, **_):
@@ -3035,6 +3047,7 @@ def stop(*_):
 
 def stop_at_once(*_):
     """A signal handler. The files are complete at every moment, so there is nothing to clean up."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of many signals one says so
     try:
         os.write(2, b"\nStopped at once: run the same command again to continue from the last checkpoint.\n")
     finally:

@@ -1,37 +1,24 @@
-"""The fixtures of all tests; tiny.py, training.py and reporting.py have what they are made of."""
+"""Registers the fixtures, which fixtures.py has, and puts slow tests first."""
 
 import gc
-from pathlib import Path
+import importlib
 
 import pytest
 
-# Fixtures, which are found by their names here.
-from reporting import everything, loaded, model_folder, overfitted, prompts, quiz_data, small_report  # noqa: F401
-from tiny import conversations, make_model_folder, write_jsonl
-from training import rank_4, small_training  # noqa: F401
 
-# A training run collects garbage several times; looking at every object of the libraries would take half a second each.
-gc.collect()
-gc.freeze()
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    """Loads them in the processes that run tests: where pytest-xdist starts several, loading torch takes 12 s more."""
+    runs_tests = hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses")
+    if runs_tests:
+        fixtures = importlib.import_module("fixtures")
+        session.config.pluginmanager.register(fixtures, "fixtures of all tests")
 
-
-@pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory) -> Path:
-    """GPT-2's shape: learned positions, pad token and chat template missing, Conv1D weights."""
-    return make_model_folder(tmp_path_factory.mktemp("gpt2"), "gpt2", chatml=False)
+    # A training run collects garbage several times; looking at every object of the libraries takes half a second each.
+    gc.collect()
+    gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory) -> Path:
-    """Llama's shape with a ChatML template."""
-    return make_model_folder(
-        tmp_path_factory.mktemp("llama"), "llama", chatml=True, intermediate_size=64, num_key_value_heads=1
-    )
-
-
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_jsonl(folder / "train_data.jsonl", conversations(40))
-    write_jsonl(folder / "val_data.jsonl", conversations(5, seed=1))
-    return folder
+def pytest_collection_modifyitems(items):
+    """So that no process has a long test left when the others have none."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

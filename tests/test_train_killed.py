@@ -1,8 +1,11 @@
 """train_model.py: killed and stopped runs, damaged checkpoints, and what makes two runs the same."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,6 @@ from training import (
     make_noise,
     nine_updates,
     run,
-    start,
     stopped_and_continued,
     stopped_run,
     train_this_way,
@@ -28,15 +30,23 @@ import train_model
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
 
 
+def train_until_killed(arguments: list[str]) -> None:
+    def die(callback, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_model.Progress.on_log = die
+    train_model.main(arguments)
+
+
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(gpt2_folder, data_folder, tmp_path, capsys):
-    process = start(*flags(gpt2_folder, data_folder, tmp_path / "killed"))
-    for line in process.stderr:
-        if "update 5/9" in line:
-            process.kill()
-            break
-    process.communicate()
+    arguments = flags(gpt2_folder, data_folder, tmp_path / "killed")
+    # Only another process can be killed.
+    victim = multiprocessing.get_context("fork").Process(target=train_until_killed, args=[arguments])
+    victim.start()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    capsys.readouterr()
     continued = run(gpt2_folder, data_folder, tmp_path / "killed", "--max-steps", "9")
     assert "Continuing the run that stopped after update" in capsys.readouterr().err
     assert losses(continued) == losses(nine_updates(gpt2_folder, data_folder))

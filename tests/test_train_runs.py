@@ -4,10 +4,12 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from tiny import conversations, make_model_folder, write_jsonl
-from training import DRIVER, SCRIPT, TALK, losses, run, start, stopped, train_this_way
+from training import SCRIPT, SMALL, TALK, losses, run, stopped, train_this_way
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -111,43 +113,45 @@ def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkey
 
 
 # ---------------------------------------------------------------------------- several processes
-LAUNCHER = ("torch.distributed.run", "--nproc_per_node=2", "--standalone")
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+BOTH_WAYS = f"""
+import os, sys
+before = dict(os.environ)
+import train_model as t
+assert dict(os.environ) == before, "importing the script changes no environment variable"
+vars(t).update({SMALL})
+folder, *arguments = sys.argv[1:]
+t.main([*arguments, "--output-dir", folder + "/full training", "--learning-rate", "1e-3"])
 # With recomputed activations, which find no gradient twice.
-ADAPTED = "import train_model as t\nt.LORA_RANK = 4\nt.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]\n"
+t.LORA_RANK = 4
+t.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]
+t.main([*arguments, "--output-dir", folder + "/adapters", "--learning-rate", "auto"])
+"""
 
 
-@pytest.mark.parametrize(
-    ("prepare", "rank", "rate", "tried"),
-    [("", 0, "1e-3", ()), (ADAPTED, 4, "auto", train_model.RATES_FOR_ADAPTERS)],
-    ids=["full training", "adapters"],
-)
-def test_two_processes_give_the_losses_of_one(
-    prepare, rank, rate, tried, llama_folder, data_folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train_model, "LORA_RANK", rank)
-    learn = ["--max-steps", "3", "--learning-rate", rate]
-    alone = run(llama_folder, data_folder, tmp_path / "alone", *learn)
-
+def test_two_processes_give_the_losses_of_one(llama_folder, data_folder, tmp_path, monkeypatch):
     driver = tmp_path / "driver.py"
-    driver.write_text(prepare + DRIVER)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    path = [str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    folder = tmp_path / "together"
-    arguments = ["--base-model", llama_folder, "--data-dir", data_folder, "--output-dir", folder, *learn]
-    launched = ("-m", *LAUNCHER, str(driver))
-    process = start(*map(str, arguments), launcher=launched, env=environment)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert output.count("Validation") == 1
-    assert errors.count("update 3/3  train") == 1
-    assert errors.count("is the best and is used") == bool(tried)
+    driver.write_text(BOTH_WAYS)
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    steps = ("--max-steps", "3")
+    models = ("--base-model", str(llama_folder), "--data-dir", str(data_folder))
+    command = [sys.executable, *LAUNCHER, str(driver), str(tmp_path), *models, *steps]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    output, errors = done.stdout, done.stderr
+    assert done.returncode == 0, errors
+    assert output.count("Validation") == 2
+    assert errors.count("update 3/3  train") == 2
+    assert errors.count("is the best and is used") == 1
 
-    together = json.loads((folder / "training_report.json").read_text())
-    assert together["plan"]["checkpointing"] == bool(prepare)
-    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    rates = together["learning_rate"]
-    expected = alone["learning_rate"]
-    assert rates["used"] == expected["used"]
-    assert list(rates["bits_per_byte_of_tried"]) == [str(number) for number in tried]
-    assert rates["bits_per_byte_of_tried"] == pytest.approx(expected["bits_per_byte_of_tried"], abs=1e-5)
+    for name, rank, rate in (("full training", 0, "1e-3"), ("adapters", 4, "auto")):
+        together = json.loads((tmp_path / name / "training_report.json").read_text())
+        monkeypatch.setattr(train_model, "LORA_RANK", rank)
+        alone = run(llama_folder, data_folder, tmp_path / f"{name} alone", *steps, "--learning-rate", rate)
+        assert together["plan"]["checkpointing"] == (name == "adapters")
+        assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+        rates = together["learning_rate"]
+        expected = alone["learning_rate"]
+        assert rates["used"] == expected["used"]
+        assert len(rates["bits_per_byte_of_tried"]) == len(train_model.RATES_FOR_ADAPTERS) * (rate == "auto")
+        assert rates["bits_per_byte_of_tried"] == pytest.approx(expected["bits_per_byte_of_tried"], abs=1e-5)

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +28,7 @@ SMALL = {
     "PRECISION": "fp32",
     "CHECKPOINT_MINUTES": 0,
     "LEARNING_RATE": 1e-4,
+    "SAMPLE_TOKENS": 4,
 }
 
 
@@ -38,6 +36,8 @@ SMALL = {
 def small_training(monkeypatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(train_model, name, value)
+    # A fifth of a run so small; test_page.py draws, and so does the run of test_pipeline.py.
+    monkeypatch.setattr(train_model, "draw_curve", lambda _, path: path.write_bytes(b"drawn"))
 
 
 def run(base: Path, data: Path, output: Path, *flags: str) -> dict:
@@ -64,29 +64,6 @@ def train_this_way(monkeypatch, optimizer="adamw_torch_fused", checkpointing=Fal
 @pytest.fixture
 def rank_4(monkeypatch):
     monkeypatch.setattr(train_model, "LORA_RANK", 4)
-
-
-DRIVER = f"""
-import os, sys
-before = dict(os.environ)
-import train_model as t
-assert dict(os.environ) == before, "importing the script changes no environment variable"
-vars(t).update({SMALL})
-sys.exit(t.main(sys.argv[1:]))
-"""
-
-
-def start(*arguments: str, launcher: tuple[str, ...] = ("-c", DRIVER), **options) -> subprocess.Popen:
-    """The script in a process of its own, with as many threads as the tests have: sums depend on it."""
-    options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})
-    return subprocess.Popen(
-        [sys.executable, *launcher, *arguments],
-        cwd=SCRIPT.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 def flags(base: Path, data: Path, output: Path) -> list[str]:
