@@ -83,6 +83,7 @@ def train_looking_ahead(monkeypatch, only_in_half: bool) -> None:
     monkeypatch.setattr(train_model, "pick_precision", lambda *_: "bf16")
 
 
+@pytest.mark.slow
 def test_where_half_precision_looks_ahead_the_run_goes_on_in_float32(
     gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
 ):

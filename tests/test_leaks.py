@@ -75,7 +75,7 @@ def test_no_settings_in_the_range_exceed_the_bound():
     rng = random.Random(1)
     torch.manual_seed(1)
     drawn = 0
-    for _ in range(10_000):
+    for _ in range(4_000):
         logits, seen, target = random_rows(rng)
         settings = sampling(
             do_sample=rng.random() < 0.95,
@@ -89,7 +89,7 @@ def test_no_settings_in_the_range_exceed_the_bound():
         chance = chance_under(settings, logits, penalised, target)
         drawn += chance > 0
         assert chance <= bound_of(logits, seen, target, 1.3) * (1 + 1e-9)
-    assert drawn > 3_000  # a token that is cut off proves nothing
+    assert drawn > 1_200  # a token that is cut off proves nothing
 
 
 def test_without_a_penalty_the_bound_is_reached():

@@ -62,6 +62,7 @@ class Reader(HTMLParser):
             self.folded += data
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_every_text_in_it_is_escaped(overfitted, tmp_path):
     evil = "<img src=x onerror=alert(1)>&<script>"
     folder, base, posts = overfitted

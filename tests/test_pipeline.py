@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,10 @@ def test_starting_the_extractor_loads_no_training_library():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["extract_blog_data.py", "train_model.py", "test_model.py"])
+def test_importing_a_script_changes_no_environment_variable(name):
+    before = dict(os.environ)
+    runpy.run_path(str(ROOT / name))
+    assert dict(os.environ) == before

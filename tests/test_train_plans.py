@@ -41,6 +41,7 @@ def test_attention_in_bfloat16_gives_the_gradients_of_the_fused_kernel(architect
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_learns_also_where_activations_are_computed_twice(
     gpt2_folder, data_folder, tmp_path, monkeypatch, capsys
 ):

@@ -2,14 +2,16 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from tiny import conversations, make_model_folder, write_jsonl
-from training import SCRIPT, SMALL, TALK, losses, run, stopped, train_this_way
+from torch.distributed import TCPStore
+from training import TALK, losses, run, stopped, train_this_way
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_model
@@ -113,45 +115,51 @@ def test_training_stops_when_validation_gets_worse(gpt2_folder, tmp_path, monkey
 
 
 # ---------------------------------------------------------------------------- several processes
-LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-BOTH_WAYS = f"""
-import os, sys
-before = dict(os.environ)
-import train_model as t
-assert dict(os.environ) == before, "importing the script changes no environment variable"
-vars(t).update({SMALL})
-folder, *arguments = sys.argv[1:]
-t.main([*arguments, "--output-dir", folder + "/full training", "--learning-rate", "1e-3"])
-# With recomputed activations, which find no gradient twice.
-t.LORA_RANK = 4
-t.OPTIMIZERS_OF_ADAPTERS = t.OPTIMIZERS_OF_ADAPTERS[1:]
-t.main([*arguments, "--output-dir", folder + "/adapters", "--learning-rate", "auto"])
-"""
+def train_both_ways(rank: int, port: int, folder: Path, arguments: list[str]) -> None:
+    """One of two processes, as torchrun starts them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name, settings in BOTH_WAYS.items():
+        vars(train_model).update(settings)
+        train_model.main([*arguments, "--output-dir", str(folder / name)])
 
 
-def test_two_processes_give_the_losses_of_one(llama_folder, data_folder, tmp_path, monkeypatch):
-    driver = tmp_path / "driver.py"
-    driver.write_text(BOTH_WAYS)
-    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    steps = ("--max-steps", "3")
-    models = ("--base-model", str(llama_folder), "--data-dir", str(data_folder))
-    command = [sys.executable, *LAUNCHER, str(driver), str(tmp_path), *models, *steps]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    output, errors = done.stdout, done.stderr
-    assert done.returncode == 0, errors
+BOTH_WAYS = {
+    "full training": {"LEARNING_RATE": 1e-3},
+    # With recomputed activations, which find no gradient twice.
+    "adapters": {
+        "LEARNING_RATE": "auto",
+        "LORA_RANK": 4,
+        "OPTIMIZERS_OF_ADAPTERS": train_model.OPTIMIZERS_OF_ADAPTERS[1:],
+    },
+}
+
+
+def test_two_processes_give_the_losses_of_one(llama_folder, data_folder, tmp_path, monkeypatch, capfd):
+    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    arguments = ["--base-model", str(llama_folder), "--data-dir", str(data_folder), "--max-steps", "3", "--cpu"]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=train_both_ways, args=(rank, port, tmp_path, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    output, errors = capfd.readouterr()
+    assert [process.exitcode for process in processes] == [0, 0], errors
     assert output.count("Validation") == 2
     assert errors.count("update 3/3  train") == 2
     assert errors.count("is the best and is used") == 1
 
-    for name, rank, rate in (("full training", 0, "1e-3"), ("adapters", 4, "auto")):
+    for name, settings in BOTH_WAYS.items():
         together = json.loads((tmp_path / name / "training_report.json").read_text())
-        monkeypatch.setattr(train_model, "LORA_RANK", rank)
-        alone = run(llama_folder, data_folder, tmp_path / f"{name} alone", *steps, "--learning-rate", rate)
+        for setting, value in settings.items():
+            monkeypatch.setattr(train_model, setting, value)
+        alone = run(llama_folder, data_folder, tmp_path / f"{name} alone", "--max-steps", "3")
         assert together["plan"]["checkpointing"] == (name == "adapters")
         assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
         rates = together["learning_rate"]
         expected = alone["learning_rate"]
         assert rates["used"] == expected["used"]
-        assert len(rates["bits_per_byte_of_tried"]) == len(train_model.RATES_FOR_ADAPTERS) * (rate == "auto")
+        assert len(rates["bits_per_byte_of_tried"]) == (3 if name == "adapters" else 0)
         assert rates["bits_per_byte_of_tried"] == pytest.approx(expected["bits_per_byte_of_tried"], abs=1e-5)
