@@ -306,8 +306,9 @@ def speed(lab: Lab) -> Iterator[Row]:
 def resume(lab: Lab) -> Iterator[Row]:
     """A killed run continues as if nothing had happened, with the averages of 8-bit Adam."""
     train_resumably(lab, "whole")
-    # Only another process can be killed.
-    victim = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(lab,), daemon=True)
+    # Only another process can be killed; one that uses a card cannot be forked.
+    context = multiprocessing.get_context("spawn" if lab.has_card else "fork")
+    victim = context.Process(target=train_until_killed, args=(lab,), daemon=True)
     victim.start()
     victim.join(timeout=300)
 

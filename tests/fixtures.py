@@ -7,7 +7,7 @@ import pytest
 # Fixtures, which are found by their names here.
 from reporting import everything, loaded, model_folder, overfitted, prompts, quiz_data, small_report  # noqa: F401
 from tiny import conversations, make_model_folder, write_jsonl
-from training import rank_4, small_training  # noqa: F401
+from training import rank_4, short_runs, small_training  # noqa: F401
 
 
 @pytest.fixture(scope="session")

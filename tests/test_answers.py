@@ -39,13 +39,12 @@ def test_an_answer_is_as_long_as_nine_of_ten_posts(posts, replies, tokens):
     [(60, "auto", None), (900, "auto", 192), (60, 7, 7)],  # 192 of 256 positions
 )
 def test_the_length_is_in_the_folder_and_leaves_room_for_the_request(
-    words, setting, longest, gpt2_folder, tmp_path, monkeypatch
+    words, setting, longest, gpt2_folder, tmp_path, monkeypatch, short_runs
 ):
     data = conversations(12, words=words)
     write_jsonl(tmp_path / "data" / "train_data.jsonl", data)
     write_jsonl(tmp_path / "data" / "val_data.jsonl", data[:2])
     monkeypatch.setattr(train_model, "SAMPLING", {**train_model.SAMPLING, "max_new_tokens": setting})
-    monkeypatch.setattr(train_model, "SAMPLE_TOKENS", 4)
     folder = tmp_path / "model"
     flags = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(folder), "--max-steps", "1"]
     train_model.main(["--base-model", str(gpt2_folder), "--learning-rate", "1e-4", *flags])

@@ -11,7 +11,7 @@ import bench_gpu
 
 import train_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_runs")]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("speed", 1), ("resume", 2)])

@@ -14,7 +14,7 @@ import bench_recipes
 import train_model
 from voice.leaks import tell_power
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_runs")]
 
 
 @pytest.fixture

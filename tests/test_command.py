@@ -1,14 +1,12 @@
 """test_model.py as a command: errors, settings, device and precision, streams and signals."""
 
 import io
-import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -240,23 +238,3 @@ def test_a_signal_while_libraries_load_even_twice_is_one_sentence_and_status_1(n
     assert process.returncode == 1
     said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
     assert said == ["Stopped."]
-
-
-def test_the_chat_works_from_a_pipe_and_only_a_signal_that_is_not_ignored_ends_it(model_folder):
-    """As nohup starts a program, for a terminal that will be closed; the libraries say nothing of their own."""
-    chat = [sys.executable, str(SCRIPT), "--model-dir", str(model_folder), "--chat", "--seed", "1"]
-    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", *chat]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, **pipes, text=True) as process:
-        lines = iter(process.stderr.readline, "")
-        before = list(itertools.takewhile(lambda line: not line.startswith("/post TITLE"), lines))
-        process.send_signal(signal.SIGHUP)
-        print("hello", file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
-        *_, last = process.stderr.read().splitlines()
-    assert process.returncode == 1
-    assert last == "Stopped."
-    assert not [line for line in before if "This CPU is slow in bf16" not in line]
-    assert answer.strip() and "> " not in answer

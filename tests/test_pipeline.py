@@ -1,8 +1,10 @@
 """The three scripts one after the other on the sample blogs, as a user runs them."""
 
+import itertools
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +46,35 @@ def test_every_conversation_is_learned_from_in_its_own_split(trained):
     assert all(learned["data"][split]["private"] == 20 * (split == "train") for split in lines)
 
 
-def test_the_model_answers(trained):
+def test_the_model_chats_through_a_pipe_until_a_signal_that_is_not_ignored(trained):
+    """As nohup starts a program, for a terminal that will be closed; the libraries say nothing of their own."""
     data, model = trained
-    folders = ["--model-dir", str(model), "--data-dir", str(data)]
-    done = script("test_model.py", *folders, "--prompt", "Tell me about soup.", "--seed", "1", "--max-new-tokens", "20")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    chat = [
+        sys.executable,
+        "test_model.py",
+        "--model-dir",
+        str(model),
+        "--data-dir",
+        str(data),
+        "--chat",
+        "--seed",
+        "1",
+    ]
+    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", *chat]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True, cwd=ROOT) as process:
+        lines = iter(process.stderr.readline, "")
+        before = list(itertools.takewhile(lambda line: not line.startswith("/post TITLE"), lines))
+        process.send_signal(signal.SIGHUP)
+        print("hello", file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        *_, last = process.stderr.read().splitlines()
+    assert process.returncode == 1
+    assert last == "Stopped."
+    assert not [line for line in before if "This CPU is slow in bf16" not in line]
+    assert answer.strip() and "> " not in answer
 
 
 def test_private_folders_are_ignored_by_git():

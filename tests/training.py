@@ -28,15 +28,22 @@ SMALL = {
     "PRECISION": "fp32",
     "CHECKPOINT_MINUTES": 0,
     "LEARNING_RATE": 1e-4,
-    "SAMPLE_TOKENS": 4,
 }
 
 
 @pytest.fixture
-def small_training(monkeypatch) -> None:
+def small_training(short_runs, monkeypatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(train_model, name, value)
-    # A fifth of a run so small; test_page.py draws, and so does the run of test_pipeline.py.
+
+
+@pytest.fixture
+def short_runs(monkeypatch) -> None:
+    """Without what takes 40 % of a tiny run: its samples are short and its picture empty.
+
+    The run of test_pipeline.py has both, and test_page.py draws.
+    """
+    monkeypatch.setattr(train_model, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(train_model, "draw_curve", lambda _, path: path.write_bytes(b"drawn"))
 
 
