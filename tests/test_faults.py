@@ -615,6 +615,7 @@ def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_fo
 
     monkeypatch.setattr(train_model, "check_data_folder", stopped_twice)
     monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)  # this process goes on
     with pytest.raises(SystemExit) as ended:
         run(gpt2_folder, data_folder, tmp_path / "model")
     assert ended.value.code == 1

@@ -49,18 +49,8 @@ def test_every_conversation_is_learned_from_in_its_own_split(trained):
 def test_the_model_chats_through_a_pipe_until_a_signal_that_is_not_ignored(trained):
     """As nohup starts a program, for a terminal that will be closed; the libraries say nothing of their own."""
     data, model = trained
-    chat = [
-        sys.executable,
-        "test_model.py",
-        "--model-dir",
-        str(model),
-        "--data-dir",
-        str(data),
-        "--chat",
-        "--seed",
-        "1",
-    ]
-    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", *chat]
+    chat = ["test_model.py", "--model-dir", str(model), "--data-dir", str(data), "--chat", "--seed", "1"]
+    command = ["bash", "-c", "trap '' HUP; exec \"$@\"", "nohup", sys.executable, *chat]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, **pipes, text=True, cwd=ROOT) as process:
         lines = iter(process.stderr.readline, "")
