@@ -59,6 +59,7 @@ def gather_evidence(settings: Settings, model, tokenizer, precision: str) -> Evi
         positions=positions_of(model),
     )
 
+    # What is missing or left out is said before minutes are spent.
     if blog.redacted and not blog.key:
         say(f"{settings.data_dir} has no key: redacted data cannot be recognised; run extract_blog_data.py again.")
     add_other_blogs(evidence, settings.other_blogs)
@@ -100,7 +101,8 @@ def window_of_training(recipe: dict, positions: int) -> tuple[int, int]:
 def read_blog(folder: Path) -> BlogData:
     """Both splits, and what extraction redacted."""
     blog = BlogData()
-    for name, conversations in (("train_data.jsonl", blog.train), ("val_data.jsonl", blog.held_out)):
+    splits = {"train_data.jsonl": blog.train, "val_data.jsonl": blog.held_out}
+    for name, conversations in splits.items():
         path = folder / name
         # A small blog has no held-out posts, and an empty file.
         if path.is_file() and path.stat().st_size:
@@ -152,7 +154,8 @@ def why_left_out(name: str, texts: list[str], evidence: Evidence) -> str:
         return f"OTHER_BLOGS names {name}, which has no train_data.jsonl: left out."
 
     # Everything would tell the author from people who write another language.
-    share = share_of_language([word for word, _ in uses.most_common(100)], evidence.blog.train)
+    commonest = [word for word, _ in uses.most_common(100)]
+    share = share_of_language(commonest, evidence.blog.train)
     if evidence.blog.train and share < SAME_LANGUAGE:
         return (
             f"You use {percent(share)} of the 100 commonest words of {name} (OTHER_BLOGS): another language, left out."
@@ -165,10 +168,11 @@ def run_model(model, tokenizer, evidence: Evidence, sampling: GenerationConfig, 
     """Everything that the report needs of one model; converts its weights to the precision of generating."""
     run = ModelRun()
     held_out = evidence.blog.held_out
+    drawn = evidence.drawn
     if held_out:
-        say(f"{name} model: loss of {len(held_out)} held-out conversations and {len(evidence.drawn)} training posts")
+        say(f"{name} model: loss of {len(held_out)} held-out conversations and {len(drawn)} training posts")
         run.held_out_nats = losses_of(model, tokenizer, evidence, held_out)
-        run.drawn_nats = losses_of(model, tokenizer, evidence, evidence.drawn)
+        run.drawn_nats = losses_of(model, tokenizer, evidence, drawn)
 
     # The losses above are exact; from here on the weights are those that answers are generated with.
     model = model.to(DTYPES[evidence.precision])
@@ -198,12 +202,16 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
     progress = partial(watched, what="token", number=sampling.max_new_tokens)
     answers = []
     written = 0
+
+    # How long answers become is known after the first ones only.
     tokens = max(FIRST_TOKENS, TOKENS_A_WORD * evidence.words)
-    wanted = min(ANSWERS_AT_ONCE, max(FIRST_ANSWERS, tokens // sampling.max_new_tokens))
+    first = max(FIRST_ANSWERS, tokens // sampling.max_new_tokens)
+    wanted = min(ANSWERS_AT_ONCE, first)
     while written < evidence.words:
         batch = list(itertools.islice(source, wanted))
         if not batch:
             break
+
         number = "1 answer" if len(batch) == 1 else f"{len(batch)} answers"
         say(f"{name} model: writing {number} of at most {sampling.max_new_tokens:,} tokens")
         answers += whole_answers(model, tokenizer, batch, sampling, rng, progress)
@@ -211,6 +219,7 @@ def write_words(model, tokenizer, evidence: Evidence, sampling: GenerationConfig
 
         # No more answers than needed, if the next ones are as long as these.
         mean = max(written, 1) / len(answers)
-        wanted = min(ANSWERS_AT_ONCE, math.ceil((evidence.words - written) / mean))
+        missing = (evidence.words - written) / mean
+        wanted = min(ANSWERS_AT_ONCE, math.ceil(missing))
     say(f"{name} model: wrote {written:,} words")
     return answers

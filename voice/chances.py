@@ -15,6 +15,7 @@ from dataclasses import fields
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from extract_blog_data import find_personal_data, say
@@ -40,9 +41,10 @@ TEXTS_A_MESSAGE = 25
 def pick_texts(evidence: Evidence) -> list[Text]:
     """All private texts, and all held-out ones to compare with; none if nothing is private."""
     private = evidence.private_posts()
-    held_out = evidence.blog.held_out if private else []
+    if not private:
+        return []
     texts = [text_of(evidence, post, is_held_out=False) for post in private]
-    texts += [text_of(evidence, post, is_held_out=True) for post in held_out]
+    texts += [text_of(evidence, post, is_held_out=True) for post in evidence.blog.held_out]
     return texts
 
 
@@ -68,8 +70,10 @@ def text_of(evidence: Evidence, post: dict, is_held_out: bool) -> Text:
         found = personal_data_in(text, evidence) if is_author else others_words_in(text, post, evidence)
         for name, left, right in found:
             first, last = tokens_at(tokenizer, turn, left, right)
-            spans.append(Span(name, begin + first, begin + last))
-    return Text(post, ids, [span for span in spans if span.end > span.begin])
+            span = Span(name, begin + first, begin + last)
+            spans.append(span)
+    not_empty = [span for span in spans if span.end > span.begin]
+    return Text(post, ids, not_empty)
 
 
 def runs_of(flags: list) -> Iterator[tuple[object, int, int]]:
@@ -108,7 +112,9 @@ def comments_of(conversation: dict) -> list[str]:
     if conversation.get("kind") != "reply":
         return []
     said = [turn["content"] for turn in conversation["messages"] if turn["role"] == "user"]
-    return said[1:] if conversation.get("stand_in") is True else said
+    if conversation.get("stand_in") is True:
+        return said[1:]
+    return said
 
 
 def tokens_at(tokenizer, ids: list[int], begin: int, end: int) -> tuple[int, int]:
@@ -134,19 +140,21 @@ def tokens_at(tokenizer, ids: list[int], begin: int, end: int) -> tuple[int, int
 def chances_of_texts(tuned, base, evidence: Evidence, sampling: GenerationConfig) -> list[TokenChances]:
     """For each text; `base` is None if there is no base model. Says how far it is and how long the rest will need."""
     texts = evidence.texts
-    # By tokens, because texts differ much in length.
+    trained = (evidence.context_tokens, evidence.overlap_tokens)
+    # The time left is told by tokens, because texts differ much in length.
     began = time.monotonic()
     total = sum(len(text.ids) for text in texts)
     done = 0
     chances = []
-    for text in texts:
-        trained = (evidence.context_tokens, evidence.overlap_tokens)
-        chances.append(token_chances(tuned, base, text.ids, sampling, trained))
+    for number, text in enumerate(texts, start=1):
+        found = token_chances(tuned, base, text.ids, sampling, trained)
+        chances.append(found)
         done += len(text.ids)
 
-        if len(chances) % TEXTS_A_MESSAGE == 0 or len(chances) == len(texts):
-            left = (time.monotonic() - began) / done * (total - done)
-            say(f"leaks: chances of {len(chances):,} of {len(texts):,} texts, {left:.0f} s left")
+        if number % TEXTS_A_MESSAGE == 0 or number == len(texts):
+            seconds = time.monotonic() - began
+            left = seconds / done * (total - done)
+            say(f"leaks: chances of {number:,} of {len(texts):,} texts, {left:.0f} s left")
     return chances
 
 
@@ -156,12 +164,17 @@ def window_of(positions: int) -> tuple[int, int]:
     return size, size // 2
 
 
-def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig, trained: tuple[int, int]) -> TokenChances:
+def token_chances(
+    tuned,
+    base,
+    ids: list[int],
+    sampling: GenerationConfig,
+    trained: tuple[int, int],  # tokens of a window of training, of them in the window before too
+) -> TokenChances:
     """The chances of all tokens, each with all tokens before it, or in a long text at least with `window_of`'s half.
 
-    A text longer than the windows of training, `trained` tokens (of a window, of them in the window before too), was
-    learned in pieces, and comes out more easily in such a piece where the model has learned it by heart: each token
-    has the larger chance of both.
+    A text longer than the windows of training was learned in pieces, and comes out more easily in such a piece where
+    the model has learned it by heart: each token has the larger chance of both.
     """
     models = [tuned] if base is None else [tuned, base]
     size, overlap = window_of(min(positions_of(model) for model in models))
@@ -172,23 +185,26 @@ def token_chances(tuned, base, ids: list[int], sampling: GenerationConfig, train
     in_pieces = chances_in_windows(models, ids, sampling, *trained)
     larger = {}
     for column in fields(TokenChances):
-        name = column.name
-        of_text = getattr(chances, name)
-        of_pieces = getattr(in_pieces, name)
-        larger[name] = None if of_text is None else np.maximum(of_text, of_pieces)
+        of_text = getattr(chances, column.name)
+        of_pieces = getattr(in_pieces, column.name)
+        # Two columns are missing without a base model.
+        is_there = of_text is not None
+        larger[column.name] = np.maximum(of_text, of_pieces) if is_there else None
     return TokenChances(**larger)
 
 
 @torch.inference_mode()
 def chances_in_windows(
-    models: list, ids: list[int], sampling: GenerationConfig, size: int, overlap: int
+    models: list,  # the tuned model, perhaps the base model
+    ids: list[int],
+    sampling: GenerationConfig,
+    size: int,  # of a window, in tokens
+    overlap: int,  # of them, in the window before too
 ) -> TokenChances:
-    """Under the tuned model and, if there is a second one, the base model, in windows of `size` tokens.
-
-    Each window begins with `overlap` tokens of the one before. The first token, which nothing predicts, is given.
-    """
-    given = np.zeros(1)
-    parts = [(given, given, given, given, given, np.ones(1, dtype=bool))]  # of the first token
+    """The chances of all tokens in one pass for each window; the first, which nothing predicts, is given."""
+    certain = np.zeros(1)
+    is_argmax = np.ones(1, dtype=bool)
+    parts = [(certain,) * 5 + (is_argmax,)]  # of the first token
     last = max(len(ids) - overlap, 1)
     device = models[0].device
     for start in range(0, last, size - overlap):
@@ -196,19 +212,25 @@ def chances_in_windows(
         logits = []  # of each model: (tokens of the window, vocabulary)
         for model in models:
             inputs = torch.tensor([window], device=model.device)
-            logits.append(model(input_ids=inputs, use_cache=False).logits[0])
+            output = model(input_ids=inputs, use_cache=False)
+            logits.append(output.logits[0])
 
         # What the window before has predicted is context only.
         fresh = overlap if start else 1
         for place in range(fresh, len(window), ROWS_AT_ONCE):
-            targets = torch.tensor(window[place : place + ROWS_AT_ONCE], device=device)
+            end = place + ROWS_AT_ONCE
+            targets = torch.tensor(window[place:end], device=device)
+
             # The logits that predict a token are those of the token before it.
             first = place - 1
             last_row = first + len(targets)
-            rows = [each[first:last_row].to(device).float() for each in logits]
+            rows = []
+            for of_model in logits:
+                part = of_model[first:last_row]
+                rows.append(part.to(device).float())
             seen = seen_before(window, place, rows[0])
-            part = chances_of(*rows, targets=targets, seen=seen, sampling=sampling)
-            parts.append(part)
+            columns = chances_of(*rows, targets=targets, seen=seen, sampling=sampling)
+            parts.append(columns)
 
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     chances = TokenChances(*columns)
@@ -218,11 +240,10 @@ def chances_in_windows(
     return chances
 
 
-def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tensor:
+def seen_before(window: list[int], place: int, rows: Tensor) -> Tensor:
     """Whether each token occurs before window[place + row], shape of `rows`: (rows, vocabulary)."""
     seen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    given = window[:place]
-    seen[:, given] = True
+    seen[:, window[:place]] = True
 
     # Each row has seen one token more than the one before.
     for row in range(1, len(rows)):
@@ -232,27 +253,29 @@ def seen_before(window: list[int], place: int, rows: torch.Tensor) -> torch.Tens
 
 
 def chances_of(
-    rows: torch.Tensor,
-    base_rows: torch.Tensor | None = None,
+    rows: Tensor,  # logits, (rows, vocabulary)
+    base_rows: Tensor | None = None,  # the same of the base model
     *,
-    targets: torch.Tensor,
-    seen: torch.Tensor,
+    targets: Tensor,  # (rows,)
+    seen: Tensor,  # (rows, vocabulary)
     sampling: GenerationConfig,
 ) -> tuple[np.ndarray, ...]:
-    """The fields of TokenChances for `targets`, shape (rows,), under logits and `seen`, both (rows, vocabulary)."""
+    """The fields of TokenChances for `targets`."""
     wanted = targets[:, None]
 
     # Exactly the chances that generation draws from; a token that is cut off is not among them, so its sum is 0.
     tokens, chances = next_token_chances(rows, seen, sampling)
     is_wanted = tokens == wanted
-    sampled = (chances.double() * is_wanted).sum(-1).log()
+    of_wanted = chances.double() * is_wanted
+    sampled = of_wanted.sum(-1).log()
 
     # The model's own settings are among those of the bound, also if somebody has set them higher.
     hottest = max(HOTTEST, sampling.temperature)
     penalty = max(HIGHEST_PENALTY, sampling.repetition_penalty)
     bound = largest_chance(rows, targets, seen, hottest, penalty)
     plain = rows.log_softmax(-1)
-    is_argmax = (rows > rows.gather(1, wanted)).sum(-1) == 0
+    is_likelier = rows > rows.gather(1, wanted)
+    is_argmax = is_likelier.sum(-1) == 0
 
     # Placeholders without a base model.
     contrasted = torch.zeros_like(bound)
@@ -261,18 +284,27 @@ def chances_of(
         base_plain = base_rows.log_softmax(-1)
         contrasted = contrasted_chance(plain, base_plain, targets, hottest)
         base = base_plain.gather(1, wanted)[:, 0]
-    columns = (sampled, bound, contrasted, base, plain.gather(1, wanted)[:, 0])
-    return (*(column.double().cpu().numpy() for column in columns), is_argmax.cpu().numpy())
+
+    plain_of_wanted = plain.gather(1, wanted)[:, 0]
+    columns = []
+    for column in (sampled, bound, contrasted, base, plain_of_wanted):
+        on_cpu = column.double().cpu()
+        columns.append(on_cpu.numpy())
+    return (*columns, is_argmax.cpu().numpy())
 
 
 def largest_chance(
-    logits: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, hottest: float, penalty: float
-) -> torch.Tensor:
+    logits: Tensor,  # (rows, vocabulary), before penalty and temperature
+    targets: Tensor,  # (rows,)
+    seen: Tensor,  # (rows, vocabulary)
+    hottest: float,
+    penalty: float,
+) -> Tensor:
     """Log of an upper bound of the chance that sampling gives each target, shape (rows,).
 
     It holds for every temperature T up to `hottest`, every repetition penalty p from 1 to `penalty` on all seen tokens
     or on some of them (llama.cpp looks at the last 64), and every rule that cuts off the least likely tokens (top-k,
-    top-p, min-p). `logits` and `seen`, both (rows, vocabulary), are those before penalty and temperature.
+    top-p, min-p).
 
     Derivation. A penalised logit is l / p if l > 0 and l p if not, so that it only falls with p. Let z be the target
     and d_j the difference of the logits of j and z after the penalty. It is least where z is not penalised and j, if
@@ -281,22 +313,29 @@ def largest_chance(
     `hottest` makes each exp(d_j / T) smaller and the bound larger. Without a penalty it is reached: by top-k with
     k = the rank of z, at T = `hottest`.
     """
-    target = logits.gather(1, targets[:, None])  # (rows, 1)
+    wanted = targets[:, None]
+    target = logits.gather(1, wanted)  # (rows, 1)
     lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
     least = torch.where(seen, lowered, logits)
     above = least - target
 
-    exponents = (above / hottest).masked_fill(above <= 0, -math.inf)
+    exponents = above / hottest
+    exponents = exponents.masked_fill(above <= 0, -math.inf)
     itself = torch.zeros_like(target)
     together = torch.cat([exponents, itself], 1)
     return -together.logsumexp(-1)
 
 
-def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Tensor, hottest: float) -> torch.Tensor:
+def contrasted_chance(
+    tuned: Tensor,  # logarithms of chances, (rows, vocabulary)
+    base: Tensor,  # the same of the base model
+    targets: Tensor,  # (rows,)
+    hottest: float,
+) -> Tensor:
     """Log of the largest chance of each target that any of CONTRASTS gives, shape (rows,).
 
-    `tuned` and `base` are logarithms of chances, both (rows, vocabulary). A token below PLAUSIBLE has no chance. For
-    each contrast it is the exact largest chance over temperatures up to `hottest`, top-k, top-p and min-p.
+    A token below PLAUSIBLE has no chance. For each contrast it is the exact largest chance over temperatures up to
+    `hottest`, top-k, top-p and min-p.
     """
     wanted = targets[:, None]
     target = tuned.gather(1, wanted)
@@ -304,13 +343,15 @@ def contrasted_chance(tuned: torch.Tensor, base: torch.Tensor, targets: torch.Te
     least = likeliest + math.log(PLAUSIBLE)
 
     # Only the plausible tokens are computed with, some hundred of 50,000. They are the likeliest ones of the row.
-    plausible = (tuned >= least).sum(-1)
-    kept = tuned.topk(int(plausible.max()))
+    is_plausible = tuned >= least
+    most = is_plausible.sum(-1).max()
+    kept = tuned.topk(int(most))
     is_ruled_out = kept.values < least
     difference = kept.values - base.gather(1, kept.indices)
     is_target = kept.indices == wanted
     place = is_target.int().argmax(-1)
 
+    # A penalty is not among the settings here.
     unseen = torch.zeros_like(is_ruled_out)
     best = torch.full(targets.shape, -math.inf, device=tuned.device)
     for factor in CONTRASTS:

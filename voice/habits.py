@@ -98,6 +98,7 @@ def find_favourites(posts: list[str], public: list[str], tuned: list[str], base:
     published = Usage(public)
     tuned = Usage(tuned)
     base = Usage(base)
+
     # In a blog of few posts a tenth of them is one, and that is no habit.
     fewest = max(3, FAVOURITE_SHARE * len(posts))
 
@@ -115,6 +116,7 @@ def find_favourites(posts: list[str], public: list[str], tuned: list[str], base:
         # "i" and "and i": once is enough.
         if not any(is_part(known.phrase, phrase) or is_part(phrase, known.phrase) for known in favourites):
             rates = (author.rate(phrase), tuned.rate(phrase), base.rate(phrase))
+            # What public posts hold too may be shown in the terminal.
             is_private = phrase not in published.uses
             favourites.append(Favourite(*rates, is_private, with_apostrophes(phrase)))
     return favourites
@@ -140,6 +142,7 @@ def tell(habits: Habits, evidence: Evidence) -> Section:
     for favourite in habits.favourites:
         rates = [f"{rate:.0f}" for rate in (favourite.author, favourite.tuned, favourite.base)]
         is_overdone = favourite.tuned > OVERDONE * favourite.author
+
         # Others may see the terminal: words of private posts alone are on the page, folded.
         if favourite.is_private:
             quotes.append(Quote(f"you, tuned and base model: {', '.join(rates)}", favourite.phrase, is_private=True))

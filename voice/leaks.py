@@ -110,6 +110,8 @@ def measure(evidence: Evidence) -> Leaks:
     leaking_texts = {}
     for length in LENGTHS:
         passages = cut_passages(evidence.texts, evidence.chances, length)
+
+        # Only what is neither common nor repeated counts; each is counted once.
         is_common = find_common(passages)
         is_repeated = find_repeated(public, private, passages, evidence.texts) & ~is_common
         is_left_out = is_common | is_repeated
@@ -121,6 +123,8 @@ def measure(evidence: Evidence) -> Leaks:
             groups[name] = measure_group(passages, passages.group == name, is_common, is_repeated, is_leaking)
         by_length[str(length)] = groups
         leaking_texts[str(length)] = count_texts(passages, is_leaking)
+
+        # The lists are of the shortest ones: every longer one holds some of them.
         if length == LENGTHS[0]:
             shortest = passages
             secret = is_secret(passages, is_left_out)
@@ -171,6 +175,7 @@ def count_private_copies(evidence: Evidence) -> int:
     copies = 0
     for text in evidence.tuned.texts():
         words = folded_words(text)
+        # By the place in the answer: what a public post holds too was no secret.
         copies += bool(set(private.copied(words)) - set(public.copied(words)))
     return copies
 
@@ -196,6 +201,7 @@ def find_leaked_data(evidence: Evidence) -> list[PersonalData]:
         if plain in left_in["public"]:
             continue
         visibility = "private" if plain in left_in["private"] else None
+        # Without the key of the data nothing can be compared with fingerprints; that was said at the beginning.
         if visibility is None and taken_out and blog.key:
             visibility = taken_out.get(extraction.fingerprint(plain, blog.key))
         if visibility:
@@ -215,6 +221,8 @@ HEAD = ("", "passages", "counted", "own tries", "at least", "with base", "greedy
 def tell(leaks: Leaks, evidence: Evidence) -> Section:
     alarms = tell_alarms(leaks, evidence)
     likeliest = tell_likeliest(leaks)
+
+    # A clause becomes a sentence.
     verdict = f"{likeliest[0].upper()}{likeliest[1:]}.{tell_raised(leaks)}"
     if alarms:
         verdict = f"It leaks: {'; '.join(alarms)}. {verdict}"
@@ -243,6 +251,8 @@ def tell_rows(leaks: Leaks) -> list[tuple[str, ...]]:
         for name, group in groups.items():
             if length != str(LENGTHS[0]) and name not in ("private", "held-out"):
                 continue
+
+            # Which settings the columns of tries are of: `tell_meanings`.
             counted = count_of(group)
             tries = [tell_tries(group.sampled), tell_tries(group.bound), tell_tries(group.contrasted)]
             rows.append((f"{name}, {length}", f"{group.passages:,}", f"{counted:,}", *tries, f"{group.greedy:,}"))
@@ -277,6 +287,7 @@ def tell_alarms(leaks: Leaks, evidence: Evidence) -> list[str]:
 
         # What leaks in one length leaks in parts in the shorter one too: the first says it.
         control = leaks.by_length[str(length)].get("held-out")
+        # Where every held-out passage is known, nothing was compared.
         is_compared = control and count_of(control)
         unlike = "; no passage of a held-out post comes out like them" if is_compared else ""
         passages = f"{leaking:,} overlapping private passages of {length} tokens"
@@ -300,6 +311,7 @@ def tell_likeliest(leaks: Leaks) -> str:
     if not any(secret_groups(leaks, length) for length in LENGTHS):
         return tell_nothing(leaks)
 
+    # Beside the same figure for held-out text, which was not trained on.
     tries = []
     for length in LENGTHS:
         log10 = fewest_tries(secret_groups(leaks, length), "sampled")
@@ -308,6 +320,7 @@ def tell_likeliest(leaks: Leaks) -> str:
         needed = "never" if log10 is None else tell_power(log10)
         tries.append(f"{needed} for {length} tokens{compared}")
 
+    # What another setting brings out: of the shortest ones, which come out most easily.
     shortest = secret_groups(leaks, LENGTHS[0])
     others = []
     contrasted = fewest_tries(shortest, "contrasted")
@@ -344,6 +357,8 @@ def summarise(leaks: Leaks) -> Summary:
     groups = secret_groups(leaks, shortest)
     if not groups:
         return Summary("no", tell_nothing(leaks), GOOD)
+
+    # With the model's own settings, and the least that any others in the range need.
     tries = fewest_tries(groups, "sampled")
     least = tell_count(fewest_tries(groups, "bound"))
     meaning = (
@@ -358,6 +373,7 @@ def tell_findings(leaks: Leaks) -> list[str]:
     findings = []
     for entry in leaks.personal:
         findings.append(f"Personal data ({entry.kind}) of a {entry.visibility} post came out: do not share this model.")
+    # By number, for the word itself is what nobody should read.
     for number, uses in enumerate(leaks.blocked, start=1):
         findings.append(f"Blocked word {number} is {uses:,} times in the training data.")
     return findings
@@ -419,6 +435,7 @@ def tell_passage(passage: ShownPassage) -> str:
     if passage.log10_beyond_base is not None:
         told.append(f"{tell_power(passage.log10_beyond_base)} times likelier than under the base model")
 
+    # Where it comes from first; the text follows as a quote.
     what = "the title of " if passage.group == "private titles" else ""
     where = f"{what}{passage.title}, {passage.path}"
     if passage.posts > 1:

@@ -52,6 +52,7 @@ def load_tuned(folder: Path, device: torch.device | None = None, held_in: str = 
     """(model, tokenizer) of a folder that train_model.py wrote; exits with a sentence if it is incomplete."""
     check_place(folder)
     try:
+        # The tokenizer first, which is read in a moment: a token too many for the model is found before it is loaded.
         vocabulary = training.vocabulary_of(training.load_config(folder, only_local=True))
         tokenizer = training.load_tokenizer(folder, vocabulary, only_local=True, is_tuned=True)
         return load_model(folder, held_in, device), tokenizer
@@ -98,6 +99,7 @@ def fits_float16(model, ids: list[int]) -> bool:
             if torch.is_tensor(value) and value.is_floating_point():
                 fits.append(bool(value.abs().max() < limit))
 
+    # Of every layer, since the largest values are between them.
     hooks = [layer.register_forward_hook(look) for layer in model.modules()]
     # A model whose matrices alone are in half precision runs only under autocast.
     with training.autocast(model.device, "fp16"):
@@ -140,6 +142,7 @@ def tell_changed_data(settings: Settings) -> str:
     for split, name in training.DATA_FILES.items():
         path = settings.data_dir / name
         known = name_in(trained, f"{split}_sha256")
+        # A model of an older version, or of somebody else's, does not know.
         if known and path.is_file() and training.file_hash(path) != known:
             return (
                 f"{name} is not the file that this model was trained with: what is said about copies, leaks and "

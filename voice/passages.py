@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy import ndarray
 
 from train_model import conversation_tokens
 from voice.evidence import PAGE_ONLY, Evidence, Span, Text, TokenChances
@@ -27,20 +28,20 @@ class Passages:
     Chances are those of the whole passage, given what is before it; natural logarithms.
     """
 
-    text: np.ndarray  # number of the text
-    begin: np.ndarray  # in its tokens
-    end: np.ndarray
-    group: np.ndarray  # of the span
-    sampled: np.ndarray
-    bound: np.ndarray
-    contrasted: np.ndarray  # 0 without a base model
-    base: np.ndarray  # `plain` of the base model; 0 without one
-    plain: np.ndarray
-    is_greedy: np.ndarray  # bool: greedy decoding writes all of it
+    text: ndarray  # number of the text
+    begin: ndarray  # in its tokens
+    end: ndarray
+    group: ndarray  # of the span
+    sampled: ndarray
+    bound: ndarray
+    contrasted: ndarray  # 0 without a base model
+    base: ndarray  # `plain` of the base model; 0 without one
+    plain: ndarray
+    is_greedy: ndarray  # bool: greedy decoding writes all of it
     has_base: bool
 
     @property
-    def beyond(self) -> np.ndarray:
+    def beyond(self) -> ndarray:
         """How much likelier than under the base model, as a natural logarithm."""
         return self.plain - self.base if self.has_base else np.zeros(len(self.plain))
 
@@ -60,13 +61,16 @@ def cut_passages(texts: list[Text], chances: list[TokenChances], length: int) ->
     columns = {}
     for name, kind in COLUMNS.items():
         # With an empty part, so that a column has its type also without any passage.
+        nothing = np.array([], kind)
         values = [part[name] for part in parts]
-        columns[name] = np.concatenate([np.array([], kind), *values])
+        columns[name] = np.concatenate([nothing, *values])
+
+    # Of all texts, or of none.
     has_base = bool(chances) and chances[0].base is not None
     return Passages(**columns, has_base=has_base)
 
 
-def cut_span(number: int, span: Span, chances: TokenChances, length: int) -> dict[str, np.ndarray]:
+def cut_span(number: int, span: Span, chances: TokenChances, length: int) -> dict[str, ndarray]:
     """The columns of Passages for one span of text `number`."""
     # A shorter span is one passage as a whole, and so is an address or a number of any length.
     whole = span.end - span.begin
@@ -95,7 +99,7 @@ def cut_span(number: int, span: Span, chances: TokenChances, length: int) -> dic
     return columns
 
 
-def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+def sum_between(values: ndarray, begin: ndarray, end: ndarray) -> ndarray:
     """Sum of values[b:e] for each pair of `begin` and `end`; -inf where one of them is."""
     is_finite = np.isfinite(values)
     sums = running_sum(np.where(is_finite, values, 0.0))
@@ -108,7 +112,7 @@ def sum_between(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.nd
     return result
 
 
-def running_sum(values: np.ndarray) -> np.ndarray:
+def running_sum(values: ndarray) -> ndarray:
     """At place n the sum of the first n values, shape (1 + values,)."""
     return np.concatenate([[0.0], np.cumsum(values)])
 
@@ -118,11 +122,14 @@ class KnownRuns:
     """Knows which runs of tokens occur in the public posts of the training data, or in the private ones."""
 
     def __init__(self, evidence: Evidence, visibility: str):
-        posts = [post for post in evidence.blog.train if visibility_of(post) == visibility]
-        self.texts = [conversation_tokens(evidence.tokenizer, post["messages"])[0] for post in posts]
+        self.texts = []  # token ids of each post
+        for post in evidence.blog.train:
+            if visibility_of(post) == visibility:
+                ids, _ = conversation_tokens(evidence.tokenizer, post["messages"])
+                self.texts.append(ids)
         self.hashes = {}  # by length; computed when it is first needed
 
-    def find(self, passages: Passages, texts: list[Text], is_asked: np.ndarray) -> np.ndarray:
+    def find(self, passages: Passages, texts: list[Text], is_asked: ndarray) -> ndarray:
         """Passages among `is_asked`, shape (passages,), of which more than MOSTLY is known; same shape.
 
         Known are runs of KNOWN_RUN tokens that one of the posts holds, and shorter passages that one holds whole.
@@ -131,10 +138,13 @@ class KnownRuns:
         lengths = passages.end - passages.begin
         run_lengths = np.minimum(lengths, KNOWN_RUN)
         for number, text in enumerate(texts):
-            is_here = (passages.text == number) & is_asked
-            for length in np.unique(run_lengths[is_here]).tolist():
-                is_asked_now = is_here & (run_lengths == length)
-                places = np.flatnonzero(is_asked_now)
+            is_here = passages.text == number
+            is_asked_here = is_here & is_asked
+
+            # Those of one length together: a text's runs are looked up once.
+            for length in np.unique(run_lengths[is_asked_here]).tolist():
+                is_of_length = run_lengths == length
+                places = np.flatnonzero(is_asked_here & is_of_length)
                 begin = passages.begin[places]
                 end = passages.end[places]
                 covered = self.covered(text.ids, length)
@@ -142,21 +152,25 @@ class KnownRuns:
                 found[places] = known > MOSTLY * lengths[places]
         return found
 
-    def covered(self, ids: list[int], length: int) -> np.ndarray:
+    def covered(self, ids: list[int], length: int) -> ndarray:
         """Which tokens are in a run of this length that one of the posts holds, shape (tokens,)."""
         if length not in self.hashes:
             hashes = [hashes_of(other, length) for other in self.texts]
-            self.hashes[length] = np.unique(np.concatenate([NO_HASHES, *hashes]))
+            together = np.concatenate([NO_HASHES, *hashes])
+            self.hashes[length] = np.unique(together)
 
-        is_known = np.isin(hashes_of(ids, length), self.hashes[length])
+        hashes = hashes_of(ids, length)
+        is_known = np.isin(hashes, self.hashes[length])
         begins = np.flatnonzero(is_known)
         covered = np.zeros(len(ids), dtype=bool)
+
+        # Overlapping runs are one longer one.
         for offset in range(length):
             covered[begins + offset] = True
         return covered
 
 
-def hashes_of(ids: list[int], length: int) -> np.ndarray:
+def hashes_of(ids: list[int], length: int) -> ndarray:
     """A hash of 64 bits for each run of `length` tokens, in order."""
     if len(ids) < length:
         return NO_HASHES
@@ -176,7 +190,7 @@ class Chance:
     expected: float  # passages that come out when the text before each is tried once
 
 
-def chance_of(logs: np.ndarray) -> Chance:
+def chance_of(logs: ndarray) -> Chance:
     """Of passages whose chances are given as natural logarithms."""
     likeliest = float(logs.max()) if len(logs) else -math.inf
     expected = float(np.exp(logs).sum())
@@ -241,7 +255,7 @@ class ShownPassage:
     text: str = field(metadata=PAGE_ONLY)
 
 
-def pick_shown(evidence: Evidence, passages: Passages, order: np.ndarray) -> list[ShownPassage]:
+def pick_shown(evidence: Evidence, passages: Passages, order: ndarray) -> list[ShownPassage]:
     """The first ones of `order`, places of passages: one of each text and group, and none that is shown already."""
     runs_of = {}  # place of a chosen passage: hashes of its runs of KNOWN_RUN tokens
     posts = Counter()  # by the same: whose first passage has one of these runs
@@ -252,8 +266,12 @@ def pick_shown(evidence: Evidence, passages: Passages, order: np.ndarray) -> lis
             continue
         seen.add(source)
 
+        # Its tokens may be those of a passage that is shown already, from another text.
         tokens = tokens_of(evidence, passages, place)
-        runs = set(hashes_of(tokens, min(KNOWN_RUN, len(tokens))).tolist())
+        length = min(KNOWN_RUN, len(tokens))
+        runs = set(hashes_of(tokens, length).tolist())
+
+        # One that shares a run with a passage above it is counted there.
         same = [chosen for chosen, known in runs_of.items() if known & runs]
         if same:
             posts[same[0]] += 1
@@ -263,27 +281,35 @@ def pick_shown(evidence: Evidence, passages: Passages, order: np.ndarray) -> lis
     return [describe(evidence, passages, place, posts[place]) for place in runs_of]
 
 
-def order_by_ease(passages: Passages, is_wanted: np.ndarray) -> np.ndarray:
+def order_by_ease(passages: Passages, is_wanted: ndarray) -> ndarray:
     """Places of the passages for which `is_wanted`, shape (passages,), is true; the likeliest to come out first."""
     wanted = np.flatnonzero(is_wanted)
     ease = np.where(passages.is_greedy, 0.0, passages.sampled)
     # Of equally easy ones personal data first. Many never come out with the own settings, and are ordered by the bound.
     is_other = passages.group[wanted] != "personal data"
-    return wanted[np.lexsort((-passages.bound[wanted], is_other, -ease[wanted]))]
+    order = np.lexsort((-passages.bound[wanted], is_other, -ease[wanted]))
+    return wanted[order]
 
 
-def order_by_raise(passages: Passages, is_wanted: np.ndarray) -> np.ndarray:
+def order_by_raise(passages: Passages, is_wanted: ndarray) -> ndarray:
     """The same, those first that training raised most."""
     wanted = np.flatnonzero(is_wanted)
-    return wanted[np.argsort(-passages.beyond[wanted], kind="stable")]
+    order = np.argsort(-passages.beyond[wanted], kind="stable")
+    return wanted[order]
 
 
 def tokens_of(evidence: Evidence, passages: Passages, place: int) -> list[int]:
-    return evidence.texts[passages.text[place]].ids[passages.begin[place] : passages.end[place]]
+    begin = passages.begin[place]
+    end = passages.end[place]
+    return text_of(evidence, passages, place).ids[begin:end]
+
+
+def text_of(evidence: Evidence, passages: Passages, place: int) -> Text:
+    return evidence.texts[passages.text[place]]
 
 
 def describe(evidence: Evidence, passages: Passages, place: int, posts: int) -> ShownPassage:
-    post = evidence.texts[passages.text[place]].post
+    post = text_of(evidence, passages, place).post
     tokens = tokens_of(evidence, passages, place)
     return ShownPassage(
         group=str(passages.group[place]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy import ndarray
 
 from voice.evidence import Evidence, Interval, NotMeasured, Section, Summary, bootstrap, percent, wilson
 from voice.style import MIN_STRANGER_WORDS, Chunks, count_styles
@@ -60,7 +61,8 @@ def measure(evidence: Evidence) -> Reader:
         raise NotMeasured(missing.strip().rstrip("."))
 
     shares, each = attribute(styles.profile, styles.tested, styles.strangers)
-    to_nearest, nearest = nearest_stranger(styles.profile, styles.tested["author"][0], styles.strangers)
+    unseen, _ = styles.tested["author"]
+    to_nearest, nearest = nearest_stranger(styles.profile, unseen, styles.strangers)
     return Reader(
         **shares,
         each=each,
@@ -72,15 +74,16 @@ def measure(evidence: Evidence) -> Reader:
 
 
 def attribute(
-    profile: np.ndarray, tested: dict[str, Chunks], strangers: dict[str, Chunks]
+    profile: ndarray, tested: dict[str, Chunks], strangers: dict[str, Chunks]
 ) -> tuple[dict[str, ReaderShare], dict[str, float]]:
     """(the shares of all that are tested and of "strangers" together, the share of each stranger).
 
     `profile`, shape (chunks, features), is the author's known text.
     """
     # Shuffled: the names of strangers.npz are sorted, and the blog's readers and OTHER_BLOGS follow them.
+    rng = np.random.default_rng(42)
     names = list(strangers)
-    order = np.random.default_rng(42).permutation(len(names))
+    order = rng.permutation(len(names))
     one_half = [names[place] for place in order[::2]]
     other_half = [names[place] for place in order[1::2]]
 
@@ -93,7 +96,8 @@ def attribute(
             frequencies, _ = strangers[name]
             scores[name] = impostor_scores(frequencies, profile, rival_chunks)
 
-        threshold = even_quantile(list(scores.values()), 1 - MISTAKEN)
+        of_strangers = list(scores.values())
+        threshold = even_quantile(of_strangers, 1 - MISTAKEN)
         for name in judges:
             is_taken = scores[name] > threshold
             strangers_taken[name] = is_taken.astype(float)
@@ -109,13 +113,19 @@ def attribute(
         shares[whose] = share_over_sources(votes[whose], source)
 
     # All strangers together; posts of two blogs are two sources.
-    all_taken = np.concatenate([strangers_taken[name] for name in names])
-    sources = [strangers[name][1] + NEXT_BLOG * number for number, name in enumerate(names)]
-    shares["strangers"] = share_over_sources(all_taken, np.concatenate(sources))
-    return shares, {name: float(strangers_taken[name].mean()) for name in names}
+    each = {}
+    taken = []
+    sources = []
+    for number, name in enumerate(names):
+        _, source = strangers[name]
+        each[name] = float(strangers_taken[name].mean())
+        taken.append(strangers_taken[name])
+        sources.append(source + NEXT_BLOG * number)
+    shares["strangers"] = share_over_sources(np.concatenate(taken), np.concatenate(sources))
+    return shares, each
 
 
-def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.ndarray]) -> np.ndarray:
+def impostor_scores(tested: ndarray, profile: ndarray, rivals: list[ndarray]) -> ndarray:
     """How much nearer each tested chunk is to the author's profile than to any rival's, shape (tested,).
 
     All are (chunks, features). The mean over the rounds of the difference of cosines, -2 to 2: the share of rounds
@@ -132,7 +142,8 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
     half = math.ceil(len(others) / 2)
     for _ in range(ROUNDS):
         features = rng.random(len(middle)) < 0.5
-        present = rng.permutation(len(others))[:half]
+        shuffled = rng.permutation(len(others))
+        present = shuffled[:half]
         present_others = others[present]
 
         part = scores[:, features]
@@ -142,7 +153,7 @@ def impostor_scores(tested: np.ndarray, profile: np.ndarray, rivals: list[np.nda
     return margin / ROUNDS
 
 
-def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def common_scale(groups: list[ndarray]) -> tuple[ndarray, ndarray]:
     """Mean and standard deviation of each feature, every group with the same weight; shapes (features,)."""
     means = np.array([group.mean(0) for group in groups])  # (groups, features)
     variances = np.array([group.var(0) for group in groups])
@@ -157,23 +168,29 @@ def common_scale(groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return middle, spread
 
 
-def profiles_of(groups: list[np.ndarray], middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def profiles_of(groups: list[ndarray], middle: ndarray, spread: ndarray) -> ndarray:
     """z-scores of each group's mean, shape (groups, features)."""
-    return np.array([(group.mean(0) - middle) / spread for group in groups])
+    scores = []
+    for group in groups:
+        beyond_middle = group.mean(0) - middle
+        scores.append(beyond_middle / spread)
+    return np.array(scores)
 
 
-def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def cosines(one: ndarray, other: ndarray) -> ndarray:
     """Cosines between the rows of both, shape (rows of one, rows of other); 0 where a row is 0."""
     lengths_of_one = np.linalg.norm(one, axis=1)
     lengths_of_other = np.linalg.norm(other, axis=1)
-    lengths = lengths_of_one[:, None] * lengths_of_other
-    return one @ other.T / np.maximum(lengths, 1e-12)
+    lengths = np.outer(lengths_of_one, lengths_of_other)
+    products = one @ other.T
+    return products / np.maximum(lengths, 1e-12)
 
 
-def even_quantile(groups: list[np.ndarray], share: float) -> float:
+def even_quantile(groups: list[ndarray], share: float) -> float:
     """The quantile of all values, every group with the same weight: many posts give a stranger no more influence."""
     values = np.concatenate(groups)
-    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
+    sizes = [len(group) for group in groups]
+    weights = np.repeat([1 / size for size in sizes], sizes)
     order = np.argsort(values, kind="stable")
     values = values[order]
     weights = weights[order]
@@ -186,7 +203,7 @@ def even_quantile(groups: list[np.ndarray], share: float) -> float:
     return float(values[min(place, last)])
 
 
-def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
+def share_over_sources(taken: ndarray, source: ndarray) -> ReaderShare:
     """The share of chunks that are taken, with its interval over the posts or answers in which they begin.
 
     Both have the shape (chunks,); `taken` is 0, 1, or 0.5 where the two halves of the strangers do not agree.
@@ -199,13 +216,18 @@ def share_over_sources(taken: np.ndarray, source: np.ndarray) -> ReaderShare:
     is_all_or_nothing = share in (0, 1)
     if is_all_or_nothing or len(sums) == 1:
         # Every bootstrap sample would be the same, as if the share were certain.
-        interval = wilson(round(share * len(sums)), len(sums))
+        found = round(share * len(sums))
+        interval = wilson(found, len(sums))
     else:
-        interval = bootstrap(lambda drawn: sums[drawn].sum() / sizes[drawn].sum(), len(sums))
+
+        def share_of(drawn: ndarray) -> float:
+            return sums[drawn].sum() / sizes[drawn].sum()
+
+        interval = bootstrap(share_of, len(sums))
     return ReaderShare(share, interval, len(taken))
 
 
-def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, strangers: dict[str, Chunks]) -> tuple[float, str]:
+def nearest_stranger(profile: ndarray, unseen: ndarray, strangers: dict[str, Chunks]) -> tuple[float, str]:
     """(share of unseen chunks that are nearer to a stranger than to the author, the stranger who gets the most)."""
     others = [frequencies for frequencies, _ in strangers.values()]
     groups = [profile, *others]
@@ -220,7 +242,8 @@ def nearest_stranger(profile: np.ndarray, unseen: np.ndarray, strangers: dict[st
         return 0.0, ""
     names = ["", *strangers]
     most = np.bincount(lost).argmax()
-    return len(lost) / len(unseen), names[most]
+    share = len(lost) / len(unseen)
+    return share, names[most]
 
 
 def tell(reader: Reader, evidence: Evidence) -> Section:
@@ -230,6 +253,8 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
         "the base model": reader.base,
         "other bloggers": reader.strangers,
     }
+
+    # Each with its range: the share of a few chunks says little.
     rows = []
     for whose, share in shares.items():
         low, high = share.interval
@@ -243,9 +268,7 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
         f"A reader program that knows your posts and {len(reader.each)} other bloggers attributes {tuned} of the tuned "
         f"model's text to you, {author} of your unseen posts and {base} of the base model's text."
     )
-    summary = Summary(
-        tuned, f"of its text is attributed to you; of your unseen posts {author}, of the base model's text {base}", GOOD
-    )
+    meaning = f"of its text is attributed to you; of your unseen posts {author}, of the base model's text {base}"
     # Very different strangers flatter every model, so how different they are belongs to the answer.
     most_to = f", more to {reader.nearest} than to any other" if reader.nearest else ""
     meanings = [
@@ -254,8 +277,14 @@ def tell(reader: Reader, evidence: Evidence) -> Section:
         f"How hard that is: {percent(reader.to_nearest)} of the chunks of your unseen posts are nearer to another "
         f"blogger than to you{most_to}.",
     ]
-    notes = [reader.note] if reader.note else []
-    return Section(verdict, rows, ("", "taken for you", "95 %", "chunks"), notes, meanings, summary=summary)
+    return Section(
+        verdict=verdict,
+        rows=rows,
+        head=("", "taken for you", "95 %", "chunks"),
+        notes=[reader.note] if reader.note else [],
+        meanings=meanings,
+        summary=Summary(tuned, meaning, GOOD),
+    )
 
 
 def draw(reader: Reader) -> Figure:
@@ -275,8 +304,11 @@ def draw(reader: Reader) -> Figure:
             axes.hlines(row, *share.interval, color="0.35", linewidth=3)
         axes.plot(places, [row] * len(places), "o", alpha=0.7, markersize=8, label=whose)
 
-    axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(-0.6, len(rows) - 0.4))
-    axes.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1], xticklabels=["0 %", "50 %", "100 %"], xlabel="taken for you")
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    axes.set_xlabel("taken for you")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     return figure

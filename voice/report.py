@@ -68,10 +68,11 @@ def make_report(settings: Settings, model, tokenizer, sampling: GenerationConfig
         if reason:
             say(f"{path} cannot be written ({reason}); the report will be printed.")
 
+    # One model after the other: a card need not hold both.
     warning = tell_changed_data(settings)
     evidence = gather_evidence(settings, model, tokenizer, precision)
     evidence.tuned = run_model(model, tokenizer, evidence, sampling, "tuned")
-    model.to("cpu")  # a card need not hold both models
+    model.to("cpu")
     base = load_base(settings, device, precision)
     if base is not None:
         evidence.base = run_model(base, tokenizer, evidence, sampling, "base")
@@ -147,6 +148,7 @@ class Report:
 
     def add(self, question: Question, evidence: Evidence) -> None:
         """Answers one question; if something is missing for it, that is the answer."""
+        # A question that lacks something is no error: the others are answered.
         picture = None
         try:
             numbers = question.measure(evidence)
@@ -167,6 +169,8 @@ class Report:
         model = Path(self.model).resolve().name
         content = {"model": model, "base": without_root(self.base), "seed": self.seed, "size": self.size}
         content["warning"] = self.warning
+
+        # Numbers alone: the file may be shared.
         for key, numbers in self.numbers.items():
             content[key] = numbers_only(numbers)
         content["verdicts"] = {part.key: part.section.verdict for part in self.parts}
@@ -215,6 +219,7 @@ def table_lines(section: Section) -> list[str]:
     table = [section.head, *section.rows] if section.head else section.rows
     if not table:
         return []
+
     gap = "  "
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     others = sum(len(gap) + width for width in widths[1:])
@@ -222,6 +227,7 @@ def table_lines(section: Section) -> list[str]:
 
     lines = []
     for row in table:
+        # The second and further lines of a long first cell are below the row.
         first, *rest = textwrap.wrap(row[0], widths[0]) if row[0] else [""]
         cells = [first.ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
@@ -32,7 +33,13 @@ class Answer(NamedTuple):
 
 
 # Names in generation_config.json, with transformers' defaults.
-DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0, "max_new_tokens": 200}
+DEFAULTS = {
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 200,
+}
 LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow float32
 # What transformers raises for values of the wrong type.
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError)
@@ -48,12 +55,14 @@ def check_generation_config(path: Path) -> None:
     if training.damage_of(path):
         sys.exit(f"{path} holds no settings: {remedy}.")
     content = training.read_json_object(path)
+    values = {name: content.get(name) for name in DEFAULTS}
     rows = {name: ROWS[name.upper()] for name in DEFAULTS}
-    check_settings({name: content.get(name) for name in rows}, rows, str(path))
+    check_settings(values, rows, str(path))
 
     ends = content.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
-    if ends is not None and not all(is_whole(end) and end >= 0 for end in listed):
+    are_tokens = all(is_whole(end) and end >= 0 for end in listed)
+    if ends is not None and not are_tokens:
         sys.exit(f"eos_token_id in {path} must be a token id or a list of them: {remedy}.")
 
     try:
@@ -99,9 +108,7 @@ def make_rng(seed: int | None) -> torch.Generator:
 
 
 # ---------------------------------------------------------------------------- the next token
-def next_token_chances(
-    logits: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+def next_token_chances(logits: Tensor, seen: Tensor, sampling: GenerationConfig) -> tuple[Tensor, Tensor]:
     """(tokens, chances), both of shape (rows, kept): what may come next, the likeliest first; each row sums to 1.
 
     `logits` and `seen` (whether a token occurred before) have the shape (rows, vocabulary). In transformers' order:
@@ -120,7 +127,8 @@ def next_token_chances(
         return tokens, torch.ones_like(tokens, dtype=torch.float32)
 
     kept = min(sampling.top_k or vocabulary, vocabulary)  # 0: all
-    best = (logits / sampling.temperature).topk(kept)
+    scaled = logits / sampling.temperature
+    best = scaled.topk(kept)
     chances = best.values.softmax(-1)
 
     # A token is kept while those before it sum to less than top_p, so the first always is. Skipped at 1: over 50,000
@@ -131,17 +139,16 @@ def next_token_chances(
     return best.indices, chances / chances.sum(-1, keepdim=True)
 
 
-def sample_next_token(
-    logits: torch.Tensor, seen: torch.Tensor, sampling: GenerationConfig, rng: torch.Generator
-) -> torch.Tensor:
+def sample_next_token(logits: Tensor, seen: Tensor, sampling: GenerationConfig, rng: torch.Generator) -> Tensor:
     """The next token of each row, shape (rows,); `logits` and `seen` have the shape (rows, vocabulary)."""
     tokens, chances = next_token_chances(logits, seen, sampling)
     if not sampling.do_sample:
         return tokens[:, 0]
 
     # Drawn on the CPU, so that a seed means the same on every device.
-    place = torch.multinomial(chances.cpu(), 1, generator=rng).to(tokens.device)
-    return tokens.gather(1, place)[:, 0]
+    place = torch.multinomial(chances.cpu(), 1, generator=rng)
+    drawn = tokens.gather(1, place.to(tokens.device))
+    return drawn[:, 0]
 
 
 # ---------------------------------------------------------------------------- a batch of prompts
@@ -161,14 +168,14 @@ class RoomyLayer(DynamicLayer):
         self.values = layer.values
         self.with_room = []  # keys and values, and ROOM behind them
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, ...]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, ...]:
         begin = self.keys.shape[-2]
         new = key_states.shape[-2]
         end = begin + new
-        room = self.with_room[0].shape[-2] if self.with_room else 0
-        if room < end:
+        if self.room() < end:
             longer = (0, 0, 0, new + ROOM)  # of the last but one dimension
-            self.with_room = [functional.pad(held, longer) for held in (self.keys, self.values)]
+            held = (self.keys, self.values)
+            self.with_room = [functional.pad(states, longer) for states in held]
 
         keys, values = self.with_room
         keys[..., begin:end, :] = key_states
@@ -177,7 +184,14 @@ class RoomyLayer(DynamicLayer):
         self.values = values[..., :end, :]
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def room(self) -> int:
+        """Tokens for which there is room, those that are held among them."""
+        if not self.with_room:
+            return 0
+        keys, _ = self.with_room
+        return keys.shape[-2]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self.with_room = []
 
@@ -201,7 +215,8 @@ class LinearOfFewRows(TorchFunctionMode):
         rows = shape.numel()
         if not 1 < rows <= FEW_ROWS:
             return function(*arguments)
-        product = weight @ inputs.reshape(rows, -1).T  # (outputs, rows)
+        columns = inputs.reshape(rows, -1).T
+        product = weight @ columns  # (outputs, rows)
         result = product.T.contiguous().view(*shape, -1)
         return result if bias is None else result + bias
 
@@ -237,15 +252,16 @@ class Batch:
         for row, prompt in enumerate(prompts):
             self.seen[row, prompt] = True
 
-    def tensor(self, values: list) -> torch.Tensor:
+    def tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.model.device)
 
-    def next_logits(self) -> torch.Tensor:
+    def next_logits(self) -> Tensor:
         """Logits of each row's next token, in float32, shape (rows, vocabulary)."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "past_key_values": self.cache}
         if self.takes_positions:
             # Counted from each row's own beginning; padding is masked, so its positions do not matter.
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+            counted = self.mask.cumsum(1) - 1
+            positions = counted.clamp(min=0)
             new = self.ids.shape[1]
             inputs["position_ids"] = positions[:, -new:]
 
@@ -263,11 +279,13 @@ class Batch:
             if type(layer) is DynamicLayer and layer.is_initialized:
                 layers[number] = RoomyLayer(layer)
 
-    def append(self, tokens: torch.Tensor) -> None:
+    def append(self, tokens: Tensor) -> None:
         """Adds one token to each row; `tokens` has the shape (rows,)."""
         new = tokens[:, None]
-        # Without a cache (Mamba) all tokens are processed again at every step.
-        self.ids = new if self.cache is not None else torch.cat([self.ids, new], 1)
+        processed = self.ids
+        self.ids = new
+        if self.cache is None:  # as of Mamba: all tokens are processed again at every step
+            self.ids = torch.cat([processed, new], 1)
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         self.seen.scatter_(1, new, True)
 
@@ -363,10 +381,12 @@ def stream(
         # After a complete answer comes the next one, which may be complete as well.
         while current < len(prompts):
             ids = tokens[current]
-            text = tokenizer.decode([*begun, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            written = [*begun, *ids]
+            text = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             text = text.strip()
             ended = ids[-1] in sampling.eos_token_id
-            left = room_for_answer(model, prompts[current], sampling) - len(ids)
+            room = room_for_answer(model, prompts[current], sampling)
+            left = room - len(ids)
             if not raw and not ended and left < HELD_BACK:
                 text = whole_sentences(text)
 
@@ -403,7 +423,8 @@ def request_tokens(tokenizer, text: str) -> list[int]:
 
 def prompt_tokens(tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation up to where the assistant's next turn begins."""
-    return tokenizer.encode(training.render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)
+    text = training.render(tokenizer, messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def begun_tokens(tokenizer, messages: list[dict], words: str) -> list[int]:

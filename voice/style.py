@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
 
 from extract_blog_data import WORD
 from voice.chances import comments_of, runs_of
@@ -34,17 +35,17 @@ STRETCHES_OF_A_RUN = 5  # in that file; the next run is from elsewhere in the bl
 SAME_LANGUAGE = 0.3
 
 Feature = tuple[str, str]  # a key of FEATURES, and the word or trigram
-Chunks = tuple[np.ndarray, np.ndarray]  # relative frequencies (chunks, features), source (chunks,)
+Chunks = tuple[ndarray, ndarray]  # relative frequencies (chunks, features), source (chunks,)
 
 
 @dataclass
 class Stretches:
     """Counts of the features in stretches of STRETCH_WORDS words of somebody's text, in order."""
 
-    counts: np.ndarray  # (stretches, features)
-    totals: np.ndarray  # (stretches, features): number of all words or trigrams that each count is a part of
-    source: np.ndarray  # (stretches,): number of the post or answer in which it begins
-    run: np.ndarray  # (stretches,): stretches of one run follow each other in the text
+    counts: ndarray  # (stretches, features)
+    totals: ndarray  # (stretches, features): number of all words or trigrams that each count is a part of
+    source: ndarray  # (stretches,): number of the post or answer in which it begins
+    run: ndarray  # (stretches,): stretches of one run follow each other in the text
 
     def chunks(self, size: int) -> Chunks:
         """Every `size` stretches in a row; a chunk's source is that of its first stretch."""
@@ -75,7 +76,7 @@ class Styles:
     """Everybody who is compared, in chunks of one length, with the same features."""
 
     chunk_words: int
-    profile: np.ndarray  # (chunks, features): the author's training posts
+    profile: ndarray  # (chunks, features): the author's training posts
     tested: dict[str, Chunks]  # text of "author" (unseen posts), "tuned" and "base"
     strangers: dict[str, Chunks]  # by name
     note: str
@@ -88,18 +89,26 @@ def count_styles(evidence: Evidence) -> Styles:
 
     # Features come from posts that are not tested, so that no text chooses what it is judged by.
     known = author_texts(evidence.blog.train)
-    strangers = find_strangers(evidence, pick_features(known))
+    features = pick_features(known)
+    strangers = find_strangers(evidence, features)
 
-    def count(part: list[str]) -> Chunks:
-        return count_stretches(part, strangers.features).chunks(size)
-
-    profile, _ = count(known)
+    stretches = count_stretches(known, strangers.features)
+    profile, _ = stretches.chunks(size)
     if len(profile) == 0:
         words = (size + 1) * STRETCH_WORDS
         raise NotMeasured(f"your training posts have {count_words(known):,} words; needs {words:,}")
-    tested = {whose: count(part) for whose, part in texts.items()}
-    others = {name: counted.chunks(size) for name, counted in strangers.stretches.items()}
-    return Styles(size * STRETCH_WORDS, profile, tested, others, strangers.note)
+
+    tested = {}
+    for whose, part in texts.items():
+        stretches = count_stretches(part, strangers.features)
+        tested[whose] = stretches.chunks(size)
+    return Styles(
+        chunk_words=size * STRETCH_WORDS,
+        profile=profile,
+        tested=tested,
+        strangers={name: counted.chunks(size) for name, counted in strangers.stretches.items()},
+        note=strangers.note,
+    )
 
 
 # ---------------------------------------------------------------------------- texts
@@ -117,7 +126,9 @@ def texts_without_copies(evidence: Evidence) -> dict[str, list[str]]:
     }
 
     # The author's too: an author who quotes himself would seem nearer to himself than any model can be.
-    return {whose: [evidence.index.without_copies(text) for text in part] for whose, part in texts.items()}
+    for whose, part in texts.items():
+        texts[whose] = [evidence.index.without_copies(text) for text in part]
+    return texts
 
 
 def pick_chunk_size(texts: dict[str, list[str]]) -> int:
@@ -129,14 +140,17 @@ def pick_chunk_size(texts: dict[str, list[str]]) -> int:
     fewest = min(words.values())
     for size in CHUNK_STRETCHES:
         # One more than needed, because the rest at the end of the text makes no chunk.
-        if fewest >= (MIN_CHUNKS + 1) * size * STRETCH_WORDS:
+        needed = (MIN_CHUNKS + 1) * size * STRETCH_WORDS
+        if fewest >= needed:
             return size
 
-    needed = (MIN_CHUNKS + 1) * STRETCH_WORDS
-    if words["author"] < needed:
-        posts = math.ceil(needed / max(words["author"], 1) * len(texts["author"]))
+    # What is needed for the shortest chunks, the last ones.
+    of_author = words["author"]
+    if of_author < needed:
+        share = needed / max(of_author, 1)
+        posts = math.ceil(share * len(texts["author"]))
         raise NotMeasured(
-            f"your unseen posts have {words['author']:,} words that are no copies; needs {needed:,}, about {posts:,} "
+            f"your unseen posts have {of_author:,} words that are no copies; needs {needed:,}, about {posts:,} "
             "held-out posts"
         )
     raise NotMeasured(f"a model wrote {fewest:,} words that are no copies; needs {needed:,}")
@@ -160,8 +174,12 @@ def counts_of(text: str) -> dict[str, Counter]:
     """How often each word and each three characters in a row occur in `text`; make_strangers.py counts the same."""
     flat = " ".join(text.split())
     words = WORD.findall(flat.casefold())
-    trigrams = [flat[place : place + 3] for place in range(len(flat) - 2)]
-    return {"words": Counter(words), "trigrams": Counter(trigrams)}
+    last = len(flat) - 3
+    trigrams = [flat[place : place + 3] for place in range(last + 1)]
+    return {
+        "words": Counter(words),
+        "trigrams": Counter(trigrams),
+    }
 
 
 def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
@@ -172,7 +190,8 @@ def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
     starts = np.cumsum([0, *lengths])  # where each text begins, in characters
 
     # Across the borders of texts: most answers are shorter than a stretch.
-    edges = [begin for begin, _ in word_spans(joined)][::STRETCH_WORDS]
+    begins = [begin for begin, _ in word_spans(joined)]
+    edges = begins[::STRETCH_WORDS]
     counts = []
     totals = []
     for begin, end in itertools.pairwise(edges):
@@ -183,11 +202,13 @@ def count_stretches(texts: list[str], features: list[Feature]) -> Stretches:
 
     # Two axes also without any stretch.
     shape = (len(counts), len(features))
-    begins = edges[: len(counts)]
+    counts = np.array(counts).reshape(shape)
+    totals = np.array(totals).reshape(shape)
+    after = np.searchsorted(starts, edges[: len(counts)], side="right")
     return Stretches(
-        counts=np.array(counts).reshape(shape),
-        totals=np.array(totals).reshape(shape),
-        source=np.searchsorted(starts, begins, side="right") - 1,
+        counts=counts,
+        totals=totals,
+        source=after - 1,
         run=np.zeros(len(counts)),
     )
 
@@ -206,7 +227,7 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     notes = [shipped.note, *evidence.left_out]
     for name, texts in evidence.other_texts.items():
         known[name] = count_stretches(texts, features)
-        if len(known[name].run) < 2 * MIN_CHUNKS:
+        if not is_enough(known[name]):
             words = f"{count_words(texts):,} words, and needs {MIN_STRANGER_WORDS:,}"
             notes.append(f"{name} (OTHER_BLOGS) has {words}: left out.")
 
@@ -217,20 +238,31 @@ def find_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     if count_words(comments) >= MIN_STRANGER_WORDS:
         known["your readers"] = count_stretches(comments, features)
 
-    # Twice as many as a tested text needs: everything is compared with these few chunks.
-    enough = {name: counted for name, counted in known.items() if len(counted.run) >= 2 * MIN_CHUNKS}
-    return Strangers(features, enough, " ".join(notes).strip())
+    enough = {name: counted for name, counted in known.items() if is_enough(counted)}
+    return Strangers(
+        features=features,
+        stretches=enough,
+        note=" ".join(notes).strip(),
+    )
+
+
+def is_enough(stretches: Stretches) -> bool:
+    """Twice as many as a tested text needs: everything is compared with these few chunks."""
+    return len(stretches.run) >= 2 * MIN_CHUNKS
 
 
 def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     """The bloggers of strangers.npz, with those features that it holds; nobody if they write another language."""
     if not STRANGERS.is_file():
-        return Strangers([], {}, f"{STRANGERS.relative_to(ROOT)} is missing.")
+        missing = f"{STRANGERS.relative_to(ROOT)} is missing."
+        return Strangers([], {}, missing)
+    # Without pickles, which could run anything.
     with np.load(STRANGERS, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
 
     # The file has the commonest words first.
-    share = share_of_language(data["words"][:100].tolist(), evidence.blog.train)
+    commonest = data["words"][:100].tolist()
+    share = share_of_language(commonest, evidence.blog.train)
     if share < SAME_LANGUAGE:
         note = (
             f"You use {percent(share)} of the 100 commonest words of the bloggers in {STRANGERS.name}: they write "
@@ -240,7 +272,7 @@ def load_strangers(evidence: Evidence, features: list[Feature]) -> Strangers:
     return pick_counts(data, features, evidence.not_strangers)
 
 
-def pick_counts(data: dict[str, np.ndarray], features: list[Feature], not_strangers: tuple[str, ...]) -> Strangers:
+def pick_counts(data: dict[str, ndarray], features: list[Feature], not_strangers: tuple[str, ...]) -> Strangers:
     """From the arrays of strangers.npz: by blog, and of those `features` that it holds."""
     # The file has a row for each feature, words before trigrams, and a column for each stretch.
     row = {}
@@ -260,9 +292,13 @@ def pick_counts(data: dict[str, np.ndarray], features: list[Feature], not_strang
         if name in not_strangers:
             continue
         mine = np.flatnonzero(data["blog"] == number)
-        runs = mine // STRETCHES_OF_A_RUN
-        posts = data["post"][mine].astype(int)
-        stretches[name] = Stretches(counts[mine], totals[mine], posts, runs)
+        posts = data["post"][mine]
+        stretches[name] = Stretches(
+            counts=counts[mine],
+            totals=totals[mine],
+            source=posts.astype(int),
+            run=mine // STRETCHES_OF_A_RUN,
+        )
     return Strangers(shared, stretches)
 
 

@@ -87,7 +87,8 @@ class WordIndex:
 
     def copied(self, words: list[str]) -> list[int]:
         """Places in `words` where a run of COPY_WORDS words begins that occurs in the training text."""
-        return [start for start, run in enumerate(hashes_of_runs(words)) if run in self.runs]
+        hashes = hashes_of_runs(words)
+        return [start for start, run in enumerate(hashes) if run in self.runs]
 
     def longest_copy(self, text: str) -> Copy:
         """The longest run of words of `text` that occurs in the training text; the first of equally long ones."""
@@ -99,7 +100,8 @@ class WordIndex:
         place = -1  # in self.text
         for start in range(len(words)):
             while start + length < len(words):
-                longer = " ".join(words[start : start + length + 1])
+                end = start + length
+                longer = " ".join(words[start : end + 1])
                 found = self.text.find(f" {longer} ")
                 if found < 0:
                     break
@@ -109,10 +111,15 @@ class WordIndex:
 
         if not length:
             return Copy(0, "", None)
+
+        post = None
+        if length >= COPY_WORDS:
+            number = self.text.count("\n", 0, place)
+            post = self.posts[number]
+
         spans = word_spans(text)
         first, _ = spans[begin]
         _, last = spans[begin + length - 1]
-        post = self.posts[self.text.count("\n", 0, place)] if length >= COPY_WORDS else None
         return Copy(length, text[first:last], post)
 
     def split_at_copies(self, text: str) -> list[tuple[str, bool]]:
@@ -121,12 +128,14 @@ class WordIndex:
 
         # Runs that overlap or touch are one copy.
         copies = []  # (begin, end) in characters
+        done = 0
         for start in self.copied(folded_words(text)):
             begin, _ = spans[start]
             _, end = spans[start + COPY_WORDS - 1]
-            if copies and begin <= copies[-1][1]:
+            if copies and begin <= done:
                 begin, _ = copies.pop()
             copies.append((begin, end))
+            done = end
 
         pieces = []
         done = 0
@@ -142,6 +151,7 @@ class WordIndex:
 
 def hashes_of_runs(words: list[str]) -> Iterator[int]:
     """A hash for each run of COPY_WORDS words, in order; hashes take less memory than the words."""
-    for start in range(len(words) - COPY_WORDS + 1):
+    last = len(words) - COPY_WORDS
+    for start in range(last + 1):
         run = words[start : start + COPY_WORDS]
         yield hash(tuple(run))
