@@ -505,6 +505,7 @@ def watched(steps: Iterable, what: str, number: int) -> Iterator:
     for done, step in enumerate(steps, start=1):
         yield step
         now = time.monotonic()
+        # At most once a second: printing takes time too.
         if is_watched() and now - told >= 1:
             left = tell_time((now - began) / done * (number - done))
             say(f"{what} {done:,} of {number:,}, {left} left   ", end="\r")
@@ -643,11 +644,13 @@ def read_front_matter(text: str, repairs: Counter) -> tuple[dict, str] | None:
         return None
     _, block, body = parts
 
+    # As it is first; each further attempt changes more.
     for attempt in repair_yaml(block):
         try:
             loaded = parse_yaml(attempt)
         except (yaml.YAMLError, RecursionError):
             continue
+        # A repair is told in the report.
         if attempt is not block:
             repairs["front matter repaired"] += 1
         return (loaded if isinstance(loaded, dict) else {}), body
@@ -1857,12 +1860,14 @@ def clean_lines(text: str, left_out: Counter) -> str:
         else:
             lines.append(line)
 
+    # What goes is counted, so that the ledger of words adds up.
     text = "\n".join(lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = text.replace("\xa0", " ").replace("\u202f", " ")
     text = counted_as("markup", left_out, text, STRAY_LINK.sub(lambda link: link[1] or link[0], text))
     text = counted_as("bare links", left_out, text, LONG_URL.sub(site_of, text))
 
+    # Lines at the end that belong to no text, one after the other.
     head = text
     while TAIL.fullmatch(head[head.rfind("\n") + 1 :]):
         head = head[: head.rfind("\n") + 1].rstrip()
@@ -2494,6 +2499,7 @@ def normalise(kind: str, typed: str) -> str:
         return re.sub("[ -]", "", typed).upper()
     if kind == "ip":
         return str(ipaddress.ip_address(typed))
+    # "name (at) host [dot] org" is an address too.
     if kind == "email":
         address = typed.lower().replace("\\", "")
         if "@" not in address:
@@ -2780,10 +2786,13 @@ def load_comments(file: Path, repairs: Counter, max_bytes: int) -> list[dict]:
         loaded = parse_yaml((text or "").replace("\t", "  "))
     except (OSError, yaml.YAMLError, RecursionError):
         text = None
+
+    # The post is kept without them, and the report says so.
     if text is None:
         repairs["file of comments not readable"] += 1
         return []
 
+    # A mapping of names to comments, unlike a comment, holds mappings.
     if isinstance(loaded, dict) and any(isinstance(value, dict) for value in loaded.values()):
         loaded = list(loaded.values())
     return mappings_in(loaded if isinstance(loaded, list) else [loaded])
@@ -2875,6 +2884,7 @@ def chain_of(
     chain = []
     seen = set()
     while key not in seen and said(key):
+        # A reader's comment has begun it: older ones are its context, as many as are wanted.
         is_whole = bool(chain) and chain[-1] not in own
         if is_whole and (len(chain) > depth or key in learnt):
             break
@@ -2948,6 +2958,7 @@ MOST_NAMES = 5  # that a message lists
 
 def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     """Who speaks in many chats in which no name of AUTHORS does; the one in most chats first."""
+    # Two spellings are one speaker; the first one is shown.
     lines = Counter()
     chats = Counter()
     typed = {}
@@ -2960,6 +2971,7 @@ def count_speakers(posts: list[Post], settings: Settings) -> list[dict]:
     found = [(-number, plain) for plain, number in chats.items() if number >= LEAST_CHATS]
     rows = []
     for _, plain in sorted(found):
+        # The report holds no blocked word.
         name = without_blocked(typed[plain], settings.blocked_words)
         rows.append({"name": name, "lines": lines[plain], "chats": chats[plain]})
     return rows
@@ -3004,8 +3016,12 @@ def drop_duplicates(posts: list[Post], similarity: float):
     # Posts that are kept only for their replies have nothing to be compared.
     texts = [post for post in posts if not post.reason and post.text]
 
-    # Of two equal posts the public one comes first, so that no private copy stays without need.
-    texts.sort(key=lambda post: (post.visibility != "public", -len(post.text)))
+    def order(post: Post) -> tuple[bool, int]:
+        """Of two equal posts the public one comes first, so that no private copy stays without need."""
+        is_private = post.visibility != "public"
+        return is_private, -len(post.text)
+
+    texts.sort(key=order)
     shingles = [post.shingles for post in texts]
     duplicates = find_duplicates(shingles, similarity)
     for number, earlier in duplicates.items():
@@ -3554,6 +3570,7 @@ def check_settings(values: Mapping[str, object], rows: Mapping[str, Setting], sc
         example = f"{name} = {setting.example}"
         entries = {name: value}
 
+        # In a list each entry is checked, and named by its number.
         if setting.least is not None:
             is_list = isinstance(value, list | tuple)
             is_long_enough = is_list and len(value) >= setting.least

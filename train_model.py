@@ -91,7 +91,6 @@ import gc
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -1401,12 +1400,14 @@ def scored_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def conversation_losses(model, rows: list[dict]) -> np.ndarray:
     """Exact negative log-likelihood of the author's tokens of each conversation, in nats."""
     model.eval()
-    conversations = 1 + max((max(row["conversation"]) for row in rows), default=0)
-    losses = np.zeros(conversations)
+    last_numbers = [max(row["conversation"]) for row in rows]
+    last = max(last_numbers, default=0)
+    losses = np.zeros(last + 1)
 
     # One row at a time: nothing is padded, and logits are large.
     for row in watched(rows, "measuring row", len(rows)):
-        batch = {name: tensor.to(model.device) for name, tensor in collate([row]).items()}
+        tensors = collate([row])
+        batch = {name: tensor.to(model.device) for name, tensor in tensors.items()}
         logits, targets = scored_logits(model, batch)
         nats = functional.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -2608,10 +2609,15 @@ def save_companions(folder: Path, settings: Settings, tokenizer, report: dict) -
 
 def answer_length(conversations: list[dict], tokenized: list[tuple[list[int], list[bool]]]) -> int:
     """Tokens that nine of ten posts have at most, their end of text included; replies count only without posts."""
-    lengths = [sum(scored) for _, scored in tokenized]
-    is_post = [conversation.get("kind") == "post" for conversation in conversations]
-    posts = list(itertools.compress(lengths, is_post))
-    ninth_decile = np.quantile(posts or lengths, 0.9)
+    lengths = []
+    of_posts = []
+    for conversation, (_, scored) in zip(conversations, tokenized, strict=True):
+        length = sum(scored)
+        lengths.append(length)
+        if conversation.get("kind") == "post":
+            of_posts.append(length)
+
+    ninth_decile = np.quantile(of_posts or lengths, 0.9)
     return math.ceil(ninth_decile)
 
 

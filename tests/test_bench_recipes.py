@@ -38,7 +38,8 @@ def table(capsys, monkeypatch, *flags) -> list[dict[str, str]]:
     monkeypatch.setattr(sys, "argv", ["bench_recipes.py", *map(str, flags)])
     bench_recipes.main()
     rows = []
-    for line in capsys.readouterr().out.splitlines():
+    printed = capsys.readouterr().out
+    for line in printed.splitlines():
         if line.startswith("| "):
             cells = line.strip("|").split("|")
             rows.append([cell.strip() for cell in cells])
@@ -63,7 +64,8 @@ def test_a_row_is_the_run_of_that_recipe(gpt2_folder, blog, tmp_path, capsys, mo
     report = training.run(gpt2_folder, small, tmp_path / "model", "--epochs", "2", "--learning-rate", "1e-2")
 
     measured = train_model.evaluations(report["log"])
-    base, *later = [entry["eval_bits_per_byte"] for entry in measured]
+    bits = [entry["eval_bits_per_byte"] for entry in measured]
+    base, *later = bits
     first = rows[0]
     assert first["base"] == f"{base:.4f}"
     assert [first["epoch 1"], first["epoch 2"]] == [f"{bits:.4f}" for bits in later]
@@ -77,7 +79,10 @@ def test_the_report_s_columns_are_the_most_that_somebody_might_get_out():
         "private titles": {"bound": {"log10_tries": 3.0}, "sampled": {"log10_tries": 30.0}},
         "held-out": {"bound": {"log10_tries": 1.0}, "sampled": {"log10_tries": 1.0}},
     }
-    seen = {"copies": {"tuned": {"share": 0.0123}}, "leaks": {"by_length": {"12": groups}}}
+    seen = {
+        "copies": {"tuned": {"share": 0.0123}},
+        "leaks": {"by_length": {"12": groups}},
+    }
     outcome = bench_recipes.Outcome("1e-4", seen=seen)
     assert outcome.tell_report() == ["1.23%", tell_power(3.0), tell_power(30.0)]
     # Without private posts nothing was read, which is no promise.

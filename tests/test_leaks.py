@@ -34,8 +34,16 @@ SECRET = "the gull bakes night bread and says nothing to me at the kettle"  # 13
 
 
 def post(text: str, visibility: str = "private", **more) -> dict:
-    turns = [{"role": "user", "content": "Write a post."}, {"role": "assistant", "content": text}]
-    return {"messages": turns, "kind": "post", "visibility": visibility, "title": "a title", "path": "a.md", **more}
+    request = {"role": "user", "content": "Write a post."}
+    answer = {"role": "assistant", "content": text}
+    return {
+        "messages": [request, answer],
+        "kind": "post",
+        "visibility": visibility,
+        "title": "a title",
+        "path": "a.md",
+        **more,
+    }
 
 
 def gather(tuned, base, tokenizer, train: list[dict], held_out: list[dict] | None = None) -> Evidence:

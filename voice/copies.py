@@ -80,6 +80,7 @@ def copy_share(index: WordIndex, answers: list[Answer]) -> CopyShare:
 
 
 def tell(copies: Copies, evidence: Evidence) -> Section:
+    # The base model's share is what common phrases make.
     rows = []
     for whose, share in (("tuned model", copies.tuned), ("base model", copies.base)):
         if share:

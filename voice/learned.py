@@ -25,7 +25,7 @@ from voice.word_index import line_of, path_of, title_of, visibility_of
 MIN_POSTS = 5  # held out: of fewer the interval says nothing
 GOOD = "Good: the whole range of the gain is above 0"
 LEAST_GAINED = 1 / 6  # of the posts that were drawn are shown
-LEAST_GAINED_BYTES = 600  # of such a post, about 120 words: a sentence alone does not tell whose it is
+LEAST_GAINED_BYTES = 600  # of such a post, about 120 words
 
 
 @dataclass
@@ -116,10 +116,23 @@ def least_gained(evidence: Evidence) -> list[PostMark]:
     saved = (evidence.base.drawn_nats - evidence.tuned.drawn_nats) / NATS_OF_A_BIT
     for post, bits in zip(evidence.drawn, saved.tolist(), strict=True):
         size = author_bytes([post])
-        if size >= LEAST_GAINED_BYTES:
-            marks.append(PostMark(line_of(post), visibility_of(post), bits / size, path_of(post), title_of(post)))
+
+        # A sentence alone does not tell whose it is.
+        if size < LEAST_GAINED_BYTES:
+            continue
+        mark = PostMark(
+            post=line_of(post),
+            visibility=visibility_of(post),
+            gain=bits / size,
+            path=path_of(post),
+            title=title_of(post),
+        )
+        marks.append(mark)
+
+    # A part of them: most gain as much as the author's.
     marks.sort(key=lambda mark: mark.gain)
-    return marks[: math.ceil(LEAST_GAINED * len(marks))]
+    shown = math.ceil(LEAST_GAINED * len(marks))
+    return marks[:shown]
 
 
 def tell(learned: Learned, evidence: Evidence) -> Section:

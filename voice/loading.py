@@ -139,6 +139,8 @@ def wanted_precision(settings: Settings) -> str:
 def tell_changed_data(settings: Settings) -> str:
     """A sentence if the data are not those that the model was trained on; "" if they are, or if nobody knows."""
     trained = run_settings(settings.model_dir)
+
+    # The splits are files of their own: one may be another while the other is the same.
     for split, name in training.DATA_FILES.items():
         path = settings.data_dir / name
         known = name_in(trained, f"{split}_sha256")

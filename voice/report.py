@@ -180,6 +180,7 @@ class Report:
         """For the terminal: each verdict and its table, and if wanted what the table means; 80 columns at most."""
         lines = wrap(f"{self.model}, tuned from {self.base}; a range is a 95 % interval")
         lines += wrap(self.warning)
+
         for part in self.parts:
             lines.append("")
             lines += wrap(f"{part.question} {part.section.verdict}")
@@ -264,6 +265,8 @@ def make_page(report: Report, curve: Path) -> str:
     if isinstance(numbers, learned.Learned) and numbers.held_out:
         gains = [(post.gain, post.title) for post in numbers.held_out.posts]
         gains.sort(reverse=True)
+
+    # Answers first, for readers who read no further.
     on_top = [report.part(key) for key in ON_TOP]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, on_top=on_top, pictures=pictures, gains=gains)

@@ -231,6 +231,7 @@ class Batch:
         self.model = model
         is_slow = model.device.type == "cpu" and model.dtype == torch.float32
         self.layers = LinearOfFewRows() if is_slow else contextlib.nullcontext()
+        # Mamba and BLOOM have none.
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.numbers = list(range(len(prompts)))  # of the prompts, by row
         self.cache = None  # of the tokens processed so far
