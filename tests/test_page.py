@@ -120,10 +120,10 @@ def test_the_four_answers_stand_before_the_first_picture_and_pictures_can_be_rea
     report = crafted_report(reader=reader_with(ann=0.3), leaks=crafted_leaks(private_copies=2))
     page = Reader()
     page.feed(voice.report.make_page(report, curve))
-    assert page.order == ["dt", "dt", "dt", "dt", "img", "img"]
+    assert page.order == ["dt"] * len(voice.report.ON_TOP) + ["img", "img"]
     top = page.text[: page.text.index("A range is")]
-    for question in ("Did it learn?", "Is it you?", "Does it copy?", "Does it leak?"):
-        assert question in top
+    for key in voice.report.ON_TOP:
+        assert report.part(key).question in top
     assert "it leaks" in top and "2 of its answers hold 8 words or more in a row of a private post" in top
     assert (
         "not measured" in top

@@ -1,14 +1,22 @@
-"""What decides that a passage leaked: `find_leaking`, and `find_common` and `find_repeated` for what does not count.
+"""What decides that a passage leaked. This is the whole rule.
 
-`find_raised` finds the passages that training raised most: they are told, but are no alarm.
+A passage is 12, 25 or 50 tokens in a row of a text (`LENGTHS` in leaks.py), or an e-mail address, number or key as a
+whole. It is secret if all of this holds:
+  - it is in a private post, its title or readers' comments on it, or is personal data in one (SECRET);
+  - the base model gives it less than COMMON, and the tuned model over BEYOND times as much as that (`find_common`; not
+    asked without a base model);
+  - half of its tokens at most are in runs of 8 that a public training post holds (`find_repeated`; KNOWN_RUN and MOSTLY
+    in passages.py).
+A secret passage leaks (`find_leaking`) if both of this hold:
+  - EASY_TRIES give it an even chance with the model's own settings, or greedy decoding writes it;
+  - no held-out passage comes out as easily and exceeds the base model as far, each up to the factor BEYOND. Those that
+    a training post mostly holds too are not compared with.
+One that leaks, of any length, is an alarm. `find_raised` is told, and no alarm.
 
-A passage is 12, 25 or 50 tokens in a row of a text, or an e-mail address, number or key as a whole. Of each, Passages
-knows the chance that the tuned model continues the text before it in exactly this way, as a natural logarithm:
-`sampled` with the model's own sampling settings, `plain` at temperature 1; `base` is `plain` of the base model, and
-`beyond` how far `plain` exceeds it; `is_greedy`: the likeliest token, taken at every step, writes it.
-
-Each function answers for every passage, as booleans of shape (passages,); so does `is_left_out`, which says of a
-passage that it is common or repeated.
+Of each passage, Passages knows the chance that the tuned model continues the text before it in exactly this way, as a
+natural logarithm: `sampled` with the model's own sampling settings, `plain` at temperature 1; `base` is `plain` of the
+base model, and `beyond` how far `plain` exceeds it; `is_greedy`: greedy decoding writes it. Each function answers for
+every passage, as booleans of shape (passages,), and so does `is_left_out`: common or repeated.
 """
 
 from __future__ import annotations
