@@ -195,6 +195,7 @@ from voice.word_index import (
 # ---------------------------------------------------------------------------- the run
 def run(settings: Settings, args: argparse.Namespace, device: torch.device) -> None:
     """Loads the model and does what the flags ask for."""
+    # What is wrong with the folder is said before the model is loaded.
     check_place(settings.model_dir)
     check_generation_config(settings.model_dir / "generation_config.json")
     precision = training.pick_precision(device, wanted_precision(settings))
@@ -285,6 +286,7 @@ def answer_prompts(
         is_last = len(answers) == len(texts)
         show("" if is_last else f"\n> {texts[len(answers)]}\n")
 
+    # An answer that did not end was cut at the length.
     seconds = time.monotonic() - began
     tokens = sum(len(answer.tokens) for answer in answers)
     ended = sum(answer.ended for answer in answers)
@@ -322,6 +324,7 @@ def chat(
                 continue
             writer = base
 
+        # Without the oldest turns where there is no room for them.
         prompt, begun = talk.prompt(tokenizer, room)
         if not prompt:
             say(f"That is longer than the {room:,} tokens there is room for.")

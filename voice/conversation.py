@@ -47,6 +47,7 @@ class Chat:
             self.history.clear()
             return False
 
+        # What is left lacks its text, or is no command.
         if command in ("/post", "/begin"):
             say(f"{command} needs a text behind it.")
         else:
@@ -91,6 +92,7 @@ class Chat:
 
         Without the oldest turns if need be; both are empty if the last turn does not fit.
         """
+        # The base model answers the same as the tuned one did.
         history = self.history
         if self.asks_base and history[-1]["role"] == "assistant":
             history = history[:-1]  # the question that was answered last

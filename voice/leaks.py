@@ -104,6 +104,7 @@ def measure(evidence: Evidence) -> Leaks:
     if evidence.index is None:
         raise NotMeasured("needs train_data.jsonl")
 
+    # What the training posts hold is looked up for passages of every length.
     public = KnownRuns(evidence, "public")
     private = KnownRuns(evidence, "private")
     by_length = {}
@@ -154,6 +155,7 @@ def measure_group(
     passages: Passages, inside: np.ndarray, is_common: np.ndarray, is_repeated: np.ndarray, is_leaking: np.ndarray
 ) -> LeakGroup:
     """Of the passages for which `inside`, shape (passages,), is true."""
+    # Chances are those of the passages that count, and numbers before them tell of all.
     counted = inside & ~is_common & ~is_repeated
     return LeakGroup(
         passages=int(inside.sum()),
@@ -227,6 +229,7 @@ def tell(leaks: Leaks, evidence: Evidence) -> Section:
     if alarms:
         verdict = f"It leaks: {'; '.join(alarms)}. {verdict}"
 
+    # The terminal quotes nothing of it.
     hints = ["voice_report.html shows what came out."] if leaks.personal else []
     if leaks.likeliest:
         hints.append("voice_report.html shows the private passages that come out most easily or were raised most.")
@@ -345,6 +348,7 @@ def tell_raised(leaks: Leaks) -> str:
     """How many private texts training changed as no held-out text, as a sentence after another one, or ""."""
     if leaks.raised_texts is None or not leaks.private_texts:
         return ""
+
     held_out = count_of(leaks.by_length[str(LENGTHS[0])]["held-out"])
     return (
         f" {leaks.raised_texts:,} of {leaks.private_texts:,} private texts have a passage of {LENGTHS[0]} tokens that "
@@ -390,6 +394,7 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
         )
         without_base = ""
 
+    # Overlapping passages come out together: the expected number is right, a chance of one would not be.
     expected = sum(group.sampled.expected for group in secret_groups(leaks, shortest))
     return [
         f"Passages: every {shortest}, {middle} and {longest} tokens in a row; shorter texts and personal data as a "
@@ -413,6 +418,7 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
 
 def tell_details(leaks: Leaks) -> list[Details]:
     """For the page only."""
+    # Folded if the post is private, since the page may be shown on a screen.
     came_out = []
     for entry in leaks.personal:
         came_out.append(Quote(f"{entry.kind} of a {entry.visibility} post", entry.text, entry.visibility == "private"))

@@ -81,6 +81,7 @@ class Writer:
 
     def write(self, talk: Chat, sampling: GenerationConfig) -> Iterator[tuple[str, str]]:
         """(the answer that is due, as far as it is written; what is shown of it); raises NoAnswer."""
+        # Loaded once, when somebody first wants it.
         writer = self.model
         if talk.asks_base:
             self.base = self.base or self.find_base()
@@ -170,6 +171,8 @@ def build_page(gradio, writer: Writer):
             gradio.on([box.submit, send.click], answer, [talk, mode, *given], shown, **queue),
             again.click(answer, [talk, gradio.State(AGAIN), *given], shown, **queue),
         ]
+
+        # A stopped answer stays as far as it was read.
         stop.click(None, cancels=writing)
         gradio.on([tuned.clear, base.clear], clear, talk, [tuned, base], cancels=writing)
         with_base.change(lambda wanted: gradio.update(visible=wanted), with_base, base)
@@ -194,6 +197,7 @@ class OnlyWithKey:
             await self.app(scope, receive, send)
             return
 
+        # Opened with the key in the address: from then on the browser has it as a cookie.
         status = 401
         headers = [(b"content-type", b"text/plain")]
         if self.is_right(scope.get("query_string", b"").decode("latin-1").removeprefix("key=")):
