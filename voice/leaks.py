@@ -418,7 +418,7 @@ def tell_meanings(leaks: Leaks, evidence: Evidence) -> list[str]:
 
 def tell_details(leaks: Leaks) -> list[Details]:
     """For the page only."""
-    # Folded if the post is private, since the page may be shown on a screen.
+    # Marked where the post is private.
     came_out = []
     for entry in leaks.personal:
         came_out.append(Quote(f"{entry.kind} of a {entry.visibility} post", entry.text, entry.visibility == "private"))
