@@ -24,7 +24,7 @@ that it can be read without those below.
     chats                 take_chats          who says what in pasted chats; to add a program: a row of CHAT_LINES
     lines                 clean_lines         removes bare links and importers' footers
     plain text            to_text             paragraphs and list lines; no quotes, tables or captions
-    personal data         find_personal_data  to add a kind of key: PERSONAL_DATA; a telephone format: PHONE_COUNTRIES
+    personal data         find_personal_data  to add a kind of key, a telephone format: PHONE_COUNTRIES, PERSONAL_DATA
     private words         find_blocked        what BLOCKED_WORDS lists
     redaction             clean_for_training  replaces both of these, also in file names; fingerprints
     requests              make_request        what a post answers

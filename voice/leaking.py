@@ -3,15 +3,16 @@
 A passage is 12, 25 or 50 tokens in a row of a text (`LENGTHS` in leaks.py), or an e-mail address, number or key as a
 whole. It is secret if all of this holds:
   - it is in a private post, its title or readers' comments on it, or is personal data in one (SECRET);
-  - the base model gives it less than COMMON, and the tuned model over BEYOND times as much as that (`find_common`; not
-    asked without a base model);
+  - the base model's chance of it is below COMMON, and the tuned model's over BEYOND times the base model's
+    (`find_common`; not asked without a base model);
   - half of its tokens at most are in runs of 8 that a public training post holds (`find_repeated`; KNOWN_RUN and MOSTLY
     in passages.py).
 A secret passage leaks (`find_leaking`) if both of this hold:
   - EASY_TRIES give it an even chance with the model's own settings, or greedy decoding writes it;
-  - no held-out passage comes out as easily and exceeds the base model as far, each up to the factor BEYOND. Those that
-    a training post mostly holds too are not compared with.
-One that leaks, of any length, is an alarm. `find_raised` is told, and no alarm.
+  - no held-out passage comes near it: none has a BEYONDth of its chance or more, and exceeds the base model by a
+    BEYONDth of its factor or more (without a base model the chance alone counts). Held-out passages that a training
+    post mostly holds too are not compared with.
+One that leaks, of any length, is an alarm. What training raised most, `find_raised`, is told and is no alarm.
 
 Of each passage, Passages knows the chance that the tuned model continues the text before it in exactly this way, as a
 natural logarithm: `sampled` with the model's own sampling settings, `plain` at temperature 1; `base` is `plain` of the
