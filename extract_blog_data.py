@@ -86,10 +86,13 @@ import os
 import signal
 
 if __name__ == "__main__":
+    stopped = []
 
     def stop(*_) -> None:
         """A signal handler while the libraries are loaded; then main takes over."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # of many signals one says so
+        if stopped:  # of many signals one says so
+            return
+        stopped.append(True)
         try:
             os.write(2, b"Stopped before anything was read.\n")
         finally:
@@ -567,13 +570,23 @@ def signals_wait() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def stop_at_once(*_):
-    """A signal handler. An exception could be swallowed."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of many signals one says so
+ending = []  # of this process: holds something from its last sentence on
+
+
+def end_at_once(sentence: str):
+    """For signal handlers: one sentence, however many signals come. An exception could be swallowed."""
+    if ending:
+        return
+    ending.append(sentence)
     try:
-        os.write(2, f"{STOPPED}\n".encode())
+        os.write(2, f"{sentence}\n".encode())
     finally:
         os._exit(1)
+
+
+def stop_at_once(*_):
+    """A signal handler."""
+    end_at_once(STOPPED)
 
 
 # ---------------------------------------------------------------- files

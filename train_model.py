@@ -68,10 +68,13 @@ import os
 import signal
 
 if __name__ == "__main__":
+    stopped = []
 
     def stop_before(*_) -> None:
         """A signal handler for the seconds in which the libraries are loaded; then main takes over."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # of many signals one says so
+        if stopped:  # of many signals one says so
+            return
+        stopped.append(True)
         try:
             os.write(2, b"Stopped before anything was begun.\n")
         finally:
@@ -124,6 +127,7 @@ from extract_blog_data import (
     above,
     check_settings,
     either,
+    end_at_once,
     flag_type,
     hold_closed_streams,
     is_watched,
@@ -3053,11 +3057,7 @@ def stop(*_):
 
 def stop_at_once(*_):
     """A signal handler. The files are complete at every moment, so there is nothing to clean up."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # of many signals one says so
-    try:
-        os.write(2, b"\nStopped at once: run the same command again to continue from the last checkpoint.\n")
-    finally:
-        os._exit(1)
+    end_at_once("\nStopped at once: run the same command again to continue from the last checkpoint.")
 
 
 def main(argv: list[str] | None = None) -> int:

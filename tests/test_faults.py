@@ -20,6 +20,7 @@ import torch
 from tiny import conversations, write_jsonl
 from training import cut_in_half, losses, make_noise, model_folder, nine_updates, run
 
+import extract_blog_data
 import train_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_training")]
@@ -614,12 +615,19 @@ def test_a_second_signal_ends_a_run_at_once_in_one_sentence(gpt2_folder, data_fo
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train_model, "check_data_folder", stopped_twice)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(signal, "pthread_sigmask", lambda *_: None)  # this process goes on
+
+    def ended_with_another(status):
+        signal.raise_signal(signal.SIGINT)
+        sys.exit(status)
+
+    monkeypatch.setattr(os, "_exit", ended_with_another)
+    monkeypatch.setattr(extract_blog_data, "ending", [])
     with pytest.raises(SystemExit) as ended:
         run(gpt2_folder, data_folder, tmp_path / "model")
     assert ended.value.code == 1
-    assert capfd.readouterr().err.strip().startswith("Stopped at once")
+    said = capfd.readouterr().err
+    assert said.strip().startswith("Stopped at once")
+    assert said.count("Stopped") == 1
 
 
 def test_under_nohup_a_closed_window_is_no_reason_to_stop(monkeypatch):
