@@ -217,7 +217,8 @@ def losses(lab: Lab) -> Iterator[Row]:
     for name in ("gpt2", "llama"):
         expected = f"{name}-cpu"
         found = f"{name}-here"
-        settings = settings_for(lab, name, updates=8, precision=precision)
+        updates = 8 if lab.has_card else 4
+        settings = settings_for(lab, name, updates, precision=precision)
         run_training(lab, expected, replace(settings, precision="fp32", cpu=True))
         # Also on a CPU that is slow in bfloat16, and would not take it.
         with mock.patch.object(train_model, "pick_precision", lambda _, wanted: wanted):

@@ -79,7 +79,7 @@ def trainers(monkeypatch) -> list:
     return made
 
 
-LEARN = ("--max-steps", "7", "--learning-rate", "1e-2")
+LEARN = ("--max-steps", "6", "--learning-rate", "1e-2")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

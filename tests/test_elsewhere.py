@@ -31,6 +31,7 @@ def trained(request, data_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "model"
     with pytest.MonkeyPatch.context() as settings:
         settings.setattr(train_model, "CONTEXT_TOKENS", 64)
+        settings.setattr(train_model, "SAMPLE_TOKENS", 4)
         settings.setattr(train_model, "SAMPLING", {**train_model.SAMPLING, "max_new_tokens": 20})
         base = request.getfixturevalue(request.param)
         run(base, data_folder, folder, "--max-steps", "2", "--learning-rate", "1e-2")
