@@ -21,7 +21,7 @@ help:
 	@echo 'make demo      the whole job on an invented blog, with a real small model: six minutes or more'
 	@echo 'make page      Gradio into .venv/, for a page to type in: test_model.py --page'
 	@echo 'make check     ruff, and all tests but whole runs: a minute'
-	@echo 'make test      ruff, and all tests: five minutes on two cores; .ci/run is this'
+	@echo 'make test      ruff, and all tests: four minutes on two cores; .ci/run is this'
 	@echo 'make gguf      blog-model-final/blog-model.gguf for llama.cpp and Ollama (MODEL=folder, TYPE=q8_0 to change)'
 	@echo 'make test-gguf, make test-trl   llama.cpp and TRL agree with us (the first builds llama.cpp, ten minutes)'
 	@echo 'make test-page   the page in a real browser (needs Chromium: apt install chromium)'
