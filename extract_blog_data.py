@@ -663,7 +663,6 @@ def read_front_matter(text: str, repairs: Counter) -> tuple[dict, str] | None:
             loaded = parse_yaml(attempt)
         except (yaml.YAMLError, RecursionError):
             continue
-        # A repair is told in the report.
         if attempt is not block:
             repairs["front matter repaired"] += 1
         return (loaded if isinstance(loaded, dict) else {}), body

@@ -119,7 +119,6 @@ def make_parser() -> argparse.ArgumentParser:
     def add(flag: str, name: str, **more) -> None:
         parser.add_argument(flag, type=flag_type(ROWS[name]), **more)
 
-    # Where, and what to do.
     parser.add_argument("--model-dir", type=Path, default=ROOT / MODEL_DIR)
     parser.add_argument("--data-dir", type=Path, default=ROOT / DATA_DIR)
     mode = parser.add_mutually_exclusive_group()
@@ -129,8 +128,6 @@ def make_parser() -> argparse.ArgumentParser:
     mode.add_argument("--page", action="store_true", help="talk on a page in the browser, on this machine only")
     mode.add_argument("--quiz", action="store_true", help="guess which of two texts is yours")
     mode.add_argument("--report", action="store_true", help="measure")
-
-    # How.
     parser.add_argument("--begin", **prompt, help="words of yours that the answer goes on from; in the chat: /begin")
     parser.add_argument("--raw", action="store_true", help="show the sentence in which an answer breaks off, too")
     parser.add_argument("--quick", action="store_true", help="a report of a tenth of the size")

@@ -228,13 +228,21 @@ def test_bytes_that_are_no_text_are_replaced_in_what_is_typed(mode, model_folder
     assert stop.value.code == 0 and capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("number", "library"), [("INT", "numpy"), ("TERM", "torch"), ("HUP", "numpy")])
-def test_a_signal_while_libraries_load_even_twice_is_one_sentence_and_status_1(number, library):
-    command = (sys.executable, "-X", "importtime", str(SCRIPT))
+@pytest.mark.parametrize(
+    ("script", "number", "library", "sentence"),
+    [
+        (SCRIPT, "INT", "numpy", "Stopped."),
+        (SCRIPT, "TERM", "torch", "Stopped."),
+        (train_model.__file__, "TERM", "yaml", "Stopped before anything was begun."),
+        (train_model.__file__, "HUP", "numpy", "Stopped before anything was begun."),
+    ],
+)
+def test_signals_while_libraries_load_are_one_sentence_and_status_1(script, number, library, sentence):
+    command = (sys.executable, "-X", "importtime", str(script))
     with start(*command, until=f"import time: .* {library}$") as process:
-        process.send_signal(signal.Signals[f"SIG{number}"])
-        process.send_signal(signal.Signals[f"SIG{number}"])
+        for _ in range(20):
+            process.send_signal(signal.Signals[f"SIG{number}"])
         rest = process.stderr.read()
     assert process.returncode == 1
     said = [line for line in rest.splitlines() if line and not line.startswith("import time:")]
-    assert said == ["Stopped."]
+    assert said == [sentence]

@@ -255,7 +255,6 @@ def tell_rows(leaks: Leaks) -> list[tuple[str, ...]]:
             if length != str(LENGTHS[0]) and name not in ("private", "held-out"):
                 continue
 
-            # Which settings the columns of tries are of: `tell_meanings`.
             counted = count_of(group)
             tries = [tell_tries(group.sampled), tell_tries(group.bound), tell_tries(group.contrasted)]
             rows.append((f"{name}, {length}", f"{group.passages:,}", f"{counted:,}", *tries, f"{group.greedy:,}"))

@@ -101,7 +101,6 @@ def gain_on(posts: list[dict], tuned_nats: np.ndarray, base_nats: np.ndarray) ->
     saved = before - after
     interval = bootstrap(lambda drawn: saved[drawn].sum() / size[drawn].sum(), len(size))
 
-    # Post by post for the page.
     base_rates = (before / size).tolist()
     tuned_rates = (after / size).tolist()
     per_post = []
@@ -175,7 +174,6 @@ def tell_gain(gain: Gain) -> tuple[str, Summary]:
         answer = "no"
         verdict = "It got worse"
 
-    # Post by post, which a reader can check on the page.
     better = sum(post.tuned < post.base for post in gain.posts)
     of_all = f"{better} of {len(gain.posts)} held-out posts surprise it less than they surprise the base model"
     caution = "" if len(gain.posts) >= 10 else "; with so few posts the interval is rough"

@@ -301,15 +301,15 @@ def order_by_raise(passages: Passages, is_wanted: ndarray) -> ndarray:
 def tokens_of(evidence: Evidence, passages: Passages, place: int) -> list[int]:
     begin = passages.begin[place]
     end = passages.end[place]
-    return text_of(evidence, passages, place).ids[begin:end]
+    return text_at(evidence, passages, place).ids[begin:end]
 
 
-def text_of(evidence: Evidence, passages: Passages, place: int) -> Text:
+def text_at(evidence: Evidence, passages: Passages, place: int) -> Text:
     return evidence.texts[passages.text[place]]
 
 
 def describe(evidence: Evidence, passages: Passages, place: int, posts: int) -> ShownPassage:
-    post = text_of(evidence, passages, place).post
+    post = text_at(evidence, passages, place).post
     tokens = tokens_of(evidence, passages, place)
     return ShownPassage(
         group=str(passages.group[place]),

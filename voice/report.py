@@ -228,7 +228,6 @@ def table_lines(section: Section) -> list[str]:
 
     lines = []
     for row in table:
-        # The second and further lines of a long first cell are below the row.
         first, *rest = textwrap.wrap(row[0], widths[0]) if row[0] else [""]
         cells = [first.ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):

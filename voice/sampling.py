@@ -283,10 +283,8 @@ class Batch:
     def append(self, tokens: Tensor) -> None:
         """Adds one token to each row; `tokens` has the shape (rows,)."""
         new = tokens[:, None]
-        processed = self.ids
-        self.ids = new
-        if self.cache is None:  # as of Mamba: all tokens are processed again at every step
-            self.ids = torch.cat([processed, new], 1)
+        # Without a cache (Mamba) all tokens are processed again at every step.
+        self.ids = new if self.cache is not None else torch.cat([self.ids, new], 1)
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         self.seen.scatter_(1, new, True)
 
