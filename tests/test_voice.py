@@ -177,6 +177,18 @@ def test_shuffled_labels_give_everybody_the_same():
     assert 0.2 < shares.tuned.share < 0.9
 
 
+def test_posts_of_two_blogs_are_two_sources(monkeypatch):
+    """Though both are numbered from 0: the range of the strangers' share is drawn over posts."""
+    given = []
+    monkeypatch.setattr(reader, "share_over_sources", lambda taken, source: given.append(source))
+    rng = np.random.default_rng(0)
+    posts = np.array([0, 0, 1])
+    strangers = {name: (rng.random((3, 5)), posts) for name in "abcd"}
+    reader.attribute(rng.random((6, 5)), {}, strangers)
+    [source] = given
+    assert len(np.unique(source)) == 8
+
+
 def mixed(own_words: int) -> list[str]:
     """Posts of 250 words: the first are blogger 1's, the others blogger 6's."""
     posts = []
