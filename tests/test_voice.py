@@ -183,10 +183,16 @@ def test_posts_of_two_blogs_are_two_sources(monkeypatch):
     monkeypatch.setattr(reader, "share_over_sources", lambda taken, source: given.append(source))
     rng = np.random.default_rng(0)
     posts = np.array([0, 0, 1])
-    strangers = {name: (rng.random((3, 5)), posts) for name in "abcd"}
-    reader.attribute(rng.random((6, 5)), {}, strangers)
+    profile = rng.random((6, 5))
+    strangers = {}
+    for name in "abcd":
+        frequencies = rng.random((3, 5))
+        strangers[name] = (frequencies, posts)
+
+    reader.attribute(profile, {}, strangers)
     [source] = given
-    assert len(np.unique(source)) == 8
+    numbers = np.unique(source)
+    assert len(numbers) == 8
 
 
 def mixed(own_words: int) -> list[str]:
